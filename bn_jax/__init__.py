@@ -1,5 +1,30 @@
-"""Batch normalisation as a pure function of JAX."""
+"""Batch normalisation in JAX: the pure functions.
 
+The Flax module is in `bn_jax.linen`, models in `bn_jax.models`, data in `bn_jax.data`.
+"""
+
+from bn_jax.functional import (
+    BatchNormParams,
+    BatchNormState,
+    batch_norm,
+    init,
+    normalize,
+    update_average,
+)
+from bn_jax.moments import Moments, measure, merge, merge_across, merge_stacked
 from bn_jax.version import __version__
 
-__all__ = ["__version__"]
+__all__ = [
+    "BatchNormParams",
+    "BatchNormState",
+    "Moments",
+    "__version__",
+    "batch_norm",
+    "init",
+    "measure",
+    "merge",
+    "merge_across",
+    "merge_stacked",
+    "normalize",
+    "update_average",
+]

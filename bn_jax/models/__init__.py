@@ -1,0 +1,1 @@
+"""Models that receive their normalisation as an argument, and the table of those."""

@@ -1,0 +1,82 @@
+"""LeNet with batch normalisation, as the d2l chapter has it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+from flax import linen as nn
+from flax.linen import initializers
+from jax import Array
+
+from bn_jax.models import layers
+
+
+class LeNet(nn.Module):
+    """LeNet of two 5 x 5 convolutions and three dense layers with sigmoids.
+
+    Each of the first four is followed by `norm`, when there is one, before its
+    sigmoid. Kernels start from Xavier's uniform distribution, biases from 0.
+
+    Attributes:
+      norm: constructor of the normalisation, called as
+        `norm(use_running_average=..., axis=..., name=...)`: `bn_jax.linen.BatchNorm`,
+        `flax.linen.BatchNorm` or a `functools.partial` of one; None for no
+        normalisation.
+      bias_before_norm: whether the layers before a norm have a bias, as the chapter's
+        do; batch norm subtracts it again. Without norm they always have one.
+      num_classes: number of outputs.
+      layout: order of the axes of the convolutions' activations; None chooses the
+        faster one for the backend. Parameters and results do not depend on it.
+
+    References:
+      LeCun et al., 1998, "Gradient-based learning applied to document recognition".
+      Glorot and Bengio, 2010, "Understanding the difficulty of training deep
+      feedforward neural networks".
+    """
+
+    norm: Callable[..., nn.Module] | None = None
+    bias_before_norm: bool = True
+    num_classes: int = 10
+    layout: layers.Layout | None = None
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool) -> Array:
+        """Return the logits of a batch of images.
+
+        Args:
+          x: images `[N, 28, 28, 1]`, pixels in [0, 1].
+          train: whether norms use the batch's statistics and move their averages.
+
+        Returns:
+          Logits `[N, num_classes]`.
+        """
+        layout = self.layout or layers.default_layout()
+        xavier = initializers.xavier_uniform()
+        use_bias = self.norm is None or self.bias_before_norm
+
+        def norm_sigmoid(x: Array, axis: int, name: str) -> Array:
+            if self.norm is not None:
+                x = self.norm(use_running_average=not train, axis=axis, name=name)(x)
+            return jax.nn.sigmoid(x)
+
+        x = layers.from_nhwc(x, layout)
+        for i, features in enumerate((6, 16), start=1):
+            conv = layers.Conv(
+                features,
+                (5, 5),
+                layout=layout,
+                use_bias=use_bias,
+                kernel_init=xavier,
+                name=f"conv{i}",
+            )
+            x = norm_sigmoid(conv(x), layers.feature_axis(layout), f"norm{i}")
+            x = layers.avg_pool_2x2(x, layout)
+        x = layers.to_nhwc(x, layout)
+        x = x.reshape(x.shape[0], -1)
+        for i, features in enumerate((120, 84), start=1):
+            dense = nn.Dense(
+                features, use_bias=use_bias, kernel_init=xavier, name=f"dense{i}"
+            )
+            x = norm_sigmoid(dense(x), -1, f"norm{i + 2}")
+        return nn.Dense(self.num_classes, kernel_init=xavier, name="dense3")(x)

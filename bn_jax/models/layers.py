@@ -128,13 +128,15 @@ def conv2d_by_blocks(x: Array, kernel: Array) -> Array:
     kernels = kernels.reshape(b * b, taps_h, b, taps_w, b, c_in, c_out)
     kernels = kernels.transpose(6, 0, 1, 3, 5, 2, 4)  # C_out, b*b, taps, C_in, b, b
 
-    y = kernels.reshape(c_out * b * b, -1) @ patches.reshape(-1, blocks_h * blocks_w * n)
+    y = kernels.reshape(c_out * b * b, -1) @ patches.reshape(
+        -1, blocks_h * blocks_w * n
+    )
     y = y.reshape(c_out, b, b, blocks_h, blocks_w, n).transpose(0, 3, 1, 4, 2, 5)
     return y.reshape(c_out, blocks_h * b, blocks_w * b, n)[:, :out_h, :out_w]
 
 
 def avg_pool_2x2(x: Array, layout: Layout) -> Array:
-    """Average over windows of 2 x 2 with stride 2; a last odd row or column is left out.
+    """Average over windows of 2 x 2, stride 2; a last odd row or column is left out.
 
     Args:
       x: activations in `layout`.

@@ -1,0 +1,142 @@
+"""Figures of results; the only file that imports matplotlib. It reads no models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+# Okabe and Ito, 2008: told apart with any colour vision. One meaning, one colour.
+BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+GREY = "#666666"
+ARM_COLOURS = (BLUE, ORANGE, GREEN, PURPLE)
+
+DOTS_PER_INCH = 150
+
+
+def curves(
+    metrics: Sequence[Mapping[str, Any]], results: Mapping[str, Any], path: Path
+) -> None:
+    """Draw loss, train and test accuracy by epoch, as the chapter's figure does.
+
+    Args:
+      metrics: rows of metrics.jsonl.
+      results: of results.json; its exact-statistics accuracy is marked at the end.
+      path: of the image to write.
+    """
+    figure = Figure(figsize=(6, 3.8), layout="constrained")
+    axes = figure.subplots()
+    epochs = [row["epoch"] for row in metrics]
+    for name, label, style, colour in (
+        ("loss", "train loss [nats]", "-", BLUE),
+        ("train_accuracy", "train accuracy", "--", PURPLE),
+        ("test_accuracy", "test accuracy (moving averages)", "-.", GREEN),
+    ):
+        values = [row[name] for row in metrics]
+        axes.plot(epochs, values, style, color=colour, label=label, marker=".")
+    axes.plot(
+        epochs[-1],
+        results["test_accuracy_exact"],
+        "*",
+        color=ORANGE,
+        markersize=11,
+        label="test accuracy (exact statistics)",
+    )
+    _finish(axes, "epoch", "loss, accuracy")
+    axes.set_ylim(0, max(1, 1.05 * max(row["loss"] for row in metrics)))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_title(results["data_source"], fontsize=8, color=GREY)
+    axes.legend(fontsize=8, frameon=False)
+    figure.savefig(path, dpi=DOTS_PER_INCH)
+
+
+def gamma_beta(layers: Mapping[str, Mapping[str, Sequence[float]]], path: Path) -> None:
+    """Draw the learned gamma and beta of each layer, a dot a feature.
+
+    Args:
+      layers: gamma and beta by layer, of results.json.
+      path: of the image to write.
+    """
+    figure = Figure(figsize=(6, 3.2), layout="constrained")
+    start = {"gamma": 1.0, "beta": 0.0}
+    for axes, greek, colour in zip(
+        figure.subplots(1, 2), start, (BLUE, ORANGE), strict=True
+    ):
+        axes.axhline(start[greek], color=GREY, linewidth=0.8, linestyle=":")
+        for position, layer in enumerate(layers):
+            values = sorted(layers[layer].get(greek, ()))
+            offsets = [
+                position + 0.7 * ((i + 0.5) / len(values) - 0.5)
+                for i in range(len(values))
+            ]
+            axes.plot(offsets, values, ".", color=colour, markersize=4)
+        names = [f"{name}\n({_size(layers[name])})" for name in layers]
+        axes.set_xticks(range(len(layers)), names)
+        _finish(axes, "layer (features, in order of size)", f"learned {greek}")
+    figure.savefig(path, dpi=DOTS_PER_INCH)
+
+
+def arms_by_epoch(
+    rows: Sequence[Mapping[str, Any]], titles: Mapping[str, str], path: Path
+) -> None:
+    """Draw training loss and test accuracy by epoch, a line an arm.
+
+    Lines are means over seeds, bands reach from the least to the greatest seed, and
+    stars are the means of the accuracy by exact statistics.
+
+    Args:
+      rows: one per run, with `arm`, `test_accuracy_exact`, and the per-epoch lists
+        `loss` and `test_accuracy_by_epoch`.
+      titles: legend by arm; in the order of drawing.
+      path: of the image to write.
+    """
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    panels = {
+        "loss": "training loss [nats]",
+        "test_accuracy_by_epoch": "test accuracy (moving averages)",
+    }
+    for axes, (name, label) in zip(figure.subplots(1, 2), panels.items(), strict=True):
+        for (arm, title), colour in zip(titles.items(), ARM_COLOURS, strict=False):
+            runs = [row for row in rows if row["arm"] == arm]
+            by_epoch = list(zip(*(row[name] for row in runs), strict=True))
+            epochs = range(1, len(by_epoch) + 1)
+            means = [sum(values) / len(values) for values in by_epoch]
+            low, high = map(min, by_epoch), map(max, by_epoch)
+            axes.fill_between(epochs, [*low], [*high], color=colour, alpha=0.2, lw=0)
+            axes.plot(epochs, means, color=colour, label=title, marker=".")
+            if name != "loss" and arm != "none":
+                exact = [row["test_accuracy_exact"] for row in runs]
+                axes.plot(
+                    epochs[-1],
+                    sum(exact) / len(exact),
+                    "*",
+                    color=colour,
+                    markersize=11,
+                    markeredgecolor="black",
+                    markeredgewidth=0.5,
+                )
+        _finish(axes, "epoch", label)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    seeds = len({row["seed"] for row in rows})
+    figure.axes[0].legend(fontsize=8, frameon=False)
+    figure.axes[1].set_title(
+        f"n = {seeds} seeds; band: least to greatest; star: exact statistics",
+        fontsize=8,
+        color=GREY,
+    )
+    figure.savefig(path, dpi=DOTS_PER_INCH)
+
+
+def _size(layer: Mapping[str, Sequence[float]]) -> int:
+    return max((len(values) for values in layer.values()), default=0)
+
+
+def _finish(axes: Axes, x_label: str, y_label: str) -> None:
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", linewidth=0.4, color="#dddddd")

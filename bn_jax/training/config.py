@@ -1,0 +1,189 @@
+"""`TrainConfig`: every choice that decides a run's numbers, as fields and as flags.
+
+Where the data lie and where results go is not in it: the same config gives the same
+numbers from any folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from absl import flags
+
+# Flags that this module defines for an entry point are listed by that one's --help.
+flags.disclaim_key_flags()
+
+
+class ConfigError(ValueError):
+    """A value that a config cannot take."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Range:
+    """What a number may be, in words and as a test."""
+
+    words: str
+    holds: Callable[[float], bool]
+
+
+_AT_LEAST_1 = _Range("at least 1", lambda v: v >= 1)
+_NOT_NEGATIVE = _Range("0 or greater", lambda v: v >= 0)
+_POSITIVE = _Range("greater than 0 and finite", lambda v: 0 < v < math.inf)
+_SHARE = _Range("in [0, 1]", lambda v: 0 <= v <= 1)
+
+
+def _option(
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[str, ...] | None = None,
+    valid: _Range | None = None,
+) -> Any:
+    metadata = {"help": help, "choices": choices, "valid": valid}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """A training run, complete and hashable; refuses values out of range.
+
+    Raises:
+      ConfigError: naming each bad field, its value, and what was expected.
+    """
+
+    dataset: str = _option(
+        "auto",
+        "Images to train on. 'auto' takes the full Fashion-MNIST where it is at hand "
+        "and the embedded sample of it (6,000 + 1,000 images) otherwise.",
+        choices=("auto", "fashion_mnist", "mnist", "kmnist", "sample"),
+    )
+    norm: str = _option(
+        "batch_norm",
+        "Normalisation before each sigmoid: ours, Flax's own batch norm, or none.",
+        choices=("batch_norm", "flax", "none"),
+    )
+    bias_before_norm: bool = _option(
+        True, "Whether layers before a norm have a bias; batch norm cancels it."
+    )
+    epochs: int = _option(10, "Passes over the training images.", valid=_AT_LEAST_1)
+    batch_size: int = _option(
+        256,
+        "Images a step; those left over at an epoch's end are dropped.",
+        valid=_AT_LEAST_1,
+    )
+    learning_rate: float = _option(1.0, "(Initial) learning rate.", valid=_POSITIVE)
+    optimizer: str = _option(
+        "sgd",
+        "Plain SGD, SGD with momentum, or Adam.",
+        choices=("sgd", "momentum", "adam"),
+    )
+    optimizer_momentum: float = _option(
+        0.9,
+        "Momentum of --optimizer=momentum (not of the statistics).",
+        valid=_SHARE,
+    )
+    schedule: str = _option(
+        "constant",
+        "Learning rate over the run: constant, or a cosine from the initial one to 0.",
+        choices=("constant", "cosine"),
+    )
+    momentum: float = _option(
+        0.9,
+        "Weight of the OLD average in the moving statistics of batch norm.",
+        valid=_SHARE,
+    )
+    epsilon: float = _option(
+        1e-5, "Added to the variance in batch norm.", valid=_POSITIVE
+    )
+    seed: int = _option(
+        0, "Decides initial weights and the order of images.", valid=_NOT_NEGATIVE
+    )
+
+    def __post_init__(self) -> None:
+        """Check each field's type and range."""
+        faults = [
+            fault
+            for field in dataclasses.fields(self)
+            if (fault := _fault(field, getattr(self, field.name)))
+        ]
+        if faults:
+            raise ConfigError("; ".join(faults))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as a dict that JSON can hold."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """Return the config of such a dict.
+
+        Raises:
+          ConfigError: if fields are missing or unknown, or a value is out of range.
+        """
+        names = {field.name for field in dataclasses.fields(cls)}
+        missing, unknown = names - values.keys(), values.keys() - names
+        if missing or unknown:
+            raise ConfigError(
+                f"a config needs the fields {sorted(names)}; missing: "
+                f"{sorted(missing)}, unknown: {sorted(unknown)}"
+            )
+        return cls(**values)
+
+
+def _fault(field: dataclasses.Field[Any], value: Any) -> str | None:
+    """Return what is wrong with a field's value, or None."""
+    choices, valid = field.metadata["choices"], field.metadata["valid"]
+    kind = type(field.default)
+    fits = type(value) is kind or (kind is float and type(value) is int)
+    if choices is not None and value not in choices:
+        return f"{field.name}={value!r}; expected one of {', '.join(choices)}"
+    if not fits:
+        return f"{field.name}={value!r}; expected a value of type {kind.__name__}"
+    if valid is not None and not valid.holds(value):
+        return f"{field.name}={value!r}; expected a number {valid.words}"
+    return None
+
+
+def define_flags(**defaults: Any) -> None:
+    """Define an absl flag for each field of `TrainConfig`.
+
+    Args:
+      **defaults: fields whose default in this entry point differs.
+    """
+    define: dict[type, Callable[..., Any]] = {
+        bool: flags.DEFINE_boolean,
+        int: flags.DEFINE_integer,
+        float: flags.DEFINE_float,
+        str: flags.DEFINE_string,
+    }
+    for field in dataclasses.fields(TrainConfig):
+        default = defaults.get(field.name, field.default)
+        choices = field.metadata["choices"]
+        help_text = field.metadata["help"]
+        if choices is not None:
+            help_text = f"<{'|'.join(choices)}>: {help_text}"
+        define[type(field.default)](field.name, default, help_text)
+
+
+def from_flags(
+    values: flags.FlagValues, *, defaults: Mapping[str, Any] | None = None
+) -> TrainConfig:
+    """Return the config that the parsed flags give.
+
+    Args:
+      values: `flags.FLAGS` after parsing.
+      defaults: values for fields whose flag was not given on the command line.
+
+    Raises:
+      ConfigError: if a value is out of range.
+    """
+    defaults = defaults or {}
+    fields: dict[str, Any] = {}
+    for field in dataclasses.fields(TrainConfig):
+        flag = values[field.name]
+        use_default = field.name in defaults and not flag.present
+        fields[field.name] = defaults[field.name] if use_default else flag.value
+    return TrainConfig(**fields)

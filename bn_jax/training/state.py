@@ -1,0 +1,80 @@
+"""`TrainState`: all that a training step changes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from flax import struct
+from jax import Array
+
+from bn_jax import models
+from bn_jax.models.lenet import LeNet
+from bn_jax.training.config import TrainConfig
+
+
+class TrainState(struct.PyTreeNode):
+    """What a step reads and returns."""
+
+    step: Array  # number of steps taken; shape [], int32
+    params: Any  # as `model.init` makes them
+    batch_stats: Any  # the moving statistics; {} in a model without any
+    opt_state: optax.OptState
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """The variables that `model.apply` takes."""
+        return {"params": self.params, "batch_stats": self.batch_stats}
+
+
+def make_model(config: TrainConfig, *, num_classes: int) -> LeNet:
+    """Return the model that `config` names."""
+    norm = models.norm_by_name(
+        config.norm, momentum=config.momentum, epsilon=config.epsilon
+    )
+    return LeNet(
+        norm=norm, bias_before_norm=config.bias_before_norm, num_classes=num_classes
+    )
+
+
+def make_optimizer(
+    config: TrainConfig, *, steps_per_epoch: int
+) -> optax.GradientTransformation:
+    """Return the optimizer, with its schedule, that `config` names."""
+    rate: optax.ScalarOrSchedule = config.learning_rate
+    if config.schedule == "cosine":
+        num_steps = config.epochs * steps_per_epoch
+        rate = optax.cosine_decay_schedule(config.learning_rate, num_steps)
+    if config.optimizer == "momentum":
+        return optax.sgd(rate, momentum=config.optimizer_momentum)
+    return {"sgd": optax.sgd, "adam": optax.adam}[config.optimizer](rate)
+
+
+def init_variables(
+    model: nn.Module, key: Array, images_shape: tuple[int, ...]
+) -> dict[str, Any]:
+    """Return a model's initial parameters and moving statistics.
+
+    Args:
+      model: called as `model(images, train=...)`.
+      key: decides the parameters.
+      images_shape: `[H, W, C]`.
+    """
+    images = jnp.zeros((1, *images_shape), jnp.float32)
+    variables = jax.jit(model.init, static_argnames="train")(key, images, train=False)
+    return {"batch_stats": {}, **variables}
+
+
+def init_state(
+    variables: dict[str, Any], optimizer: optax.GradientTransformation
+) -> TrainState:
+    """Return the state before the first step, from a model's initial variables."""
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=variables["params"],
+        batch_stats=variables["batch_stats"],
+        opt_state=optimizer.init(variables["params"]),
+    )

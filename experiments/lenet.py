@@ -1,0 +1,96 @@
+r"""Train LeNet with batch normalisation on Fashion-MNIST.
+
+This is the main experiment of the d2l chapter on batch normalisation: LeNet with a
+batch norm before each sigmoid, plain SGD with learning rate 1.0, batches of 256 images,
+10 epochs. It prints a line per epoch and, at the end, what the first layer learned.
+
+  python -m experiments.lenet --workdir=runs/lenet             the chapter's run
+  python -m experiments.lenet --workdir=runs/flax --norm=flax  with Flax's own layer
+  python -m experiments.lenet --workdir=runs/none --norm=none --learning_rate=0.9
+  python -m experiments.lenet --workdir=runs/smoke --smoke     a try in seconds
+  python -m experiments.lenet --load=runs/lenet                evaluate it again
+
+The folder --workdir receives config.json, environment.json, metrics.jsonl (a line per
+epoch), results.json, the trained variables, curves.png and gamma_beta.png.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags
+
+from bn_jax.training import config as config_lib
+from experiments import launch
+
+config_lib.define_flags()
+launch.define_data_flags()
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder that receives the results.")
+SMOKE = flags.DEFINE_boolean(
+    "smoke", False, "Try everything in seconds: the sample, 1 epoch, unless given."
+)
+LOAD = flags.DEFINE_string(
+    "load", None, "Folder of a finished run to evaluate again, instead of training."
+)
+
+
+def main(argv: Sequence[str]) -> None:
+    launch.check_no_arguments(argv)
+    if (WORKDIR.value is None) == (LOAD.value is None):
+        raise config_lib.ConfigError(
+            "give --workdir=DIR to train into a folder, or --load=DIR to evaluate what "
+            "a run left there; --help lists all flags"
+        )
+    if LOAD.value is not None:
+        evaluate_again(LOAD.value)
+        return
+    smoke = {"dataset": "sample", "epochs": 1} if SMOKE.value else {}
+    train(WORKDIR.value, config_lib.from_flags(flags.FLAGS, defaults=smoke))
+
+
+def train(workdir: str, config: config_lib.TrainConfig) -> None:
+    """Train `config` into `workdir` and print what came out."""
+    from bn_jax.training import run as run_lib  # here, so that --help is quick
+
+    data = launch.load_data(config.dataset)
+    run = run_lib.train_into(workdir, config, data)
+    first = next(iter(run.results["gamma_beta"].items()), None)
+    if first is not None:
+        layer, learned = first
+        print(f"{layer} gamma  {launch.numbers(learned['gamma'])}")
+        print(f"{layer} beta   {launch.numbers(learned['beta'])}")
+    print(
+        f"loss {run.results['train_loss']:.3f}, "
+        f"train accuracy {run.results['train_accuracy']:.3f}, "
+        f"test accuracy {run.results['test_accuracy']:.3f} by moving averages and "
+        f"{run.results['test_accuracy_exact']:.3f} by exact statistics, "
+        f"{run.results['examples_per_second']:,.0f} examples/s"
+    )
+    names = sorted(path.name for path in Path(workdir).iterdir())
+    print(f"data: {data.source}")
+    print(f"written to {workdir}: {', '.join(names)}")
+
+
+def evaluate_again(workdir: str) -> None:
+    """Evaluate the run in `workdir` and compare with what it wrote."""
+    from bn_jax.training import loop
+    from bn_jax.training import run as run_lib
+
+    run = run_lib.load(workdir)
+    data = launch.load_data(run.config.dataset)
+    if data.source != run.results["data_source"]:
+        print(f"note: the run was on {run.results['data_source']}")
+    score = loop.score(run.model, run.variables, data)
+    same = True
+    for name, value in score._asdict().items():
+        same &= value == run.results[name]
+        print(f"{name:20s} {value:.6f}  (the run wrote {run.results[name]:.6f})")
+    if not same:
+        sys.exit("the numbers differ from those that the run wrote")
+    print(f"the same numbers as in {Path(workdir) / 'results.json'}")
+
+
+if __name__ == "__main__":
+    launch.start(main)

@@ -1,0 +1,48 @@
+"""What every source of images yields, and the error that every source raises."""
+
+import dataclasses
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+Kind = Literal["tfds", "idx", "sample"]  # of source
+
+
+class DataError(ValueError):
+    """Data that is missing, damaged or not what it should be.
+
+    The message names the file or folder, what was found there, what was expected, and
+    what to do.
+    """
+
+
+class DataNotFoundError(DataError):
+    """A data set of which nothing is at hand, and which could not be fetched.
+
+    Attributes:
+        reason: What was looked for and why it failed, without the mend.
+    """
+
+    def __init__(self, reason: str, mend: str) -> None:
+        super().__init__(f"{reason} {mend}")
+        self.reason = reason
+
+
+class Split(NamedTuple):
+    """Images with their labels; C-contiguous, read-only, perhaps memory-mapped."""
+
+    images: np.ndarray  # shape=[N, H, W, C], dtype=uint8
+    labels: np.ndarray  # shape=[N], dtype=int32
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ImageData:
+    """A training and a test set of labelled images, and where they came from."""
+
+    name: str  # of the set that was loaded, never "auto"
+    train: Split
+    test: Split
+    class_names: tuple[str, ...]
+    kind: Kind
+    source: str  # one short phrase for logs and results
+    fallback_reason: str | None = None  # why "auto" took the sample

@@ -1,0 +1,270 @@
+"""Find, check and load an image set by name.
+
+Which source is taken, and in what order, is decided here; how each is read is in
+`idx`, `tfds_builder`, `array_cache` and `sample`.
+"""
+
+import dataclasses
+import http.client
+import os
+import threading
+import urllib.error
+import urllib.request
+import warnings
+from pathlib import Path
+
+from bn_jax.data import array_cache, idx, sample
+from bn_jax.data.image_data import (
+    DataError,
+    DataNotFoundError,
+    ImageData,
+    Kind,
+    Split,
+)
+from bn_jax.data.spec import SPECS, DatasetSpec
+
+DATASETS = ("auto", *SPECS, "sample")
+
+_SAMPLE_OF = "fashion_mnist"
+_PROBE_SECONDS = 5.0
+
+
+def load(
+    name: str,
+    *,
+    data_dir: str | os.PathLike[str] | None = None,
+    idx_dir: str | os.PathLike[str] | None = None,
+) -> ImageData:
+    """Load an image set.
+
+    The first of these sources that is there is taken; a damaged one is an error, never
+    skipped. All give the same arrays in the same order.
+
+    1. The IDX files in `idx_dir`. Naming a folder is a choice, so it comes before a
+       prepared set, which may be there by chance; and it is strict.
+    2. A TFDS set already prepared below `data_dir`, through the arrays cached beside
+       it.
+    3. For Fashion-MNIST, the IDX files of Debian's package `dataset-fashion-mnist`.
+    4. A download by TFDS, which prepares the set below `data_dir`.
+
+    Args:
+        name: One of `DATASETS`. "sample" is the embedded sample of Fashion-MNIST;
+            "auto" is "fashion_mnist", or the sample where none of its sources is at
+            hand.
+        data_dir: TFDS's root folder; by default the environment variable TFDS_DATA_DIR,
+            else `~/tensorflow_datasets`.
+        idx_dir: A folder with the four IDX files.
+
+    Returns:
+        The arrays and where they came from.
+
+    Raises:
+        DataError: If the name is unknown, or the data is missing or damaged.
+    """
+    if name == "sample":
+        if idx_dir is not None:
+            raise DataError(
+                f"dataset 'sample' is embedded, but idx_dir={os.fspath(idx_dir)!r} was "
+                "given. Leave it out, or name the set that the folder holds."
+            )
+        return _load_sample(None)
+    if name == "auto":
+        try:
+            return _load_real(SPECS[_SAMPLE_OF], data_dir, idx_dir)
+        except DataNotFoundError as error:
+            return _load_sample(error.reason)
+    return _load_real(_spec(name), data_dir, idx_dir)
+
+
+def prepare(
+    name: str,
+    *,
+    data_dir: str | os.PathLike[str] | None = None,
+    idx_dir: str | os.PathLike[str] | None = None,
+) -> Path:
+    """Prepare a set in TFDS's layout, with the cache of its decoded arrays.
+
+    A set that is already prepared is left as it is, whatever `idx_dir`.
+
+    Args:
+        name: One of `DATASETS` that can be prepared, not "auto" or "sample".
+        data_dir: As for `load`.
+        idx_dir: A folder with the four IDX files; by default those of Debian's package
+            for Fashion-MNIST, else TFDS's download.
+
+    Returns:
+        The prepared folder, such as `<data_dir>/fashion_mnist/3.0.1`.
+
+    Raises:
+        DataError: If the name cannot be prepared, or the data is missing or damaged.
+    """
+    spec = _spec(name)
+    prepared = _prepared_folder(spec, data_dir)
+    if not _is_prepared(prepared):
+        _prepare_records(spec, prepared, _idx_folder(spec, idx_dir))
+    _load_prepared(spec, prepared)
+    return prepared
+
+
+def _spec(name: str) -> DatasetSpec:
+    if name not in SPECS:
+        raise DataError(
+            f"dataset {name!r} is not one that can be loaded or prepared here; "
+            f"expected one of {', '.join(SPECS)} (or, to load, auto or sample)."
+        )
+    return SPECS[name]
+
+
+def _load_real(
+    spec: DatasetSpec,
+    data_dir: str | os.PathLike[str] | None,
+    idx_dir: str | os.PathLike[str] | None,
+) -> ImageData:
+    prepared = _prepared_folder(spec, data_dir)
+    folder = _idx_folder(spec, idx_dir)
+    if folder is not None and (idx_dir is not None or not _is_prepared(prepared)):
+        splits = idx.read(idx.find(folder), spec)
+        return _image_data(spec, splits, "idx", f"IDX files in {folder}")
+    if not _is_prepared(prepared):
+        _prepare_records(spec, prepared, None)
+    splits = _load_prepared(spec, prepared)
+    return _image_data(spec, splits, "tfds", f"TFDS set in {prepared}")
+
+
+def _load_sample(fallback_reason: str | None) -> ImageData:
+    data = _image_data(
+        SPECS[_SAMPLE_OF], sample.read(), "sample", "the sample embedded in bn_jax"
+    )
+    return dataclasses.replace(data, name="sample", fallback_reason=fallback_reason)
+
+
+def _image_data(
+    spec: DatasetSpec, splits: tuple[Split, Split], kind: Kind, origin: str
+) -> ImageData:
+    train, test = splits
+    return ImageData(
+        name=spec.name,
+        train=train,
+        test=test,
+        class_names=spec.class_names,
+        kind=kind,
+        source=(
+            f"{spec.title}, {len(train.labels):,} + {len(test.labels):,} images, "
+            f"{origin}"
+        ),
+    )
+
+
+def _prepared_folder(
+    spec: DatasetSpec, data_dir: str | os.PathLike[str] | None
+) -> Path:
+    # The default is TFDS's own, repeated here so that TFDS need not be imported.
+    root = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    return Path(root).expanduser() / spec.name / spec.version
+
+
+def _is_prepared(prepared: Path) -> bool:
+    # TFDS writes into a sibling folder and renames it at the end, so a folder with this
+    # file is whole, and one without it was not left by an interrupted preparation.
+    if (prepared / "dataset_info.json").is_file():
+        return True
+    if prepared.exists():
+        raise DataError(
+            f"{prepared} holds no dataset_info.json, so it is no prepared TFDS set. "
+            "Delete the folder, or give another --data_dir."
+        )
+    return False
+
+
+def _idx_folder(
+    spec: DatasetSpec, idx_dir: str | os.PathLike[str] | None
+) -> Path | None:
+    """Return the folder of IDX files to read, if one was given or is installed."""
+    if idx_dir is not None:
+        return Path(idx_dir).expanduser()
+    if spec.system_folder is not None and Path(spec.system_folder).is_dir():
+        return Path(spec.system_folder)
+    return None
+
+
+def _prepare_records(spec: DatasetSpec, prepared: Path, folder: Path | None) -> None:
+    """Write the TFDS set from the IDX files in `folder`, or by a download."""
+    paths = None
+    if folder is not None:
+        paths = idx.find(folder)
+    elif (failure := _probe(idx.url(spec, "test_labels"))) is not None:
+        raise _not_found(spec, prepared, failure)
+    from bn_jax.data import tfds_builder
+
+    try:
+        tfds_builder.prepare(spec, data_dir=prepared.parents[1], paths=paths)
+    except tfds_builder.DownloadError as error:
+        raise _not_found(spec, prepared, str(error)) from None
+
+
+def _load_prepared(spec: DatasetSpec, prepared: Path) -> tuple[Split, Split]:
+    splits = array_cache.read(prepared, spec)
+    if splits is not None:
+        return splits
+    from bn_jax.data import tfds_builder
+
+    splits = tfds_builder.read(prepared, spec)
+    try:
+        array_cache.write(prepared, *splits)
+    except OSError as error:
+        warnings.warn(
+            f"the arrays of {prepared} could not be cached beside it ({error}); each "
+            "load will decode the records again.",
+            stacklevel=3,
+        )
+    return splits
+
+
+def _not_found(spec: DatasetSpec, prepared: Path, failure: str) -> DataNotFoundError:
+    looked = [f"no TFDS set in {prepared}"]
+    ways = [
+        f"run once on a machine with internet, so that TFDS downloads it, and copy "
+        f"{prepared.parents[1]}"
+    ]
+    if spec.system_folder is not None:
+        looked.append(f"no IDX files in {spec.system_folder}")
+        ways.append("apt-get install dataset-fashion-mnist")
+    ways.append("--idx_dir=FOLDER with the four IDX files")
+    mend = f"To get the data: {'; or '.join(ways)}."
+    if spec.name == _SAMPLE_OF:
+        mend += (
+            " Or train on the embedded sample of 6,000 + 1,000 images with "
+            "--dataset=auto or --dataset=sample."
+        )
+    return DataNotFoundError(
+        f"{spec.title} is not at hand: {', '.join(looked)}, and the download "
+        f"from {spec.url} failed ({failure}).",
+        mend,
+    )
+
+
+def _probe(url: str) -> str | None:
+    """Return why `url` cannot be reached, or None if it can.
+
+    Without a network, TFDS's download retries for 204 s (ten times each with a doubling
+    pause; measured with TFDS 4.9.10), and a firewall that drops packets would hold it
+    for longer, so it is started only where one quick request succeeds.
+    """
+    outcome = [f"no answer within {_PROBE_SECONDS:g} s"]
+
+    def request() -> None:
+        try:
+            with urllib.request.urlopen(url, timeout=_PROBE_SECONDS):
+                outcome[0] = ""
+        except urllib.error.HTTPError as error:
+            outcome[0] = f"HTTP status {error.code}"
+            error.close()
+        except (OSError, http.client.HTTPException) as error:
+            outcome[0] = str(getattr(error, "reason", error))
+
+    # The timeout of a socket covers neither the look-up of the name nor all addresses
+    # together; a daemon thread can be left behind.
+    thread = threading.Thread(target=request, daemon=True)
+    thread.start()
+    thread.join(_PROBE_SECONDS)
+    return outcome[0] or None

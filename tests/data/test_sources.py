@@ -1,0 +1,216 @@
+"""Which source `load` takes, and what it says when there is none."""
+
+import functools
+import http.server
+import shutil
+import socket
+import threading
+import time
+
+import pytest
+
+from bn_jax.data import DATASETS, DataError, load, prepare, sources, tfds_builder
+
+NAME = "fashion_mnist"
+
+
+@pytest.fixture
+def serve(tiny):
+    """Serve the IDX files over loopback and point the table at them."""
+    servers = []
+    dropped = set()  # paths whose connection is closed without an answer
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def do_GET(self):
+            if self.path in dropped:
+                self.close_connection = True
+            else:
+                super().do_GET()
+
+        def log_message(self, *args):
+            del args
+
+    def start(*drop):
+        dropped.update(drop)
+        handler = functools.partial(Handler, directory=tiny.idx_dir)
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        servers.append((server, thread))
+        tiny.install(url=f"http://127.0.0.1:{server.server_port}/")
+
+    yield start
+    for server, thread in servers:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def test_names_are_public():
+    assert DATASETS == ("auto", "fashion_mnist", "mnist", "kmnist", "sample")
+
+
+@pytest.mark.parametrize("name", ["cifar", ""])
+def test_unknown_name_lists_the_names(name):
+    with pytest.raises(DataError) as caught:
+        load(name)
+    assert repr(name) in str(caught.value)
+    assert all(known in str(caught.value) for known in DATASETS)
+
+
+@pytest.mark.parametrize("name", ["auto", "sample"])
+def test_only_real_sets_are_prepared(name):
+    with pytest.raises(DataError, match=f"dataset '{name}' is not one"):
+        prepare(name)
+
+
+def test_sample_refuses_an_idx_dir(tiny):
+    with pytest.raises(DataError, match="'sample' is embedded, but idx_dir"):
+        load("sample", idx_dir=tiny.idx_dir)
+
+
+def test_strict_name_without_data_tells_the_three_ways(tiny):
+    with pytest.raises(DataError) as caught:
+        load(NAME)
+    message = str(caught.value)
+    assert str(tiny.prepared) in message
+    assert tiny.spec.system_folder in message
+    assert "Connection refused" in message
+    for way in (
+        "a machine with internet",
+        "apt-get install dataset-fashion-mnist",
+        "--idx_dir=FOLDER",
+        "--dataset=auto or --dataset=sample",
+    ):
+        assert way in message
+    assert caught.value.__cause__ is None
+    assert caught.value.__suppress_context__ or caught.value.__context__ is None
+
+
+def test_auto_without_data_takes_the_sample_and_says_why(tiny):
+    data = load("auto")
+    assert (data.name, data.kind) == ("sample", "sample")
+    assert len(data.train.labels) == 6_000
+    assert "is not at hand" in data.fallback_reason
+    assert "Connection refused" in data.fallback_reason
+    assert "apt-get" not in data.fallback_reason
+
+
+@pytest.mark.parametrize("name", ["auto", NAME])
+def test_system_folder_is_used_where_nothing_is_prepared(tiny, assert_is_tiny, name):
+    tiny.install(system_folder=str(tiny.idx_dir))
+    data = load(name)
+    assert_is_tiny(data)
+    assert (data.name, data.kind, data.fallback_reason) == (NAME, "idx", None)
+    assert not tiny.data_dir.exists()  # reading IDX files writes nothing
+
+
+@pytest.mark.parametrize("given", ["idx_dir", "system"])
+def test_auto_raises_on_damaged_data_that_is_there(tiny, given):
+    tiny.file("test_labels").unlink()
+    if given == "system":
+        tiny.install(system_folder=str(tiny.idx_dir))
+    with pytest.raises(DataError, match="lacks 1 of the 4"):
+        load("auto", idx_dir=tiny.idx_dir if given == "idx_dir" else None)
+
+
+def test_prepared_set_comes_before_the_system_folder(tiny, assert_is_tiny):
+    prepare(NAME, idx_dir=tiny.idx_dir)
+    tiny.install(system_folder=str(tiny.idx_dir))
+    data = load("auto")
+    assert_is_tiny(data)
+    assert data.kind == "tfds"
+
+
+def test_given_idx_dir_comes_before_a_prepared_set(tiny):
+    prepare(NAME, idx_dir=tiny.idx_dir)
+    assert load(NAME, idx_dir=tiny.idx_dir).kind == "idx"
+    with pytest.raises(DataError, match="is not a folder"):
+        load(NAME, idx_dir=tiny.idx_dir / "nowhere")
+
+
+def test_data_dir_argument_comes_before_the_environment(tiny, tmp_path):
+    folder = prepare(NAME, data_dir=tmp_path / "other", idx_dir=tiny.idx_dir)
+    assert folder == tmp_path / "other" / NAME / "3.0.1"
+    assert not tiny.data_dir.exists()
+    assert load(NAME, data_dir=tmp_path / "other").kind == "tfds"
+
+
+@pytest.mark.parametrize("name", ["auto", NAME])
+def test_download_prepares_the_set(tiny, assert_is_tiny, serve, name):
+    serve()
+    data = load(name)
+    assert_is_tiny(data)
+    assert data.kind == "tfds"
+    assert data.source == f"Fashion-MNIST, 30 + 20 images, TFDS set in {tiny.prepared}"
+    shutil.rmtree(tiny.idx_dir)
+    assert_is_tiny(load(name))
+
+
+def test_file_missing_on_the_server_is_one_error(tiny, serve):
+    tiny.file("train_images").unlink()
+    serve()
+    with pytest.raises(DataError, match=r"download from .* failed .*404") as caught:
+        load(NAME)
+    assert caught.value.__cause__ is None
+    assert not tiny.prepared.exists()
+    assert load("auto").kind == "sample"
+
+
+def test_connection_lost_after_the_probe_is_reported_once(
+    tiny, serve, monkeypatch, caplog
+):
+    # TFDS's ten retries take 204 s.
+    downloader = tfds_builder.tfds.core.download.downloader
+    monkeypatch.setattr(downloader, "MAX_RETRIES", 1)
+    serve("/train-images-idx3-ubyte.gz")
+    with pytest.raises(DataError, match=r"download from .* failed \(ConnectionError"):
+        load(NAME)
+    assert not [record for record in caplog.records if "urllib3" in record.name]
+    assert load("auto").kind == "sample"
+
+
+def test_damaged_download_is_an_error_even_for_auto(tiny, serve):
+    content = tiny.file("train_labels").read_bytes()
+    tiny.file("train_labels").write_bytes(content[:-10])
+    serve()
+    with pytest.raises(DataError, match="truncated or damaged gzip file"):
+        load("auto")
+    assert not tiny.prepared.exists()
+
+
+def test_server_that_never_answers_is_given_up(tiny, monkeypatch):
+    monkeypatch.setattr(sources, "_PROBE_SECONDS", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        tiny.install(url=f"http://127.0.0.1:{server.getsockname()[1]}/")
+        start = time.monotonic()
+        with pytest.raises(DataError, match="no answer within|timed out"):
+            load(NAME)
+        assert time.monotonic() - start < 5
+
+
+def test_unreachable_download_is_reported_once(run_python):
+    result = run_python(
+        "from bn_jax.data import DataError\n"
+        f"try: load({NAME!r}, data_dir=ROOT)\n"
+        "except DataError as error: print(error)\n"
+    )
+    assert result.returncode == 0
+    assert result.stdout.count("\n") == 1
+    assert "Connection refused" in result.stdout
+    assert result.stderr == ""
+
+
+def test_idx_cache_and_sample_load_without_tfds(tiny, run_python):
+    prepare(NAME, idx_dir=tiny.idx_dir)
+    result = run_python(
+        f"""
+assert load({NAME!r}, idx_dir=IDX).kind == "idx"
+assert load({NAME!r}, data_dir=ROOT).kind == "tfds"
+assert load("sample").kind == "sample"
+assert load("auto", data_dir=IDX).kind == "sample"
+banned = ("tensorflow_datasets", "matplotlib", "flax", "absl")
+print(sorted(set(banned) & set(sys.modules)))
+"""
+    )
+    assert result.stdout == "[]\n", result.stderr

@@ -91,6 +91,7 @@ def normalize(
         positive.
     """
     scale, bias = params or (None, None)
+    x = jnp.asarray(x)
     moments_lib.check_input(x, feature_axis)
     _check_features(x, feature_axis, mean=mean, var=var, scale=scale, bias=bias)
     if not isinstance(epsilon, jax.Array) and not epsilon > 0:
@@ -123,19 +124,16 @@ def update_average(
       momentum: weight of the OLD average, in [0, 1]; the batch has 1 - momentum.
 
     Raises:
-      ValueError: if momentum is outside [0, 1] or the state is narrower than float32.
+      ValueError: if momentum is outside [0, 1], or the state is narrower than float32.
     """
     if not isinstance(momentum, jax.Array) and not 0 <= momentum <= 1:
         raise ValueError(
             f"momentum={momentum!r}; expected the weight of the old average, in [0, 1]"
         )
 
+    _check_state(state)
+
     def moved(old: Array, new: Array) -> Array:
-        if old.dtype != moments_lib.statistics_dtype(old.dtype):
-            raise ValueError(
-                f"the state has dtype {old.dtype}, too narrow to average in; keep it "
-                "in float32, as bn_jax.init makes it"
-            )
         average = momentum * old + (1 - momentum) * new
         return jnp.where(moments.count > 0, average, old).astype(old.dtype)
 
@@ -170,7 +168,8 @@ def batch_norm(
       epsilon: added to the variance, greater than 0.
       feature_axis: axis (or axes) of the features; all others are normalised over.
       weights: of the examples or positions in the statistics; see `measure`. A batch
-        of total weight 0 is normalised by `state`.
+        of total weight 0 is normalised by `state`, and a value of weight 0 that is not
+        finite as if it were the mean, since NaN in y would spoil every gradient.
       axis_name: name (or tuple of names) of the mapped axes whose instances share
         their statistics; None uses those of `x` alone.
       axis_index_groups: partition of that axis into groups that share statistics.
@@ -201,8 +200,10 @@ def batch_norm(
             f"train must be a Python bool, known when the function is traced, but is "
             f"{train}; pass it through static_argnames or functools.partial"
         )
+    x = jnp.asarray(x)
     moments_lib.check_input(x, feature_axis)
     _check_features(x, feature_axis, mean=state.mean, var=state.var)
+    _check_state(state)
     if not train:
         y = normalize(
             x,
@@ -232,8 +233,14 @@ def batch_norm(
     present = moments.count > 0
     mean = jnp.where(present, moments.mean, state.mean)
     var = jnp.where(present, moments.var, state.var)
+    dtype = x.dtype
+    if weights is not None:
+        w = moments_lib.align_weights(weights, x, feature_axis)
+        axes = moments_lib.reduction_axes(x.ndim, feature_axis)
+        used = (w > 0) | jnp.isfinite(x)
+        x = jnp.where(used, x, jnp.expand_dims(mean, axes))
     y = normalize(x, mean, var, params, epsilon=epsilon, feature_axis=feature_axis)
-    return y, update_average(state, moments, momentum=momentum)
+    return y.astype(dtype), update_average(state, moments, momentum=momentum)
 
 
 def _check_features(
@@ -253,6 +260,16 @@ def _check_features(
             )
 
 
+def _check_state(state: BatchNormState) -> None:
+    """Refuse moving averages in a dtype that momentum near 1 would freeze."""
+    for name, value in state._asdict().items():
+        if value.dtype != moments_lib.statistics_dtype(value.dtype):
+            raise ValueError(
+                f"state.{name} has dtype {value.dtype}, too narrow to average in; keep "
+                "it in float32, as bn_jax.init makes it"
+            )
+
+
 def _warn_if_single(
     x: Array,
     feature_axis: int | Sequence[int],
@@ -262,10 +279,10 @@ def _warn_if_single(
     """Warn, when traced, of a batch with one value a feature over all instances."""
     axes = moments_lib.reduction_axes(x.ndim, feature_axis)
     n = math.prod(x.shape[a] for a in axes)
-    if axis_index_groups is not None:
-        n *= min(len(group) for group in axis_index_groups)
-    elif axis_name is not None:
-        n *= moments_lib.axis_size(axis_name)
+    if axis_name is not None:
+        size = moments_lib.axis_size(axis_name)
+        groups = axis_index_groups
+        n *= size if groups is None else moments_lib.group_size(groups, size)
     if n == 1:
         warnings.warn(
             f"batch_norm in training mode was given one value a feature (x of shape "

@@ -91,6 +91,7 @@ class BatchNorm(nn.Module):
         use_running_average = nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
         )
+        x = jnp.asarray(x)
         moments_lib.check_input(x, self.axis)
         axes = moments_lib.feature_axes(x.ndim, self.axis)
         shape = tuple(x.shape[a] for a in axes)

@@ -120,6 +120,7 @@ def measure(
       TypeError: if `x` is not of a real floating-point dtype.
       ValueError: on a bad rank, feature axis, or weights.
     """
+    x = jnp.asarray(x)
     check_input(x, feature_axis)
     axes = reduction_axes(x.ndim, feature_axis)
     x = x.astype(statistics_dtype(x.dtype))
@@ -128,7 +129,7 @@ def measure(
         n = jnp.asarray(math.prod(x.shape[a] for a in axes), x.dtype)
         w = None
     else:
-        w = _align_weights(weights, x, axes).astype(x.dtype)
+        w = align_weights(weights, x, feature_axis).astype(x.dtype)
         n = _total_weight(w, x.shape, axes)
         x = jnp.where(w > 0, x, 0)
 
@@ -148,7 +149,11 @@ def measure(
 
 def merge(a: Moments, b: Moments) -> Moments:
     """Return the moments of the union of two disjoint sets of examples."""
-    return merge_stacked(jax.tree.map(lambda *leaves: jnp.stack(leaves), a, b))
+
+    def stack(*leaves: Array) -> Array:
+        return jnp.stack(jnp.broadcast_arrays(*leaves))  # a count may be shared
+
+    return merge_stacked(jax.tree.map(stack, a, b))
 
 
 def merge_stacked(moments: Moments) -> Moments:
@@ -179,23 +184,39 @@ def merge_across(
 ) -> Moments:
     """Merge the moments of every instance along a named axis, in one collective.
 
-    Counts may differ between instances, and an empty one weighs nothing. The moments
-    themselves are gathered, not sums of squares added up, because those would lose the
-    variance where the mean is large.
+    Counts may differ between instances, and an empty one weighs nothing. Sums of
+    squares would lose the variance where the mean is large, so each instance puts its
+    moments into a row of its own, the rows are added up, and all merge the same rows.
+    A sum, unlike a gather, serves several names at once under every transform, and
+    `jax.shard_map` knows that its result is the same on all devices.
 
     Args:
       moments: of this instance's examples.
       axis_name: name, or tuple of names, of axes bound by `jax.pmap`, `jax.vmap` or
         `jax.shard_map`.
-      axis_index_groups: partition of the axis; moments are merged inside each group.
+      axis_index_groups: partition of the axis into groups of one size, of which each
+        merges its own moments; under `jax.pmap` and `jax.shard_map(check_vma=False)`.
 
     Raises:
-      ValueError: if an axis name is not bound.
+      ValueError: if an axis name is not bound, or the groups are no such partition or
+        not to be had under the transform.
     """
-    axis_size(axis_name)  # refuses an unbound name with a message that says the mend
+    num_rows = axis_size(axis_name)
+    row = lax.axis_index(axis_name)
+    if axis_index_groups is not None:
+        num_rows = group_size(axis_index_groups, num_rows)
+        row = _place_in_group(axis_index_groups)[row]
     flat, unravel = ravel_pytree(moments)
-    gathered = lax.all_gather(flat, axis_name, axis_index_groups=axis_index_groups)
-    return merge_stacked(jax.vmap(unravel)(gathered))
+    rows = jnp.zeros((num_rows, *flat.shape), flat.dtype).at[row].set(flat)
+    try:
+        rows = lax.psum(rows, axis_name, axis_index_groups=axis_index_groups)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"axis_index_groups={axis_index_groups!r} cannot be had here ({error}); "
+            "use jax.pmap or jax.shard_map(..., check_vma=False), or name two axes and "
+            "share statistics along one of them"
+        ) from error
+    return merge_stacked(jax.vmap(unravel)(rows))
 
 
 def axis_size(axis_name: Hashable | tuple[Hashable, ...]) -> int:
@@ -218,11 +239,39 @@ def axis_size(axis_name: Hashable | tuple[Hashable, ...]) -> int:
     return size
 
 
-def _align_weights(weights: Array, x: Array, axes: tuple[int, ...]) -> Array:
-    """Return `weights` with x's rank, each axis of x's size or 1."""
+def group_size(axis_index_groups: AxisIndexGroups, num_instances: int) -> int:
+    """Return the number of instances in each group.
+
+    Raises:
+      ValueError: if the groups do not split the axis into parts of one size.
+    """
+    sizes = {len(group) for group in axis_index_groups}
+    members = sorted(i for group in axis_index_groups for i in group)
+    if len(sizes) != 1 or members != list(range(num_instances)):
+        raise ValueError(
+            f"axis_index_groups={axis_index_groups!r} do not split an axis of "
+            f"{num_instances} instances; expected groups of one size that hold each of "
+            f"0 to {num_instances - 1} once"
+        )
+    return sizes.pop()
+
+
+def _place_in_group(axis_index_groups: AxisIndexGroups) -> Array:
+    """Return, for each instance along the axis, its position in its group."""
+    places = {i: place for group in axis_index_groups for place, i in enumerate(group)}
+    return jnp.asarray([places[i] for i in range(len(places))])
+
+
+def align_weights(weights: Array, x: Array, feature_axis: int | Sequence[int]) -> Array:
+    """Return `weights` with x's rank, each axis of x's size or 1.
+
+    Raises:
+      ValueError: if their shape does not fit, or one is negative or not a number.
+    """
+    axes = reduction_axes(x.ndim, feature_axis)
     w = jnp.asarray(weights)
-    if w.ndim == len(axes) < x.ndim:
-        w = jnp.expand_dims(w, [a for a in range(x.ndim) if a not in axes])
+    if w.ndim == len(axes):
+        w = jnp.expand_dims(w, feature_axes(x.ndim, feature_axis))
     if w.ndim != x.ndim or any(
         s not in (1, t) for s, t in zip(w.shape, x.shape, strict=False)
     ):
@@ -232,11 +281,14 @@ def _align_weights(weights: Array, x: Array, axes: tuple[int, ...]) -> Array:
             "axes, where any axis may be 1: one weight an example of [N, H, W, C] is "
             "weights[:, None, None]"
         )
-    if not isinstance(w, jax.core.Tracer) and not bool(jnp.all(w >= 0)):
-        raise ValueError(
-            f"weights must be non-negative numbers, but the least is {jnp.min(w)}; "
-            "give 0 to leave a value out"
-        )
+    if w.size and not isinstance(w, jax.core.Tracer):
+        with jax.ensure_compile_time_eval():
+            least = jnp.min(w).item()
+        if not least >= 0:
+            raise ValueError(
+                f"weights must be non-negative numbers, but the least is {least}; give "
+                "0 to leave a value out"
+            )
     return w
 
 

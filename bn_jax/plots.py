@@ -108,7 +108,7 @@ def arms_by_epoch(
             low, high = map(min, by_epoch), map(max, by_epoch)
             axes.fill_between(epochs, [*low], [*high], color=colour, alpha=0.2, lw=0)
             axes.plot(epochs, means, color=colour, label=title, marker=".")
-            if name != "loss" and arm != "none":
+            if name != "loss" and not arm.startswith("none"):
                 exact = [row["test_accuracy_exact"] for row in runs]
                 axes.plot(
                     epochs[-1],

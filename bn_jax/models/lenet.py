@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen import initializers
 from jax import Array
@@ -25,6 +26,8 @@ class LeNet(nn.Module):
         normalisation.
       bias_before_norm: whether the layers before a norm have a bias, as the chapter's
         do; batch norm subtracts it again. Without norm they always have one.
+      first_padding: pixels of 0 around the images: 0 in the chapter on batch
+        normalisation, 2 in the one that introduces LeNet without it.
       num_classes: number of outputs.
       layout: order of the axes of the convolutions' activations; None chooses the
         faster one for the backend. Parameters and results do not depend on it.
@@ -37,6 +40,7 @@ class LeNet(nn.Module):
 
     norm: Callable[..., nn.Module] | None = None
     bias_before_norm: bool = True
+    first_padding: int = 0
     num_classes: int = 10
     layout: layers.Layout | None = None
 
@@ -60,6 +64,8 @@ class LeNet(nn.Module):
                 x = self.norm(use_running_average=not train, axis=axis, name=name)(x)
             return jax.nn.sigmoid(x)
 
+        p = self.first_padding
+        x = jnp.pad(x, ((0, 0), (p, p), (p, p), (0, 0)))
         x = layers.from_nhwc(x, layout)
         for i, features in enumerate((6, 16), start=1):
             conv = layers.Conv(

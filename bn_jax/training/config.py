@@ -68,6 +68,12 @@ class TrainConfig:
     bias_before_norm: bool = _option(
         True, "Whether layers before a norm have a bias; batch norm cancels it."
     )
+    first_padding: int = _option(
+        0,
+        "Pixels of 0 around the images: 0 in the chapter on batch normalisation, 2 in "
+        "the one that introduces LeNet without it.",
+        valid=_NOT_NEGATIVE,
+    )
     epochs: int = _option(10, "Passes over the training images.", valid=_AT_LEAST_1)
     batch_size: int = _option(
         256,

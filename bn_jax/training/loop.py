@@ -76,14 +76,9 @@ def fit(
       ConfigError: if a batch is larger than the training set.
       FloatingPointError: if the loss is not finite.
     """
-    num_examples = len(data.train.labels)
-    if config.batch_size > num_examples:
-        raise ConfigError(
-            f"batch_size={config.batch_size} is larger than the training set of "
-            f"{num_examples} images; give at most {num_examples}"
-        )
+    check_fits(config, data)
     model = make_model(config, num_classes=len(data.class_names))
-    steps_per_epoch = num_examples // config.batch_size
+    steps_per_epoch = len(data.train.labels) // config.batch_size
     optimizer = make_optimizer(config, steps_per_epoch=steps_per_epoch)
     init_key, order_key = jax.random.split(jax.random.key(config.seed))
     variables = init_variables(model, init_key, data.train.images.shape[1:])
@@ -131,6 +126,20 @@ def fit(
         history.append(report)
         on_epoch(report)
     return Fit(model, state, history, np.concatenate(losses), compile_seconds)
+
+
+def check_fits(config: TrainConfig, data: data_lib.ImageData) -> None:
+    """Refuse a config that cannot train on `data`.
+
+    Raises:
+      ConfigError: if a batch is larger than the training set.
+    """
+    num_examples = len(data.train.labels)
+    if config.batch_size > num_examples:
+        raise ConfigError(
+            f"batch_size={config.batch_size} is larger than the training set of "
+            f"{num_examples} images; give at most {num_examples}"
+        )
 
 
 def score(model: nn.Module, variables: Any, data: data_lib.ImageData) -> Score:

@@ -40,6 +40,7 @@ def train_into(
       ConfigError: if the config does not fit the data.
       FloatingPointError: if the loss is not finite.
     """
+    loop.check_fits(config, data)
     workdir = results.start_run(workdir, config.to_dict())
     with tqdm(total=config.epochs, unit="epoch", disable=None, leave=False) as bar:
 

@@ -36,7 +36,10 @@ def make_model(config: TrainConfig, *, num_classes: int) -> LeNet:
         config.norm, momentum=config.momentum, epsilon=config.epsilon
     )
     return LeNet(
-        norm=norm, bias_before_norm=config.bias_before_norm, num_classes=num_classes
+        norm=norm,
+        bias_before_norm=config.bias_before_norm,
+        first_padding=config.first_padding,
+        num_classes=num_classes,
     )
 
 

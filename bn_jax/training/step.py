@@ -129,7 +129,7 @@ def evaluate(
     num_examples = len(data.labels)
     num_batches = -(-num_examples // batch_size)
     padding = num_batches * batch_size - num_examples
-    counts = jnp.arange(num_batches * batch_size) < num_examples
+    counts = jnp.ones(num_examples, bool)  # padded with False
 
     def batched(leaf: Array) -> Array:
         filled = jnp.pad(leaf, [(0, padding)] + [(0, 0)] * (leaf.ndim - 1))

@@ -1,0 +1,151 @@
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax import traverse_util
+from jax import lax
+
+from bn_jax import models
+from bn_jax.linen import BatchNorm
+from bn_jax.models.lenet import LeNet
+
+IMAGES = jax.random.uniform(jax.random.key(7), (16, 28, 28, 1))
+BN = functools.partial(BatchNorm, momentum=0.9)
+
+
+def trained_like(model):
+    """Variables with no value left at its start, so that none can be ignored."""
+    variables = model.init(jax.random.key(0), IMAGES[:1], train=False)
+    leaves, tree = jax.tree.flatten(variables)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    leaves = [
+        leaf + 0.1 * jax.random.uniform(key, leaf.shape)
+        for leaf, key in zip(leaves, keys, strict=True)
+    ]
+    return jax.tree.unflatten(tree, leaves)
+
+
+def loss_and_statistics(model, variables, params):
+    logits, updates = model.apply(
+        {**variables, "params": params}, IMAGES, train=True, mutable=["batch_stats"]
+    )
+    return jnp.mean(logits**2), updates
+
+
+def gradients(model, variables):
+    loss = functools.partial(loss_and_statistics, model, variables)
+    return jax.grad(loss, has_aux=True)(variables["params"])
+
+
+def chapter_lenet(variables, x):
+    """The chapter's training-mode forward pass, written out a second time."""
+    p = variables["params"]
+
+    def bn_sigmoid(x, norm, axes):
+        standard = (x - x.mean(axes)) / jnp.sqrt(x.var(axes) + 1e-5)
+        return 1 / (1 + jnp.exp(-(standard * norm["scale"] + norm["bias"])))
+
+    def conv_bn_pool(x, conv, norm):
+        x = lax.conv_general_dilated(
+            x,
+            conv["kernel"],
+            (1, 1),
+            "VALID",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        x = bn_sigmoid(x + conv["bias"], norm, (0, 1, 2))
+        return (
+            x[:, ::2, ::2] + x[:, 1::2, ::2] + x[:, ::2, 1::2] + x[:, 1::2, 1::2]
+        ) / 4
+
+    x = conv_bn_pool(x, p["conv1"], p["norm1"])
+    x = conv_bn_pool(x, p["conv2"], p["norm2"])
+    x = x.reshape(len(x), 256)
+    for dense, norm in (("dense1", "norm3"), ("dense2", "norm4")):
+        x = bn_sigmoid(x @ p[dense]["kernel"] + p[dense]["bias"], p[norm], 0)
+    return x @ p["dense3"]["kernel"] + p["dense3"]["bias"]
+
+
+@pytest.mark.parametrize("layout", ["NHWC", "CHWN"])
+def test_lenet_is_the_chapters(layout):
+    model = LeNet(norm=BN, layout=layout)
+    variables = trained_like(model)
+    logits, _ = model.apply(variables, IMAGES, train=True, mutable=["batch_stats"])
+    np.testing.assert_allclose(logits, chapter_lenet(variables, IMAGES), atol=1e-5)
+
+
+def count(variables):
+    return sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+
+
+def test_parameter_counts_are_the_chapters():
+    # Weights 150 + 2,400 + 30,720 + 10,080 + 840, biases 226 before a norm and 10 of
+    # the last layer, and gamma and beta of 226 features.
+    with_norm = trained_like(LeNet(norm=BN))
+    assert count(with_norm) == 44_190 + 226 + 10 + 2 * 226
+    assert count(trained_like(LeNet(norm=BN, bias_before_norm=False))) == (
+        count(with_norm) - 226
+    )
+    assert count(trained_like(LeNet(bias_before_norm=False))) == 44_190 + 226 + 10
+
+
+def test_layouts_give_the_same_loss_gradients_and_statistics():
+    variables = trained_like(LeNet(norm=BN))
+    results = [
+        gradients(LeNet(norm=BN, layout=layout), variables)
+        for layout in ("NHWC", "CHWN")
+    ]
+    chex.assert_trees_all_close(*results, atol=1e-5)
+
+
+def test_flaxs_own_norm_gives_the_same_gradients_and_statistics():
+    variables = trained_like(LeNet(norm=BN))
+    ours = gradients(LeNet(norm=BN), variables)
+    theirs = gradients(
+        LeNet(norm=functools.partial(nn.BatchNorm, momentum=0.9)), variables
+    )
+    chex.assert_trees_all_close(ours, theirs, atol=1e-5)
+
+
+def test_bias_before_a_norm_changes_nothing_and_receives_no_gradient():
+    model = LeNet(norm=BN)
+    variables = trained_like(model)
+    params = traverse_util.flatten_dict(variables["params"])
+    before_norm = [(layer, "bias") for layer in ("conv1", "conv2", "dense1", "dense2")]
+    moved = {**params, **{path: params[path] + 3 for path in before_norm}}
+    loss, _ = loss_and_statistics(model, variables, variables["params"])
+    moved_loss, _ = loss_and_statistics(
+        model, variables, traverse_util.unflatten_dict(moved)
+    )
+    np.testing.assert_allclose(moved_loss, loss, atol=1e-5)
+    flat = traverse_util.flatten_dict(gradients(model, variables)[0])
+    for path in before_norm:
+        assert jnp.abs(flat[path]).max() < 1e-6
+        assert jnp.abs(flat[(path[0], "kernel")]).max() > 1e-4
+
+
+def test_kernels_start_from_xaviers_uniform_distribution():
+    params = LeNet().init(jax.random.key(0), IMAGES[:1], train=False)["params"]
+    for layer, fans in {"conv2": 25 * (6 + 16), "dense1": 256 + 120}.items():
+        bound = np.sqrt(6 / fans)
+        kernel = params[layer]["kernel"]
+        assert jnp.abs(kernel).max() <= bound
+        np.testing.assert_allclose(kernel.std(), bound / np.sqrt(3), rtol=0.05)
+        assert not params[layer]["bias"].any()
+
+
+def test_prediction_of_an_image_does_not_depend_on_its_company():
+    model = LeNet(norm=BN)
+    variables = trained_like(model)
+    together = model.apply(variables, IMAGES, train=False)
+    alone = model.apply(variables, IMAGES[3:4], train=False)
+    np.testing.assert_allclose(alone[0], together[3], atol=1e-5)
+
+
+def test_unknown_norm_is_refused_with_those_that_there_are():
+    with pytest.raises(ValueError, match="norm='layer_norm'.*batch_norm, flax, none"):
+        models.norm_by_name("layer_norm", momentum=0.9, epsilon=1e-5)

@@ -14,6 +14,8 @@ from matplotlib.ticker import MaxNLocator
 BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 GREY = "#666666"
 ARM_COLOURS = (BLUE, ORANGE, GREEN, PURPLE)
+# A thick line stays visible under a thin, dashed one that coincides with it.
+ARM_LINES = (("-", 4.0), ("--", 1.5), ("-", 1.5), ("-.", 1.5))
 
 DOTS_PER_INCH = 150
 
@@ -100,14 +102,16 @@ def arms_by_epoch(
         "test_accuracy_by_epoch": "test accuracy (moving averages)",
     }
     for axes, (name, label) in zip(figure.subplots(1, 2), panels.items(), strict=True):
-        for (arm, title), colour in zip(titles.items(), ARM_COLOURS, strict=False):
+        for (arm, title), colour, (style, width) in zip(
+            titles.items(), ARM_COLOURS, ARM_LINES, strict=False
+        ):
             runs = [row for row in rows if row["arm"] == arm]
             by_epoch = list(zip(*(row[name] for row in runs), strict=True))
             epochs = range(1, len(by_epoch) + 1)
             means = [sum(values) / len(values) for values in by_epoch]
             low, high = map(min, by_epoch), map(max, by_epoch)
             axes.fill_between(epochs, [*low], [*high], color=colour, alpha=0.2, lw=0)
-            axes.plot(epochs, means, color=colour, label=title, marker=".")
+            axes.plot(epochs, means, style, color=colour, linewidth=width, label=title)
             if name != "loss" and not arm.startswith("none"):
                 exact = [row["test_accuracy_exact"] for row in runs]
                 axes.plot(
@@ -115,9 +119,7 @@ def arms_by_epoch(
                     sum(exact) / len(exact),
                     "*",
                     color=colour,
-                    markersize=11,
-                    markeredgecolor="black",
-                    markeredgewidth=0.5,
+                    markersize=3 * width + 7,
                 )
         _finish(axes, "epoch", label)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -43,7 +43,8 @@ def test_agreement_is_the_largest_difference_over_seeds():
 
 
 def committed():
-    rows = [json.loads(line) for line in (RESULTS / "runs.jsonl").open()]
+    lines = (RESULTS / "runs.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
     return rows, json.loads((RESULTS / "results.json").read_text())
 
 

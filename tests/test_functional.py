@@ -1,0 +1,371 @@
+"""`bn_jax.batch_norm` and its parts on one device: values, state and dtypes."""
+
+import warnings
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import assert_moments_close, normal
+
+from bn_jax import (
+    BatchNormParams,
+    BatchNormState,
+    Moments,
+    batch_norm,
+    init,
+    measure,
+    normalize,
+    update_average,
+)
+
+EPSILON = 1e-5
+LAYOUTS = [((6, 3), -1), ((4, 2, 5, 3), -1), ((4, 3, 2, 5), 1), ((3, 4, 2, 2, 2), 0)]
+
+
+def train_step(x, *, scale=None, bias=None, features=None, **options):
+    """Return the output and state of one training step from the initial state."""
+    _, state = init(features or x.shape[options.get("feature_axis", -1)])
+    return batch_norm(x, BatchNormParams(scale, bias), state, train=True, **options)
+
+
+def test_init_is_the_identity_with_state_mean_0_and_var_1():
+    params, state = init(3)
+    chex.assert_trees_all_equal(params, BatchNormParams(jnp.ones(3), jnp.zeros(3)))
+    chex.assert_trees_all_equal(state, BatchNormState(jnp.zeros(3), jnp.ones(3)))
+    assert init((2, 3))[1].mean.shape == (2, 3)
+
+
+@pytest.mark.parametrize("scale", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_init_leaves_out_what_is_not_asked_for(scale, bias):
+    params, _ = init(3, scale=scale, bias=bias)
+    assert (params.scale is not None, params.bias is not None) == (scale, bias)
+
+
+def test_init_keeps_the_state_in_float32_whatever_the_parameters():
+    params, state = init(3, dtype=jnp.bfloat16)
+    assert params.scale.dtype == params.bias.dtype == jnp.bfloat16
+    assert state.mean.dtype == state.var.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("shape,feature_axis", LAYOUTS)
+@pytest.mark.parametrize("scale", [None, jnp.array([0.5, -1.0, 2.0])])
+@pytest.mark.parametrize("bias", [None, jnp.array([3.0, 0.0, -1.0])])
+def test_output_is_the_papers_formula_in_every_layout(shape, feature_axis, scale, bias):
+    x = normal(shape, mean=2.0, std=3.0)
+    y, state = train_step(
+        x, scale=scale, bias=bias, feature_axis=feature_axis, momentum=0.0
+    )
+    expected, batch = reference.batch_norm(
+        x,
+        1.0 if scale is None else scale,
+        0.0 if bias is None else bias,
+        feature_axis=feature_axis,
+    )
+    assert y.shape == x.shape and y.dtype == x.dtype
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+    assert_moments_close((batch.count, *state), batch)
+
+
+def test_epsilon_is_added_to_the_variance():
+    # x = -1, 1: mean 0, variance 1. With epsilon 3: y = x / sqrt(1 + 3).
+    y, _ = train_step(jnp.array([[-1.0], [1.0]]), epsilon=3.0)
+    chex.assert_trees_all_close(y, jnp.array([[-0.5], [0.5]]), rtol=1e-6)
+
+
+def test_one_batch_moves_the_state_by_a_tenth_of_biased_moments():
+    # x = 1, 3: mean 2, variance 1 (2 if unbiased). 0.9 (0, 1) + 0.1 (2, 1).
+    _, state = train_step(jnp.array([[1.0], [3.0]]))
+    expected = BatchNormState(jnp.array([0.2]), jnp.array([1.0]))
+    chex.assert_trees_all_close(state, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9, 1.0])
+def test_momentum_weighs_the_old_average_after_n_steps(momentum):
+    # old_n = momentum^n old_0 + (1 - momentum) sum_t momentum^(n - 1 - t) batch_t.
+    steps = 5
+    x = normal((steps, 16, 3), mean=2.0, std=3.0)
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def run(x):
+        def step(state, x):
+            params = BatchNormParams(None, None)
+            y, state = batch_norm(x, params, state, train=True, momentum=momentum)
+            return state, y
+
+        return jax.lax.scan(step, init(3)[1], x)[0]
+
+    state = run(x)
+    weights = (1 - momentum) * momentum ** np.arange(steps - 1.0, -1.0, -1.0)
+    _, means, variances = (
+        np.stack(m) for m in zip(*map(reference.moments, x), strict=True)
+    )
+    np.testing.assert_allclose(state.mean, weights @ means, rtol=1e-5, atol=1e-6)
+    expected = momentum**steps + weights @ variances
+    np.testing.assert_allclose(state.var, expected, rtol=1e-5)
+
+
+def test_prediction_normalises_by_the_state_and_returns_it_as_it_was():
+    x = normal((2, 3, 3, 2))
+    params = BatchNormParams(jnp.array([2.0, 3.0]), jnp.array([1.0, -1.0]))
+    state = BatchNormState(jnp.array([1.0, -2.0]), jnp.array([4.0, 0.25]))
+    y, new_state = batch_norm(x, params, state, train=False)
+    assert new_state is state
+    expected = reference.standardised(x, *state) * params.scale + params.bias
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+    one_y, _ = batch_norm(x[:1], params, state, train=False)
+    chex.assert_trees_all_close(one_y, y[:1], rtol=1e-6)
+
+
+def test_batch_norm_is_the_composition_of_its_public_parts():
+    x, (params, state) = normal((8, 3), mean=1.0), init(3)
+    y, new_state = batch_norm(x, params, state, train=True, momentum=0.7)
+    batch = measure(x)
+    composed = normalize(x, batch.mean, batch.var, params)
+    chex.assert_trees_all_close(y, composed, rtol=1e-6)
+    moved = update_average(state, batch, momentum=0.7)
+    chex.assert_trees_all_close(new_state, moved, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_output_has_the_dtype_of_x_and_the_state_is_float32(dtype):
+    x = normal((64, 3), mean=300.0, std=20.0, dtype=dtype)
+    params, state = init(3, dtype=dtype)
+    y, state = batch_norm(x, params, state, train=True, momentum=0.0)
+    assert y.dtype == dtype and state.mean.dtype == state.var.dtype == jnp.float32
+    expected, batch = reference.batch_norm(x)
+    assert_moments_close((batch.count, *state), batch)
+    # Arithmetic in float32 leaves the one rounding at the end, half an ulp.
+    ulp = float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(
+        np.float64(y), expected, rtol=0.51 * ulp + 1e-5, atol=1e-4
+    )
+    y, _ = batch_norm(x, params, state, train=False)
+    assert y.dtype == dtype
+    np.testing.assert_allclose(
+        np.float64(y), expected, rtol=0.51 * ulp + 1e-5, atol=1e-4
+    )
+
+
+def test_a_state_averaged_over_half_precision_batches_keeps_small_steps():
+    # With momentum 0.999 a bfloat16 average would round to 1 and never move.
+    x, (params, state) = (
+        jnp.full((4, 1), 2.0, jnp.bfloat16),
+        init(1, dtype=jnp.bfloat16),
+    )
+    _, state = batch_norm(x, params, state, train=True, momentum=0.999)
+    chex.assert_trees_all_close(state.mean, jnp.array([0.002]), rtol=1e-4)
+    chex.assert_trees_all_close(state.var, jnp.array([0.999]), rtol=1e-6)
+
+
+def test_float64_is_computed_and_kept_in_float64(x64):
+    x = normal((32, 3), mean=1e5, dtype=jnp.float64)
+    params, state = init(3, dtype=jnp.float64)
+    y, state = batch_norm(x, params, state, train=True, momentum=0.0)
+    expected, batch = reference.batch_norm(x)
+    assert y.dtype == state.mean.dtype == jnp.float64
+    np.testing.assert_allclose(y, expected, rtol=1e-8, atol=1e-8)
+    assert_moments_close((batch.count, *state), batch, rtol=1e-10)
+
+
+def test_float64_input_leaves_the_dtype_of_a_float32_state(x64):
+    _, state = init(3)
+    y, new_state = train_step(normal((8, 3), dtype=jnp.float64))
+    assert y.dtype == jnp.float64
+    chex.assert_trees_all_equal_shapes_and_dtypes(new_state, state)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_numpy_input_needs_no_conversion(train):
+    x = np.random.default_rng(0).normal(size=(8, 3))  # float64
+    y, _ = batch_norm(x, *init(3), train=train)
+    assert y.dtype == jnp.float32
+    expected = reference.batch_norm(x)[0] if train else x / np.sqrt(1 + EPSILON)
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mean", [1e3, 1e4, -1e4])
+def test_a_mean_1e4_deviations_from_zero_is_normalised_on_the_first_step(mean):
+    x = normal((256, 16), mean=mean)
+    y, state = jax.jit(lambda x: train_step(x, momentum=0.0))(x)
+    np.testing.assert_allclose(np.std(y, axis=0), 1.0, atol=1e-3)
+    np.testing.assert_allclose(state.var, reference.moments(x).var, rtol=1e-3)
+
+
+def test_normalize_subtracts_the_mean_before_it_scales():
+    # x and the mean are exact in float32, so that only the last digit of y may be off.
+    x = 1e4 + jnp.arange(-4.0, 4.0)[:, None] / 8
+    y = normalize(x, jnp.array([1e4]), jnp.array([0.3]))
+    expected = reference.standardised(x, [1e4], [0.3])
+    np.testing.assert_allclose(y, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(1, 3), (1, 1, 1, 3)])
+def test_a_batch_of_one_gives_beta_and_no_gradient_with_one_warning(shape):
+    bias = jnp.array([0.5, -2.0, 1e4])
+
+    @jax.jit
+    def gradient_and_output(x):
+        def total(x):
+            y, _ = train_step(x, scale=jnp.array([3.0, 1.0, 7.0]), bias=bias)
+            return jnp.sum(jnp.sin(y)), y
+
+        return jax.grad(total, has_aux=True)(x)
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for seed in range(3):
+            x = normal(shape, mean=1e3, std=1e3, seed=seed)
+            gradient, y = gradient_and_output(x)
+            chex.assert_trees_all_equal(y, jnp.broadcast_to(bias, shape))
+            chex.assert_trees_all_equal(gradient, jnp.zeros(shape))
+    assert [w.category for w in caught] == [UserWarning]
+    assert "one value a feature" in str(caught[0].message)
+    assert str(list(shape)) in str(caught[0].message)
+    assert caught[0].filename == __file__
+
+
+def test_one_example_of_many_positions_and_prediction_of_one_do_not_warn():
+    train_step(normal((1, 2, 2, 3)))  # warnings are errors in this suite
+    batch_norm(normal((1, 3)), *init(3), train=False)
+
+
+def test_integer_weights_equal_repeated_rows():
+    x, repeats = normal((5, 3), mean=1.0), np.array([2, 0, 1, 3, 1])
+    y, state = train_step(x, weights=jnp.asarray(repeats))
+    rows = np.repeat(np.arange(5), repeats)
+    expected_y, expected_state = train_step(x[rows])
+    chex.assert_trees_all_close(y[rows], expected_y, rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(state, expected_state, rtol=1e-5)
+
+
+def test_real_weights_normalise_by_the_weighted_moments():
+    x, w = normal((4, 2, 3)), np.random.default_rng(1).uniform(0, 2, (4, 2))
+    y, state = train_step(x, weights=jnp.float32(w), momentum=0.0)
+    expected, batch = reference.batch_norm(x, weights=w[..., None])
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+    assert_moments_close((batch.count, *state), batch)
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_a_left_out_row_changes_neither_output_state_nor_gradient(bad):
+    x = normal((5, 3), mean=1.0).at[3].set(bad)
+    present = jnp.array([True, True, True, False, True])
+    rest = x[present]
+    gamma = jnp.array([2.0, 1.0, -1.0])
+
+    def total(x, scale, present):
+        y, state = train_step(x, scale=scale, weights=present)
+        if present is not None:
+            y = jnp.where(present[:, None], y, 0)
+        return jnp.sum(jnp.sin(y)) + jnp.sum(state.var), (y, state)
+
+    run = jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))
+    (value, (y, state)), (dx, dscale) = run(x, gamma, present)
+    (expected, (rest_y, rest_state)), (rest_dx, rest_dscale) = run(rest, gamma, None)
+    chex.assert_trees_all_close(
+        (value, y[present], state), (expected, rest_y, rest_state), rtol=1e-5, atol=1e-6
+    )
+    chex.assert_tree_all_finite((dx, dscale))
+    chex.assert_trees_all_close(
+        (dx[present], dscale), (rest_dx, rest_dscale), rtol=1e-4, atol=1e-5
+    )
+    chex.assert_trees_all_equal(dx[3], jnp.zeros(3))
+
+
+def test_a_total_weight_of_zero_keeps_the_state_and_normalises_by_it():
+    x, params = normal((4, 2)), BatchNormParams(jnp.array([2.0, 3.0]), jnp.ones(2))
+    state = BatchNormState(jnp.array([1.0, -2.0]), jnp.array([4.0, 0.25]))
+
+    def total(x, params, train):
+        weights = jnp.zeros(4) if train else None
+        y, new = batch_norm(x, params, state, train=train, weights=weights)
+        return jnp.sum(y**2) + jnp.sum(new.var), (y, new)
+
+    gradient = jax.value_and_grad(total, argnums=(0, 1), has_aux=True)
+    run = jax.jit(gradient, static_argnums=2)
+    train, predict = (run(x, params, train) for train in (True, False))
+    chex.assert_tree_all_finite(train)
+    chex.assert_trees_all_close(train, predict, rtol=1e-6)
+    chex.assert_trees_all_equal(train[0][1][1], state)
+
+
+def test_features_without_weight_keep_their_own_state():
+    x, weights = normal((4, 2), mean=3.0), jnp.array([[1.0, 0.0]] * 4)
+    y, state = train_step(x, weights=weights, momentum=0.0)
+    assert_moments_close((4, *state), ([4, 4], [x[:, 0].mean(), 0], [x[:, 0].var(), 1]))
+    np.testing.assert_allclose(y[:, 1], x[:, 1] / np.sqrt(1 + EPSILON), rtol=1e-5)
+
+
+def test_output_is_invariant_to_shift_and_scale_of_x():
+    # With (a x + b): mean a m + b, variance a^2 v, so y is unchanged for a > 0 but
+    # for epsilon, which scales with a^2 too.
+    x = normal((32, 3))
+    y, _ = train_step(x)
+    for a, b in ((4.0, 0.0), (1.0, 100.0), (0.25, -8.0)):
+        moved, _ = train_step(a * x + b, epsilon=EPSILON * a**2)
+        chex.assert_trees_all_close(moved, y, atol=1e-4)
+    flipped, _ = train_step(-x)
+    chex.assert_trees_all_close(flipped, -y, atol=1e-6)
+
+
+def test_a_permutation_of_the_rows_permutes_the_output():
+    x = normal((16, 3))
+    order = np.random.default_rng(0).permutation(16)
+    (y, state), (permuted, permuted_state) = train_step(x), train_step(x[order])
+    chex.assert_trees_all_close(permuted, y[order], rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(permuted_state, state, rtol=1e-5)
+
+
+def test_update_average_ignores_an_empty_batch():
+    state = BatchNormState(jnp.array([1.0]), jnp.array([2.0]))
+    empty = Moments(jnp.float32(0), jnp.array([0.0]), jnp.array([0.0]))
+    chex.assert_trees_all_equal(update_average(state, empty), state)
+
+
+# Few shapes, so that compiled operations are used again.
+@settings(deadline=None, max_examples=40, derandomize=True)
+@given(
+    layout=st.sampled_from([*LAYOUTS, ((2, 3, 4), 1), ((2, 2, 2, 3), -1)]),
+    dtype=st.sampled_from([jnp.float32, jnp.bfloat16, jnp.float16]),
+    std=st.floats(1e-3, 1e3),
+    mean=st.floats(-1e3, 1e3),
+    seed=st.integers(0, 2**31),
+    weighted=st.booleans(),
+)
+def test_output_and_state_are_those_of_float64_numpy(
+    layout, dtype, std, mean, seed, weighted
+):
+    shape, feature_axis = layout
+    x = normal(shape, mean=mean, std=std, seed=seed, dtype=dtype)
+    weights = None
+    if weighted:
+        keep = [s if a == (feature_axis == 0) else 1 for a, s in enumerate(shape)]
+        weights = np.random.default_rng(seed).integers(0, 3, keep) + 0.5
+    y, state = train_step(
+        x,
+        feature_axis=feature_axis,
+        momentum=0.0,
+        weights=None if weights is None else jnp.float32(weights),
+    )
+    expected, batch = reference.batch_norm(
+        x, weights=weights, feature_axis=feature_axis
+    )
+    # The float32 mean is rounded, which moves y by the rounding over the deviation.
+    rounding = 2.0**-23 * np.max(np.abs(batch.mean))
+    assert_moments_close(
+        (batch.count, *state), batch, rtol=2e-5, atol=1e-6 * std**2 + rounding**2
+    )
+    deviation = np.sqrt(np.min(batch.var) + EPSILON)
+    np.testing.assert_allclose(
+        np.float64(y),
+        expected,
+        rtol=float(jnp.finfo(dtype).eps) + 1e-5,
+        atol=1e-5 + 2 * rounding / deviation,
+    )

@@ -1,7 +1,7 @@
 r"""Batch normalisation as a pure function with explicit state.
 
-`batch_norm` is the composition of four steps, each public and usable alone: `measure`
-the batch, `merge_across` devices, `normalize`, and `update_average`. It holds no state,
+`batch_norm` is the composition of steps that are public and usable alone: `measure` the
+batch (over all devices), `normalize`, and `update_average`. It holds no state,
 reads no global and compiles nothing: callers jit. It works under `jit`, `grad`, `jvp`,
 `vmap`, `scan` and `checkpoint`, to derivatives of any order, in forward and in reverse
 mode, as its gradients are those of the formula itself.
@@ -13,15 +13,22 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.typing import ArrayLike
 
 from bn_jax import moments as moments_lib
-from bn_jax.moments import AxisIndexGroups, Moments, measure, merge_across
+from bn_jax.moments import (
+    AxisIndexGroups,
+    AxisName,
+    Moments,
+    measure,
+    merge_stacked,
+)
 
 
 class BatchNormParams(NamedTuple):
@@ -59,7 +66,10 @@ def init(
         bias=jnp.zeros(shape, dtype) if bias else None,
     )
     state_dtype = moments_lib.statistics_dtype(dtype)
-    state = BatchNormState(jnp.zeros(shape, state_dtype), jnp.ones(shape, state_dtype))
+    state = BatchNormState(
+        mean=jnp.zeros(shape, state_dtype),
+        var=jnp.ones(shape, jnp.finfo(state_dtype).dtype),
+    )
     return params, state
 
 
@@ -121,7 +131,8 @@ def update_average(
     Args:
       state: the averages so far.
       moments: of the batch. A batch of total weight 0 leaves the averages as they are.
-      momentum: weight of the OLD average, in [0, 1]; the batch has 1 - momentum.
+      momentum: weight of the OLD average, in [0, 1]; the batch has 1 - momentum. It
+        may change from step to step: see `cumulative_momentum`, `debiased_momentum`.
 
     Raises:
       ValueError: if momentum is outside [0, 1], or the state is narrower than float32.
@@ -135,11 +146,71 @@ def update_average(
 
     def moved(old: Array, new: Array) -> Array:
         average = momentum * old + (1 - momentum) * new
-        return jnp.where(moments.count > 0, average, old).astype(old.dtype)
+        # The dtype of the state stays, but a mean of complex numbers is complex.
+        dtype = jnp.result_type(old, 1j) if jnp.iscomplexobj(new) else old.dtype
+        return jnp.where(moments.count > 0, average, old).astype(dtype)
 
     return BatchNormState(
         moved(state.mean, moments.mean), moved(state.var, moments.var)
     )
+
+
+def cumulative_momentum(num_batches: ArrayLike) -> Array:
+    """Return the momentum that makes the moving average that of all batches so far.
+
+    Args:
+      num_batches: number of batches in the old average, 0 at the first.
+    """
+    t = jnp.asarray(num_batches, jnp.float32)
+    return t / (t + 1)
+
+
+def debiased_momentum(momentum: ArrayLike, num_batches: ArrayLike) -> Array:
+    r"""Return the momentum that makes a moving average free of its initial value.
+
+    With it the average after t batches is the one of constant momentum m, started from
+    0, over $1 - m^t$: at the first batch that batch alone. Its weight of the old
+    average is $m (1 - m^t) / (1 - m^{t+1})$.
+
+    Args:
+      momentum: m, weight of the OLD average in the long run, in [0, 1].
+      num_batches: t, number of batches in the old average, 0 at the first.
+
+    References:
+      Kingma and Ba, 2015, "Adam", arXiv:1412.6980, section 3.
+    """
+    m = jnp.asarray(momentum, jnp.float32)
+    t = jnp.asarray(num_batches, jnp.float32)
+    log_m = jnp.log(m)
+    ratio = jnp.expm1(t * log_m) / jnp.expm1((t + 1) * log_m)
+    # Their limits: m = 1 averages all batches, m = 0 keeps the last.
+    return jnp.where(m < 1, jnp.where(m > 0, m * ratio, 0), cumulative_momentum(t))
+
+
+def merge_states(
+    states: BatchNormState, weights: Array | None = None
+) -> BatchNormState:
+    """Merge moving averages that diverged, such as those of devices without sync.
+
+    The merged variance is the mean of the variances plus the variance of the means;
+    the mean of the variances alone would miss what the devices differ by.
+
+    Args:
+      states: stacked along a leading axis: mean and var of shape `[D, C]`.
+      weights: of the states, shape `[D]`, such as their batch sizes; equal by default.
+
+    Raises:
+      ValueError: if weights are negative, or not one for each state.
+    """
+    num_states = len(states.mean)
+    w = jnp.ones(num_states) if weights is None else jnp.asarray(weights)
+    if w.shape != (num_states,):
+        raise ValueError(
+            f"weights have shape {list(w.shape)}; expected one for each of the "
+            f"{num_states} states: [{num_states}]"
+        )
+    _, mean, var = merge_stacked(Moments(w, *states))
+    return BatchNormState(mean, var)
 
 
 def batch_norm(
@@ -152,40 +223,63 @@ def batch_norm(
     epsilon: float = 1e-5,
     feature_axis: int | Sequence[int] = -1,
     weights: Array | None = None,
-    axis_name: Hashable | tuple[Hashable, ...] | None = None,
+    axis_name: AxisName | None = None,
     axis_index_groups: AxisIndexGroups | None = None,
+    ghost_batch_size: int | None = None,
+    batch_axis: int = 0,
+    statistics: BatchNormState | Moments | None = None,
+    update_state: bool | None = None,
 ) -> tuple[Array, BatchNormState]:
     """Normalise by the batch in training, by the moving averages in prediction.
 
+    What normalises, whether the averages move, and whether gamma and beta learn are
+    three choices: `train` and `statistics`, `update_state`, and the optimizer's mask
+    (`bn_jax.linen.norm_param_mask`).
+
     Args:
       x: batch of shape `[N, C]`, `[N, H, W, C]`, `[N, C, H, W]` or any other of rank 2
-        or more, of dtype float32, bfloat16, float16 or float64.
+        or more, of dtype float32, bfloat16, float16, float64 or complex.
       params: gamma and beta, each of shape `[C]` or None.
       state: moving mean and variance, each of shape `[C]`.
       train: static. True normalises by the moments of `x` and returns updated
         averages; False normalises by `state` and returns it as it was.
-      momentum: weight of the OLD average, in [0, 1].
+      momentum: weight of the OLD average, in [0, 1]: a constant, or the number that
+        `cumulative_momentum` or `debiased_momentum` gives for the step.
       epsilon: added to the variance, greater than 0.
       feature_axis: axis (or axes) of the features; all others are normalised over.
       weights: of the examples or positions in the statistics; see `measure`. A batch
         of total weight 0 is normalised by `state`, and a value of weight 0 that is not
         finite as if it were the mean, since NaN in y would spoil every gradient.
       axis_name: name (or tuple of names) of the mapped axes whose instances share
-        their statistics; None uses those of `x` alone.
+        their statistics; None uses those of `x` alone. In `jax.shard_map` with
+        `check_vma=True` a gradient of replicated parameters is already the sum over
+        devices; with `check_vma=False`, and in `jax.pmap`, it is the device's own
+        share, to be summed (or averaged) by the caller.
       axis_index_groups: partition of that axis into groups that share statistics.
+      ghost_batch_size: number of examples, a divisor of N, that share statistics:
+        contiguous parts of the batch are normalised each by its own (and along a mapped
+        axis with the same part of the other instances). The averages move by the
+        moments of the whole batch.
+      batch_axis: axis of the examples; ghost batches are cut along it.
+      statistics: normalise by these instead.
+      update_state: static. Whether the averages move by the moments of `x`; by
+        default in training.
 
     Returns:
       `(y, state)`: y of x's shape and dtype, and the new state. The biased variance
       both normalises and is averaged.
 
     Raises:
-      TypeError: if `x` is not of a real floating-point dtype, or `train` is traced.
+      TypeError: if `x` is of neither a floating-point nor a complex dtype, or `train`
+        is traced.
       ValueError: on a wrong rank, feature count, empty batch, weights, momentum,
-        epsilon or axis name; the message says which.
+        epsilon, axis name or ghost batch size; the message says which.
 
     References:
       Ioffe and Szegedy, 2015, "Batch Normalization: Accelerating Deep Network Training
       by Reducing Internal Covariate Shift", arXiv:1502.03167.
+      Hoffer et al., 2017, "Train longer, generalize better", arXiv:1705.08741 (ghost
+      batches).
 
     Examples:
       >>> import jax.numpy as jnp
@@ -195,52 +289,127 @@ def batch_norm(
       >>> y.round(3).ravel().tolist(), state.mean.round(3).tolist()
       ([-1.0, 1.0], [0.20000000298023224])
     """
-    if isinstance(train, jax.Array):
-        raise TypeError(
-            f"train must be a Python bool, known when the function is traced, but is "
-            f"{train}; pass it through static_argnames or functools.partial"
-        )
+    _check_static(train=train, update_state=update_state)
     x = jnp.asarray(x)
     moments_lib.check_input(x, feature_axis)
     _check_features(x, feature_axis, mean=state.mean, var=state.var)
     _check_state(state)
-    if not train:
-        y = normalize(
+    update_state = train if update_state is None else update_state
+    by_batch = train and statistics is None
+
+    def normalized(x: Array, weights: Array | None, mean: Array, var: Array) -> Array:
+        dtype = x.dtype
+        if weights is not None:
+            finite = (weights > 0) | jnp.isfinite(x)
+            axes = moments_lib.reduction_axes(x.ndim, feature_axis)
+            x = jnp.where(finite, x, jnp.expand_dims(mean, axes))
+        y = normalize(x, mean, var, params, epsilon=epsilon, feature_axis=feature_axis)
+        return y.astype(dtype)
+
+    given = state if statistics is None else statistics
+    if not by_batch and not update_state:
+        return normalized(x, None, given.mean, given.var), state
+
+    _check_batch(x, feature_axis, axis_name, axis_index_groups, weights)
+    if weights is not None:
+        weights = moments_lib.align_weights(weights, x, feature_axis)
+
+    def measured(x: Array, weights: Array | None) -> Moments:
+        return measure(
             x,
-            state.mean,
-            state.var,
-            params,
-            epsilon=epsilon,
             feature_axis=feature_axis,
+            weights=weights,
+            axis_name=axis_name,
+            axis_index_groups=axis_index_groups,
         )
+
+    def normalized_by_itself(x: Array, weights: Array | None) -> tuple[Array, Moments]:
+        moments = measured(x, weights)
+        present = moments.count > 0
+        mean = jnp.where(present, moments.mean, state.mean)
+        var = jnp.where(present, moments.var, state.var)
+        return normalized(x, weights, mean, var), moments
+
+    if not by_batch:
+        moments = measured(x, weights)
+        y = normalized(x, weights, given.mean, given.var)
+    elif ghost_batch_size is None:
+        y, moments = normalized_by_itself(x, weights)
+    else:
+        axis = _check_ghosts(x, ghost_batch_size, batch_axis, feature_axis)
+        ghosts = _split(x, axis, ghost_batch_size)
+        if weights is not None:
+            full = [*weights.shape[:axis], x.shape[axis], *weights.shape[axis + 1 :]]
+            weights = _split(jnp.broadcast_to(weights, full), axis, ghost_batch_size)
+        y, by_ghost = jax.vmap(normalized_by_itself, axis, (axis, 0))(ghosts, weights)
+        y, moments = y.reshape(x.shape), merge_stacked(by_ghost)
+    if not update_state:
         return y, state
+    return y, update_average(state, moments, momentum=momentum)
+
+
+def _split(x: Array, axis: int, size: int) -> Array:
+    """Cut `axis` into parts of `size`; the new axis of parts stands before it."""
+    return x.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :])
+
+
+def _check_static(**choices: bool | None) -> None:
+    """Refuse a choice that only the running program would know."""
+    for name, choice in choices.items():
+        if isinstance(choice, jax.Array):
+            raise TypeError(
+                f"{name} must be a Python bool, known when the function is traced, but "
+                f"is {choice}; pass it through static_argnames or functools.partial"
+            )
+
+
+def _check_batch(
+    x: Array,
+    feature_axis: int | Sequence[int],
+    axis_name: AxisName | None,
+    axis_index_groups: AxisIndexGroups | None,
+    weights: Array | None,
+) -> None:
+    """Refuse an empty batch; warn, when traced, of one value a feature.
+
+    What counts is the batch over all instances along the axis.
+    """
     if x.size == 0:
         raise ValueError(
             f"x of shape {list(x.shape)} is empty; training mode needs at least one "
             "example: skip the batch, or pad it and give the padding weight 0"
         )
-    moments = measure(x, feature_axis=feature_axis, weights=weights)
+    axes = moments_lib.reduction_axes(x.ndim, feature_axis)
+    n = math.prod(x.shape[a] for a in axes)
     if axis_name is not None:
-        moments = merge_across(moments, axis_name, axis_index_groups)
-    elif axis_index_groups is not None:
-        raise ValueError(
-            f"axis_index_groups={axis_index_groups!r} groups a mapped axis, but "
-            "axis_name is None; give the axis's name too"
+        size = moments_lib.axis_size(axis_name)
+        groups = axis_index_groups
+        n *= size if groups is None else moments_lib.group_size(groups, size)
+    if n == 1 and weights is None:
+        warnings.warn(
+            f"batch_norm in training mode was given one value a feature (x of shape "
+            f"{list(x.shape)}): y equals beta whatever x is, and nothing before this "
+            "layer learns; use a larger batch, or train=False",
+            stacklevel=3,
         )
-    if weights is None:
-        _warn_if_single(x, feature_axis, axis_name, axis_index_groups)
 
-    present = moments.count > 0
-    mean = jnp.where(present, moments.mean, state.mean)
-    var = jnp.where(present, moments.var, state.var)
-    dtype = x.dtype
-    if weights is not None:
-        w = moments_lib.align_weights(weights, x, feature_axis)
-        axes = moments_lib.reduction_axes(x.ndim, feature_axis)
-        used = (w > 0) | jnp.isfinite(x)
-        x = jnp.where(used, x, jnp.expand_dims(mean, axes))
-    y = normalize(x, mean, var, params, epsilon=epsilon, feature_axis=feature_axis)
-    return y.astype(dtype), update_average(state, moments, momentum=momentum)
+
+def _check_ghosts(
+    x: Array, size: int, batch_axis: int, feature_axis: int | Sequence[int]
+) -> int:
+    """Return the batch axis as a non-negative integer; refuse a remainder."""
+    axis = batch_axis + x.ndim if batch_axis < 0 else batch_axis
+    if axis not in moments_lib.reduction_axes(x.ndim, feature_axis):
+        raise ValueError(
+            f"batch_axis={batch_axis} of x of shape {list(x.shape)} is no axis, or a "
+            f"feature axis (feature_axis={feature_axis!r}); name the axis of examples"
+        )
+    if size < 1 or x.shape[axis] % size:
+        raise ValueError(
+            f"ghost_batch_size={size} does not divide the batch of {x.shape[axis]} "
+            f"examples; give a divisor, or drop the last {x.shape[axis] % max(size, 1)}"
+        )
+    return axis
 
 
 def _check_features(
@@ -268,25 +437,3 @@ def _check_state(state: BatchNormState) -> None:
                 f"state.{name} has dtype {value.dtype}, too narrow to average in; keep "
                 "it in float32, as bn_jax.init makes it"
             )
-
-
-def _warn_if_single(
-    x: Array,
-    feature_axis: int | Sequence[int],
-    axis_name: Hashable | tuple[Hashable, ...] | None,
-    axis_index_groups: AxisIndexGroups | None,
-) -> None:
-    """Warn, when traced, of a batch with one value a feature over all instances."""
-    axes = moments_lib.reduction_axes(x.ndim, feature_axis)
-    n = math.prod(x.shape[a] for a in axes)
-    if axis_name is not None:
-        size = moments_lib.axis_size(axis_name)
-        groups = axis_index_groups
-        n *= size if groups is None else moments_lib.group_size(groups, size)
-    if n == 1:
-        warnings.warn(
-            f"batch_norm in training mode was given one value a feature (x of shape "
-            f"{list(x.shape)}): y equals beta whatever x is, and nothing before this "
-            "layer learns; use a larger batch, or train=False",
-            stacklevel=3,
-        )

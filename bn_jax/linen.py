@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from flax import linen as nn
+from flax import traverse_util
 from flax.linen import initializers
 from jax import Array
 
@@ -15,6 +16,8 @@ from bn_jax.functional import (
     BatchNormParams,
     BatchNormState,
     batch_norm,
+    cumulative_momentum,
+    debiased_momentum,
     normalize,
 )
 
@@ -34,6 +37,10 @@ class BatchNorm(nn.Module):
       running averages and leaves them as they are.
     - Statistics are in float32 or wider whatever the options say.
 
+    What normalises, whether the averages move, and whether scale and bias learn are
+    three choices: `use_running_average`, `update_average` in the call, and an optimizer
+    masked by `norm_param_mask`.
+
     Attributes:
       use_running_average: True normalises by the running averages (prediction), False
         by the batch (training). Given here or in the call.
@@ -52,6 +59,12 @@ class BatchNorm(nn.Module):
       use_fast_variance: accepted for Flax's sake; the variance is computed in the one
         way that is both fast and accurate.
       force_float32_reductions: accepted for Flax's sake; taken as True.
+      ghost_batch_size: number of examples, a divisor of the batch, that share
+        statistics; see `bn_jax.batch_norm`.
+      batch_axis: axis of the examples; ghost batches are cut along it.
+      average: "exponential", with `momentum`; "debiased", the same without the weight
+        of the initial mean 0 and variance 1; or "cumulative", the mean over all
+        batches. The last two keep the number of batches as `count` in `batch_stats`.
     """
 
     use_running_average: bool | None = None
@@ -68,6 +81,9 @@ class BatchNorm(nn.Module):
     axis_index_groups: Any = None
     use_fast_variance: bool = True
     force_float32_reductions: bool = True
+    ghost_batch_size: int | None = None
+    batch_axis: int = 0
+    average: Literal["exponential", "debiased", "cumulative"] = "exponential"
 
     @nn.compact
     def __call__(
@@ -76,6 +92,8 @@ class BatchNorm(nn.Module):
         use_running_average: bool | None = None,
         *,
         mask: Array | None = None,
+        weights: Array | None = None,
+        update_average: bool | None = None,
     ) -> Array:
         """Normalise `x`.
 
@@ -84,9 +102,17 @@ class BatchNorm(nn.Module):
           use_running_average: as the attribute; given in one place, not in both.
           mask: booleans that broadcast to `x`; False leaves a value out of the
             statistics (it is normalised all the same).
+          weights: real, non-negative weights in the statistics, as `measure` takes
+            them; given instead of `mask`.
+          update_average: whether the running averages move; by default where the batch
+            normalises.
 
         Returns:
           Array of x's shape, in `dtype`.
+
+        Raises:
+          ValueError: if both mask and weights are given, `average` is unknown, or as
+            `bn_jax.batch_norm` says.
         """
         use_running_average = nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
@@ -97,14 +123,18 @@ class BatchNorm(nn.Module):
         shape = tuple(x.shape[a] for a in axes)
         state_dtype = moments_lib.statistics_dtype(x.dtype)
         mean = self.variable("batch_stats", "mean", jnp.zeros, shape, state_dtype)
-        var = self.variable("batch_stats", "var", jnp.ones, shape, state_dtype)
+        var = self.variable(
+            "batch_stats", "var", jnp.ones, shape, jnp.finfo(state_dtype).dtype
+        )
+        momentum, count = self._momentum()
         params = BatchNormParams(
             scale=self._param("scale", self.scale_init, shape, self.use_scale),
             bias=self._param("bias", self.bias_init, shape, self.use_bias),
         )
         dtype = nn.dtypes.canonicalize_dtype(x, *params, dtype=self.dtype)
-        weights = None
         if mask is not None:
+            if weights is not None:
+                raise ValueError("mask and weights are both given; give one of them")
             mask = jnp.asarray(mask, bool)
             weights = mask.reshape((1,) * (x.ndim - mask.ndim) + mask.shape)
 
@@ -121,21 +151,42 @@ class BatchNorm(nn.Module):
                 feature_axis=self.axis,
             )
             return y.astype(dtype)
+        if update_average is None:
+            update_average = not use_running_average
         y, state = batch_norm(
             x,
             params,
             BatchNormState(mean.value, var.value),
             train=not use_running_average,
-            momentum=self.momentum,
+            update_state=update_average,
+            momentum=momentum,
             epsilon=self.epsilon,
             feature_axis=self.axis,
             weights=weights,
             axis_name=self.axis_name,
             axis_index_groups=self.axis_index_groups,
+            ghost_batch_size=self.ghost_batch_size,
+            batch_axis=self.batch_axis,
         )
-        if not use_running_average:
+        if update_average:
             mean.value, var.value = state
+            if count is not None:
+                count.value += 1
         return y.astype(dtype)
+
+    def _momentum(self) -> tuple[float | Array, nn.Variable | None]:
+        """Return the weight of the old average, and the counter that decides it."""
+        if self.average == "exponential":
+            return self.momentum, None
+        if self.average not in ("debiased", "cumulative"):
+            raise ValueError(
+                f"average={self.average!r}; expected exponential, debiased or "
+                "cumulative"
+            )
+        count = self.variable("batch_stats", "count", jnp.zeros, (), jnp.float32)
+        if self.average == "debiased":
+            return debiased_momentum(self.momentum, count.value), count
+        return cumulative_momentum(count.value), count
 
     def _param(
         self,
@@ -145,3 +196,21 @@ class BatchNorm(nn.Module):
         used: bool,
     ) -> Array | None:
         return self.param(name, initializer, shape, self.param_dtype) if used else None
+
+
+def norm_param_mask(variables: Any) -> Any:
+    """Return a tree of booleans: True at the scale and bias of normalisation layers.
+
+    With `optax.masked` it freezes them or singles them out, as in
+    `optax.chain(optax.sgd(1.0), optax.masked(optax.set_to_zero(), mask))`.
+
+    Args:
+      variables: of a model; layers that hold batch statistics count as normalisation.
+
+    Returns:
+      A tree like `variables["params"]`.
+    """
+    params = traverse_util.flatten_dict(variables["params"])
+    statistics = traverse_util.flatten_dict(variables.get("batch_stats", {}))
+    layers = {path[:-1] for path in statistics}
+    return traverse_util.unflatten_dict({path: path[:-1] in layers for path in params})

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 
+AxisName = Hashable | tuple[Hashable, ...]
 AxisIndexGroups = Sequence[Sequence[int]]
 
 
@@ -37,8 +38,8 @@ class Moments(NamedTuple):
 
     # Total weight; shape [] or [C], dtype of mean. (Shadows tuple.count.)
     count: Array  # type: ignore[assignment]
-    mean: Array  # shape [C], float32 or wider
-    var: Array  # divided by count, not count - 1; shape [C], float32 or wider
+    mean: Array  # shape [C], float32 or wider (complex where the data are)
+    var: Array  # divided by count, not count - 1; shape [C], float32 or wider, real
 
 
 def statistics_dtype(dtype: Any) -> Any:
@@ -76,13 +77,13 @@ def check_input(x: Array, feature_axis: int | Sequence[int]) -> None:
     """Refuse an array that has no features or no batch to normalise.
 
     Raises:
-      TypeError: if `x` is not of a real floating-point dtype.
+      TypeError: if `x` is of neither a floating-point nor a complex dtype.
       ValueError: if `x` has rank below 2, no axis to reduce, or a bad `feature_axis`.
     """
-    if not jnp.issubdtype(x.dtype, jnp.floating):
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
         raise TypeError(
-            f"x has dtype {x.dtype}; statistics need a real floating-point dtype: "
-            "convert it first, e.g. x.astype(jnp.float32)"
+            f"x has dtype {x.dtype}; statistics need a floating-point dtype: convert "
+            "it first, e.g. x.astype(jnp.float32)"
         )
     if x.ndim < 2:
         raise ValueError(
@@ -101,8 +102,12 @@ def measure(
     *,
     feature_axis: int | Sequence[int] = -1,
     weights: Array | None = None,
+    axis_name: AxisName | None = None,
+    axis_index_groups: AxisIndexGroups | None = None,
 ) -> Moments:
     """Measure the moments of `x` over all axes but the feature axes.
+
+    The variance of complex numbers is that of their distance to the mean.
 
     Args:
       x: array of rank 2 or more, such as `[N, C]`, `[N, H, W, C]` or `[N, C, H, W]`, of
@@ -112,24 +117,28 @@ def measure(
         of size 1, or of x's rank less its feature axes: `[N]` for x of `[N, C]`,
         `[N, 1, 1]` or `[N, H, W]` for `[N, H, W, C]`. A value of weight 0 counts as
         absent, even where it is not finite.
+      axis_name: name, or tuple of names, of mapped axes over all of whose instances to
+        measure; see `merge_across`.
+      axis_index_groups: partition of that axis, to measure over each group.
 
     Returns:
       The moments; mean and variance have the shape of the feature axes.
 
     Raises:
-      TypeError: if `x` is not of a real floating-point dtype.
-      ValueError: on a bad rank, feature axis, or weights.
+      TypeError: if `x` is of neither a floating-point nor a complex dtype.
+      ValueError: on a bad rank, feature axis, weights, axis name or groups.
     """
     x = jnp.asarray(x)
     check_input(x, feature_axis)
     axes = reduction_axes(x.ndim, feature_axis)
     x = x.astype(statistics_dtype(x.dtype))
+    real_dtype = jnp.finfo(x.dtype).dtype
 
     if weights is None:
-        n = jnp.asarray(math.prod(x.shape[a] for a in axes), x.dtype)
+        n = jnp.asarray(math.prod(x.shape[a] for a in axes), real_dtype)
         w = None
     else:
-        w = align_weights(weights, x, feature_axis).astype(x.dtype)
+        w = align_weights(weights, x, feature_axis).astype(real_dtype)
         n = _total_weight(w, x.shape, axes)
         x = jnp.where(w > 0, x, 0)
 
@@ -140,11 +149,19 @@ def measure(
     c = lax.stop_gradient(mean_of(x))
     x_c = x - jnp.expand_dims(c, axes)
     delta = mean_of(x_c)
-    var = mean_of(x_c * x_c) - delta * delta
+    var = mean_of(_squared_abs(x_c)) - _squared_abs(delta)
     # Rounding may leave a constant feature below 0. Lifting it by a constant, rather
     # than by a maximum, keeps the derivatives of the formula.
     var = var + lax.stop_gradient(jnp.maximum(-var, 0))
-    return Moments(n, c + delta, var)
+    moments = Moments(n, c + delta, var)
+    if axis_name is not None:
+        return merge_across(moments, axis_name, axis_index_groups)
+    if axis_index_groups is not None:
+        raise ValueError(
+            f"axis_index_groups={axis_index_groups!r} groups a mapped axis, but "
+            "axis_name is None; give the axis's name too"
+        )
+    return moments
 
 
 def merge(a: Moments, b: Moments) -> Moments:
@@ -179,7 +196,7 @@ def merge_stacked(moments: Moments) -> Moments:
 
 def merge_across(
     moments: Moments,
-    axis_name: Hashable | tuple[Hashable, ...],
+    axis_name: AxisName,
     axis_index_groups: AxisIndexGroups | None = None,
 ) -> Moments:
     """Merge the moments of every instance along a named axis, in one collective.
@@ -201,12 +218,15 @@ def merge_across(
       ValueError: if an axis name is not bound, or the groups are no such partition or
         not to be had under the transform.
     """
+    is_complex = jnp.iscomplexobj(moments.mean)
     num_rows = axis_size(axis_name)
     row = lax.axis_index(axis_name)
     if axis_index_groups is not None:
         num_rows = group_size(axis_index_groups, num_rows)
         row = _place_in_group(axis_index_groups)[row]
-    flat, unravel = ravel_pytree(moments)
+    # Real numbers alone, so that one array holds them all.
+    parts = (moments.count, moments.var, moments.mean.real, moments.mean.imag)
+    flat, unravel = ravel_pytree(parts if is_complex else parts[:3])
     rows = jnp.zeros((num_rows, *flat.shape), flat.dtype).at[row].set(flat)
     try:
         rows = lax.psum(rows, axis_name, axis_index_groups=axis_index_groups)
@@ -216,10 +236,13 @@ def merge_across(
             "use jax.pmap or jax.shard_map(..., check_vma=False), or name two axes and "
             "share statistics along one of them"
         ) from error
-    return merge_stacked(jax.vmap(unravel)(rows))
+    count, var, mean, *imaginary = jax.vmap(unravel)(rows)
+    if is_complex:
+        mean = lax.complex(mean, imaginary[0])
+    return merge_stacked(Moments(count, mean, var))
 
 
-def axis_size(axis_name: Hashable | tuple[Hashable, ...]) -> int:
+def axis_size(axis_name: AxisName) -> int:
     """Return the number of instances along a named axis, or a tuple of them.
 
     Raises:
@@ -237,6 +260,11 @@ def axis_size(axis_name: Hashable | tuple[Hashable, ...]) -> int:
                 f"or jax.shard_map over a mesh with that axis, or leave axis_name out"
             ) from None
     return size
+
+
+def _squared_abs(x: Array) -> Array:
+    """Return |x|^2, real."""
+    return x.real * x.real + x.imag * x.imag if jnp.iscomplexobj(x) else x * x
 
 
 def group_size(axis_index_groups: AxisIndexGroups, num_instances: int) -> int:

@@ -1,0 +1,1 @@
+"""Other transforms with the contract of `batch_norm`: `(y, state)` back, always."""

@@ -1,0 +1,138 @@
+"""Moving averages over n steps, against their closed forms; merging diverged ones."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from reference import normal
+
+from bn_jax import (
+    BatchNormState,
+    batch_norm,
+    cumulative_momentum,
+    debiased_momentum,
+    init,
+    measure,
+    merge,
+    merge_states,
+    update_average,
+)
+from bn_jax.linen import BatchNorm
+
+BATCHES = [normal((16, 3), mean=5.0 + i, std=1.0 + i, seed=i) for i in range(12)]
+MOMENTS = [reference.moments(x) for x in BATCHES]
+
+
+def after_all(momentum_at, dtype=jnp.float32):
+    params, state = init(3)
+    for t, x in enumerate(BATCHES):
+        _, state = batch_norm(
+            x.astype(dtype), params, state, train=True, momentum=momentum_at(t)
+        )
+    return state
+
+
+@pytest.mark.parametrize("m", [0.0, 0.5, 0.9, 0.999])
+def test_debiased_average_is_adams_from_the_first_step(m):
+    # sum_i (1 - m) m^(n - i) v_i / (1 - m^n): no trace of the initial 0 and 1.
+    for n in (1, 3, 12):
+        weights = (1 - m) * m ** (n - 1 - np.arange(n)) / (1 - m**n)
+        _, state = init(3)
+        for t in range(n):
+            moments = measure(BATCHES[t])
+            state = update_average(state, moments, momentum=debiased_momentum(m, t))
+        for name in ("mean", "var"):
+            values = np.stack([getattr(b, name) for b in MOMENTS[:n]])
+            np.testing.assert_allclose(
+                getattr(state, name), weights @ values, rtol=1e-5
+            )
+
+
+def test_cumulative_average_is_the_mean_over_batches():
+    state = after_all(cumulative_momentum)
+    np.testing.assert_allclose(
+        state.mean, np.mean([b.mean for b in MOMENTS], 0), rtol=1e-5
+    )
+    np.testing.assert_allclose(
+        state.var, np.mean([b.var for b in MOMENTS], 0), rtol=1e-5
+    )
+    chex.assert_trees_all_close(
+        state, after_all(functools.partial(debiased_momentum, 1.0)), rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_inputs_do_not_freeze_a_slow_average(dtype):
+    # In bfloat16, 0.999 rounds to 1; haiku's evaluation is then NaN.
+    state = after_all(functools.partial(debiased_momentum, 0.999), dtype)
+    assert state.mean.dtype == jnp.float32
+    expected = after_all(functools.partial(debiased_momentum, 0.999))
+    chex.assert_trees_all_close(state, expected, rtol=2e-2)
+
+
+@pytest.mark.parametrize("average", ["debiased", "cumulative"])
+def test_module_counts_its_batches(average):
+    norm = BatchNorm(use_running_average=False, momentum=0.9, average=average)
+    variables = norm.init(jax.random.key(0), BATCHES[0])
+    for x in BATCHES:
+        _, updates = norm.apply(variables, x, mutable=["batch_stats"])
+        variables = {**variables, **updates}
+    stats = variables["batch_stats"]
+    at = cumulative_momentum
+    if average == "debiased":
+        at = functools.partial(debiased_momentum, 0.9)
+    assert stats["count"] == len(BATCHES)
+    expected = after_all(at)
+    kept = BatchNormState(stats["mean"], stats["var"])
+    chex.assert_trees_all_close(kept, expected, rtol=1e-5)
+
+
+def test_unknown_average_is_refused():
+    norm = BatchNorm(use_running_average=False, average="harmonic")
+    with pytest.raises(ValueError, match="average='harmonic'; expected exponential"):
+        norm.init(jax.random.key(0), BATCHES[0])
+
+
+def test_moments_of_micro_batches_committed_once_are_those_of_the_big_batch():
+    _, state = init(3)
+    parts = [measure(x) for x in BATCHES]
+    accumulated = update_average(state, functools.reduce(merge, parts), momentum=0.9)
+    at_once = update_average(state, measure(jnp.concatenate(BATCHES)), momentum=0.9)
+    chex.assert_trees_all_close(accumulated, at_once, rtol=1e-5)
+
+
+def test_merged_states_hold_the_variance_between_them():
+    # Means 0 and 2 with variances 1 and 3: 2 within, 1 between.
+    states = BatchNormState(jnp.array([[0.0], [2.0]]), jnp.array([[1.0], [3.0]]))
+    chex.assert_trees_all_close(
+        merge_states(states), BatchNormState(jnp.array([1.0]), jnp.array([3.0]))
+    )
+    # Weights 1 and 3: mean 1.5, within 2.5, between .25 * 2.25 + .75 * .25 = .75.
+    chex.assert_trees_all_close(
+        merge_states(states, jnp.array([1.0, 3.0])),
+        BatchNormState(jnp.array([1.5]), jnp.array([3.25])),
+    )
+
+
+def test_merging_unsynced_devices_recovers_the_statistics_of_all_rows(devices):
+    x = normal((8, 4, 3)) + 10 * jnp.arange(8.0)[:, None, None]
+    params, state = init(3)
+
+    def unsynced(x):
+        return batch_norm(x, params, state, train=True, momentum=0.0)[1]
+
+    states = jax.device_get(jax.pmap(unsynced, devices=devices)(x))
+    merged = merge_states(states)
+    _, together = batch_norm(x, params, state, train=True, momentum=0.0)
+    chex.assert_trees_all_close(merged, together, rtol=1e-5)
+
+
+@pytest.mark.parametrize("weights", [[1.0], [1.0, 2.0, 3.0], [[1.0, 2.0]]])
+def test_weights_of_states_are_one_a_state(weights):
+    states = BatchNormState(jnp.zeros((2, 3)), jnp.ones((2, 3)))
+    with pytest.raises(ValueError, match=r"expected one for each of the 2 states"):
+        merge_states(states, jnp.array(weights))

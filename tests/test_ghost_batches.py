@@ -1,0 +1,121 @@
+"""Ghost batches: contiguous parts of a batch, each normalised by its own statistics."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from reference import normal
+
+from bn_jax import BatchNormParams, BatchNormState, batch_norm, init
+
+PARAMS = BatchNormParams(jnp.array([0.5, -1.0, 2.0]), jnp.array([1.0, 0.0, -3.0]))
+STATE = BatchNormState(jnp.array([0.1, 0.2, 0.3]), jnp.array([1.0, 2.0, 3.0]))
+
+
+def ghosts(x, size, **options):
+    return batch_norm(x, PARAMS, STATE, train=True, ghost_batch_size=size, **options)
+
+
+def test_ghost_recovers_batch_norm_when_one_group():
+    x = normal((8, 2, 3), mean=1.0)
+    chex.assert_trees_all_close(
+        ghosts(x, 8), batch_norm(x, PARAMS, STATE, train=True), rtol=1e-6, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_each_contiguous_part_is_normalised_by_itself(size):
+    x = normal((8, 2, 3), mean=1.0)
+    y, _ = ghosts(x, size)
+    for start in range(0, 8, size):
+        part = slice(start, start + size)
+        expected, _ = reference.batch_norm(x[part], PARAMS.scale, PARAMS.bias)
+        np.testing.assert_allclose(y[part], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_averages_move_by_the_moments_of_the_whole_batch():
+    # Parts with means far apart: the variance between them belongs to the batch.
+    x = normal((8, 3)) + 100 * jnp.repeat(jnp.arange(4.0), 2)[:, None]
+    _, state = ghosts(x, 2)
+    _, whole = batch_norm(x, PARAMS, STATE, train=True)
+    chex.assert_trees_all_close(state, whole, rtol=1e-5)
+
+
+def test_ghosts_are_cut_along_the_batch_axis_wherever_it_is():
+    x = normal((6, 4, 3), mean=1.0)
+    y, state = ghosts(x, 2)
+    batch_last = ghosts(x.transpose(2, 1, 0), 2, feature_axis=0, batch_axis=-1)
+    chex.assert_trees_all_close(
+        (batch_last[0].transpose(2, 1, 0), batch_last[1]), (y, state), atol=1e-5
+    )
+
+
+def test_weights_and_gradients_are_those_of_the_parts():
+    x = normal((6, 3), mean=1.0)
+    weights = jnp.array([1.0, 2.0, 0.0, 1.0, 0.0, 0.0])
+
+    def total(x, f):
+        return jnp.sum(jnp.sin(jnp.arange(1, 19).reshape(6, 3) * f(x)))
+
+    def by_hand(x):
+        parts = [
+            batch_norm(
+                x[i : i + 2], PARAMS, STATE, train=True, weights=weights[i : i + 2]
+            )
+            for i in (0, 2, 4)
+        ]
+        return jnp.concatenate([y for y, _ in parts])
+
+    ours = jax.value_and_grad(total)(x, lambda x: ghosts(x, 2, weights=weights)[0])
+    chex.assert_trees_all_close(ours, jax.value_and_grad(total)(x, by_hand), rtol=1e-4)
+
+
+def test_a_ghost_of_a_devices_size_is_unsynced_training(devices):
+    x = normal((16, 3), mean=1.0)
+
+    def unsynced(x):
+        return batch_norm(x, PARAMS, STATE, train=True)[0]
+
+    y = jax.pmap(unsynced, devices=devices)(x.reshape(8, 2, 3))
+    chex.assert_trees_all_close(
+        jax.device_get(y).reshape(16, 3), ghosts(x, 2)[0], rtol=1e-5, atol=1e-6
+    )
+
+
+def test_ghosts_within_sync_share_statistics_with_the_same_part_of_other_devices():
+    x = normal((4, 6, 3), mean=1.0)  # 4 devices, 3 ghosts of 2
+    step = jax.pmap(
+        lambda x: ghosts(x, 2, axis_name="d"), axis_name="d", devices=jax.devices()[:4]
+    )
+    y, state = jax.device_get(step(x))
+    for start in (0, 2, 4):
+        part = slice(start, start + 2)
+        expected, _ = batch_norm(x[:, part], PARAMS, STATE, train=True)
+        chex.assert_trees_all_close(y[:, part], expected, rtol=1e-5, atol=1e-6)
+    whole = batch_norm(x, PARAMS, STATE, train=True)[1]
+    chex.assert_trees_all_close(jax.tree.map(lambda a: a[2], state), whole, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("size", "axis", "message"),
+    [
+        (3, 0, "ghost_batch_size=3 does not divide the batch of 8.*drop the last 2"),
+        (0, 0, "ghost_batch_size=0 does not divide"),
+        (16, 0, "ghost_batch_size=16 does not divide the batch of 8"),
+        (2, -1, "batch_axis=-1 .* feature axis"),
+        (2, 5, "batch_axis=5 .* no axis"),
+    ],
+)
+def test_size_that_leaves_a_remainder_and_a_wrong_axis_are_refused(size, axis, message):
+    params, state = init(3)
+    with pytest.raises(ValueError, match=message):
+        batch_norm(
+            jnp.ones((8, 3)),
+            params,
+            state,
+            train=True,
+            ghost_batch_size=size,
+            batch_axis=axis,
+        )

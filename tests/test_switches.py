@@ -1,0 +1,77 @@
+"""What normalises, whether the averages move, and what learns: three choices."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import reference
+from reference import normal
+
+from bn_jax import BatchNormParams, BatchNormState, batch_norm, measure
+from bn_jax.linen import BatchNorm, norm_param_mask
+from bn_jax.models.lenet import LeNet
+
+X = normal((8, 3), mean=2.0)
+PARAMS = BatchNormParams(jnp.array([0.5, -1.0, 2.0]), jnp.array([1.0, 0.0, -3.0]))
+STATE = BatchNormState(jnp.array([0.1, 0.2, 0.3]), jnp.array([1.0, 2.0, 3.0]))
+GIVEN = BatchNormState(jnp.array([2.0, 1.0, 0.0]), jnp.array([4.0, 5.0, 6.0]))
+
+
+@pytest.mark.parametrize("given", [None, GIVEN])
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("update", [None, True, False])
+def test_what_normalises_and_what_moves_are_chosen_apart(given, train, update):
+    y, state = batch_norm(
+        X, PARAMS, STATE, train=train, statistics=given, update_state=update
+    )
+    by = given or (reference.moments(X) if train else STATE)
+    expected = reference.standardised(X, by.mean, by.var)
+    np.testing.assert_allclose(
+        y, expected * PARAMS.scale + PARAMS.bias, rtol=1e-4, atol=1e-5
+    )
+    if train if update is None else update:
+        moved = batch_norm(X, PARAMS, STATE, train=True)[1]
+        chex.assert_trees_all_close(state, moved)
+    else:
+        assert state is STATE
+
+
+def test_gradients_flow_through_given_moments_of_the_same_batch():
+    def by_batch(x):
+        return jnp.sum(jnp.sin(batch_norm(x, PARAMS, STATE, train=True)[0]))
+
+    def by_given(x):
+        y, _ = batch_norm(x, PARAMS, STATE, train=True, statistics=measure(x))
+        return jnp.sum(jnp.sin(y))
+
+    chex.assert_trees_all_close(jax.grad(by_given)(X), jax.grad(by_batch)(X), rtol=1e-5)
+
+
+@pytest.mark.parametrize("running", [True, False])
+@pytest.mark.parametrize("update", [None, True, False])
+def test_module_moves_its_averages_when_told(running, update):
+    norm = BatchNorm(momentum=0.9)
+    variables = norm.init(jax.random.key(0), X, use_running_average=True)
+    _, updates = norm.apply(
+        variables, X, running, update_average=update, mutable=["batch_stats"]
+    )
+    moved = not np.array_equal(
+        updates["batch_stats"]["mean"], variables["batch_stats"]["mean"]
+    )
+    assert moved == (not running if update is None else update)
+
+
+def test_mask_singles_out_the_scale_and_bias_of_norms():
+    model = LeNet(norm=BatchNorm)
+    variables = model.init(jax.random.key(0), jnp.zeros((1, 28, 28, 1)), train=False)
+    mask = norm_param_mask(variables)
+    frozen = optax.chain(optax.sgd(1.0), optax.masked(optax.set_to_zero(), mask))
+    params = variables["params"]
+    gradients = jax.tree.map(jnp.ones_like, params)
+    updates, _ = frozen.update(gradients, frozen.init(params), params)
+    for layer, values in updates.items():
+        for name, value in values.items():
+            assert value.any() != layer.startswith("norm"), (layer, name)
+    assert not any(jax.tree.leaves(norm_param_mask({"params": params})))

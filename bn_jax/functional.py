@@ -124,7 +124,7 @@ def normalize(
 
 
 def update_average(
-    state: BatchNormState, moments: Moments, *, momentum: float = 0.9
+    state: BatchNormState, moments: Moments, *, momentum: float | Array = 0.9
 ) -> BatchNormState:
     """Return the moving averages after one more batch.
 
@@ -219,7 +219,7 @@ def batch_norm(
     state: BatchNormState,
     *,
     train: bool,
-    momentum: float = 0.9,
+    momentum: float | Array = 0.9,
     epsilon: float = 1e-5,
     feature_axis: int | Sequence[int] = -1,
     weights: Array | None = None,

@@ -149,7 +149,10 @@ def measure(
     c = lax.stop_gradient(mean_of(x))
     x_c = x - jnp.expand_dims(c, axes)
     delta = mean_of(x_c)
-    var = mean_of(_squared_abs(x_c)) - _squared_abs(delta)
+    # Of numbers beyond the square root of the largest both terms are infinite, and so
+    # shall be the variance, not NaN.
+    square = _squared_abs(delta)
+    var = mean_of(_squared_abs(x_c)) - jnp.where(jnp.isinf(square), 0, square)
     # Rounding may leave a constant feature below 0. Lifting it by a constant, rather
     # than by a maximum, keeps the derivatives of the formula.
     var = var + lax.stop_gradient(jnp.maximum(-var, 0))

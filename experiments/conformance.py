@@ -1,0 +1,404 @@
+r"""Which batch norm gives the right numbers where it is hard?
+
+Runs small reproductions of known faults on the libraries that are installed (Flax Linen
+and NNX always; Haiku, Equinox, Keras and PyTorch with the extra `peers`) and on ours,
+side by side. Every reading is taken the same way, from outputs alone: the statistics
+that a library predicts with are read off its prediction at two points. What is printed
+is each one's error; `nan` is a result that is not a number, `-` says that the library
+is not installed or has no such feature, and `refuses` that it raises.
+
+  pip install -e '.[peers]'
+  python -m experiments.conformance --workdir=runs/conformance     takes a minute
+
+The folder receives results.json and table.md; what came out is in
+experiments/results/conformance.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import math
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from absl import flags
+
+from bn_jax.training import config as config_lib
+from experiments import launch
+
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder that receives the results.")
+
+EPSILON = 1e-5
+
+
+class Trained(NamedTuple):
+    """A layer after some batches in training mode."""
+
+    y: np.ndarray  # output for the last batch, float64
+    predict: Callable[[np.ndarray], np.ndarray]  # float64 in and out
+
+
+# Of (batches [T, N, C], momentum of the old average, dtype).
+Train = Callable[[np.ndarray, float, str], Trained]
+
+
+class Library(NamedTuple):
+    """How to use one library's batch norm."""
+
+    package: str  # that must be installed
+    train: Train
+    linen: str | None = None  # its Flax Linen module, which knows masks and axes
+
+
+def linen(module: str) -> Train:
+    def train(batches: np.ndarray, momentum: float, dtype: str) -> Trained:
+        import jax
+        import jax.numpy as jnp
+
+        layer = importlib.import_module(module).BatchNorm(
+            momentum=momentum, epsilon=EPSILON, dtype=dtype
+        )
+        x = jnp.asarray(batches[0], dtype)
+        variables = layer.init(jax.random.key(0), x, use_running_average=True)
+        for batch in batches:
+            y, updates = layer.apply(
+                variables,
+                jnp.asarray(batch, dtype),
+                use_running_average=False,
+                mutable=["batch_stats"],
+            )
+            variables = {**variables, **updates}
+
+        def predict(x: np.ndarray) -> np.ndarray:
+            y = layer.apply(variables, jnp.asarray(x, dtype), use_running_average=True)
+            return np.asarray(y, np.float64)
+
+        return Trained(np.asarray(y, np.float64), predict)
+
+    return train
+
+
+def nnx(module: str) -> Train:
+    def train(batches: np.ndarray, momentum: float, dtype: str) -> Trained:
+        import jax.numpy as jnp
+        from flax import nnx as flax_nnx
+
+        layer = importlib.import_module(module).BatchNorm(
+            batches.shape[-1],
+            momentum=momentum,
+            epsilon=EPSILON,
+            dtype=jnp.dtype(dtype),
+            rngs=flax_nnx.Rngs(0),
+        )
+        for batch in batches:
+            y = layer(jnp.asarray(batch, dtype), use_running_average=False)
+
+        def predict(x: np.ndarray) -> np.ndarray:
+            y = layer(jnp.asarray(x, dtype), use_running_average=True)
+            return np.asarray(y, np.float64)
+
+        return Trained(np.asarray(y, np.float64), predict)
+
+    return train
+
+
+def haiku(batches: np.ndarray, momentum: float, dtype: str) -> Trained:
+    import haiku as hk
+    import jax
+    import jax.numpy as jnp
+
+    def forward(x: Any, training: bool) -> Any:
+        return hk.BatchNorm(True, True, decay_rate=momentum, eps=EPSILON)(x, training)
+
+    model = hk.without_apply_rng(hk.transform_with_state(forward))
+    params, state = model.init(
+        jax.random.key(0), jnp.asarray(batches[0], dtype), training=True
+    )
+    for batch in batches:
+        y, state = model.apply(params, state, jnp.asarray(batch, dtype), training=True)
+
+    def predict(x: np.ndarray) -> np.ndarray:
+        y, _ = model.apply(params, state, jnp.asarray(x, dtype), training=False)
+        return np.asarray(y, np.float64)
+
+    return Trained(np.asarray(y, np.float64), predict)
+
+
+def equinox(mode: str) -> Train:
+    def train(batches: np.ndarray, momentum: float, dtype: str) -> Trained:
+        import equinox as eqx
+        import jax
+        import jax.numpy as jnp
+
+        layer, state = eqx.nn.make_with_state(eqx.nn.BatchNorm)(
+            batches.shape[-1],
+            "batch",
+            eps=EPSILON,
+            momentum=momentum,
+            mode=mode,
+            dtype=jnp.dtype(dtype),
+        )
+
+        def mapped(layer: Any) -> Any:
+            return jax.vmap(
+                layer, axis_name="batch", in_axes=(0, None), out_axes=(0, None)
+            )
+
+        for batch in batches:
+            y, state = mapped(layer)(jnp.asarray(batch, dtype), state)
+        frozen = eqx.nn.inference_mode(layer)
+
+        def predict(x: np.ndarray) -> np.ndarray:
+            return np.asarray(
+                mapped(frozen)(jnp.asarray(x, dtype), state)[0], np.float64
+            )
+
+        return Trained(np.asarray(y, np.float64), predict)
+
+    return train
+
+
+def keras(batches: np.ndarray, momentum: float, dtype: str) -> Trained:
+    os.environ.setdefault("KERAS_BACKEND", "jax")
+    from keras import layers, ops
+
+    layer = layers.BatchNormalization(momentum=momentum, epsilon=EPSILON, dtype=dtype)
+    for batch in batches:
+        y = layer(ops.convert_to_tensor(batch, dtype), training=True)
+
+    def predict(x: np.ndarray) -> np.ndarray:
+        y = layer(ops.convert_to_tensor(x, dtype), training=False)
+        return np.asarray(ops.convert_to_numpy(ops.cast(y, "float32")), np.float64)
+
+    last = ops.convert_to_numpy(ops.cast(y, "float32"))
+    return Trained(np.asarray(last, np.float64), predict)
+
+
+def torch(batches: np.ndarray, momentum: float, dtype: str) -> Trained:
+    import torch as torch_lib
+
+    kind = getattr(torch_lib, dtype)
+    layer = torch_lib.nn.BatchNorm1d(
+        batches.shape[-1], eps=EPSILON, momentum=1 - momentum, dtype=kind
+    )
+
+    def call(x: np.ndarray) -> np.ndarray:
+        with torch_lib.no_grad():
+            return layer(torch_lib.as_tensor(x).to(kind)).to(torch_lib.float64).numpy()
+
+    layer.train()
+    for batch in batches:
+        y = call(batch)
+
+    def predict(x: np.ndarray) -> np.ndarray:
+        layer.eval()
+        return call(x)
+
+    return Trained(y, predict)
+
+
+LIBRARIES: dict[str, Library] = {
+    "bn_jax linen": Library("bn_jax", linen("bn_jax.linen"), "bn_jax.linen"),
+    "bn_jax nnx": Library("bn_jax", nnx("bn_jax.nnx")),
+    "Flax linen": Library("flax", linen("flax.linen"), "flax.linen"),
+    "Flax nnx": Library("flax", nnx("flax.nnx")),
+    "Haiku": Library("haiku", haiku),
+    "Equinox ema": Library("equinox", equinox("ema")),
+    "Equinox batch": Library("equinox", equinox("batch")),
+    "Keras": Library("keras", keras),
+    "PyTorch": Library("torch", torch),
+}
+
+
+def large_mean(library: Library) -> float:
+    """Return |std - 1| of the output for N(10,000, 1), 256 rows, at the first step."""
+    x = np.random.default_rng(0).normal(1e4, 1, (1, 256, 8)).astype(np.float32)
+    y = library.train(x, 0.9, "float32").y
+    return float(np.abs(y.std(axis=0) - 1).max())
+
+
+def moving_variance(num_steps: int) -> Callable[[Library], float]:
+    """Return a check of the moving variance of data of variance 4.5, momentum .99."""
+
+    def error(library: Library) -> float:
+        batch = np.random.default_rng(1).normal(size=(64, 4))
+        batch = 3 + math.sqrt(4.5) * (batch - batch.mean(0)) / batch.std(0)
+        batches = np.broadcast_to(batch.astype(np.float32), (num_steps, 64, 4))
+        trained = library.train(batches, 0.99, "float32")
+        at_0, at_1 = trained.predict(np.repeat([[0.0], [1.0]], 4, axis=1))
+        variance = 1 / (at_1 - at_0) ** 2 - EPSILON
+        # Any convention counts as right: from 1 or debiased, biased or unbiased.
+        old = 0.99**num_steps
+        right = [
+            value for v in (4.5, 4.5 * 64 / 63) for value in (v, old + (1 - old) * v)
+        ]
+        return float(min(np.abs(variance / r - 1).max() for r in right))
+
+    return error
+
+
+def bfloat16_mean(library: Library) -> float:
+    """Return the error of bfloat16 predictions with a mean between two bfloat16s.
+
+    Rows 1000 and 1004, neighbours in bfloat16, have mean 1002 and variance 4; with
+    momentum 0 the predictions are -1 and 1.
+    """
+    rows = np.array([[1000.0], [1004.0]], np.float32)
+    batch = np.repeat(rows, 128, axis=0)
+    trained = library.train(batch[None], 0.0, "bfloat16")
+    return float(np.abs(trained.predict(rows) - [[-1.0], [1.0]]).max())
+
+
+def bfloat16_average(library: Library) -> float:
+    """Return the error of bfloat16 predictions after 50 batches, momentum .999.
+
+    Rows 4 and 8 have mean 6 and variance 4. A debiased average predicts -1 and 1; one
+    that starts from 0 and 1 has mean 6 (1 - .999^n) and variance 4 - 3 * .999^n.
+    """
+    rows = np.array([[4.0], [8.0]], np.float32)
+    batch = np.repeat(rows, 128, axis=0)
+    trained = library.train(np.broadcast_to(batch, (50, 256, 1)), 0.999, "bfloat16")
+    predicted = trained.predict(rows)
+    old = 0.999**50
+    from_start = (rows - 6 * (1 - old)) / math.sqrt(4 - 3 * old + EPSILON)
+    debiased = np.array([[-1.0], [1.0]])
+    return float(min(np.abs(predicted / r - 1).max() for r in (from_start, debiased)))
+
+
+def one_row(library: Library) -> float:
+    """Return |y - beta| for a batch of one row."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # ours says that nothing is learned so
+        y = library.train(np.full((1, 1, 3), 7.0, np.float32), 0.9, "float32").y
+    return float(np.abs(y).max())
+
+
+def masked_shards(rows_used: Sequence[int]) -> Callable[[Library], float | None]:
+    """Return a check of the variance over two shards with so many of 4 rows used."""
+
+    def error(library: Library) -> float | None:
+        if library.linen is None:
+            return None
+        import jax
+        import jax.numpy as jnp
+
+        norm = importlib.import_module(library.linen).BatchNorm(
+            use_running_average=False, momentum=0.0, axis_name="shards"
+        )
+        x = np.random.default_rng(2).normal(size=(2, 4, 3)) * [[[1.0]], [[3.0]]]
+        x = jnp.asarray(x, jnp.float32)
+        variables = norm.init(jax.random.key(0), x[0])
+
+        def step(x: Any, mask: Any) -> Any:
+            return norm.apply(variables, x, mask=mask, mutable=["batch_stats"])
+
+        mask = jnp.arange(4)[None, :, None] < jnp.asarray(rows_used)[:, None, None]
+        _, updates = jax.vmap(step, axis_name="shards")(x, mask)
+        true = np.asarray(x)[np.asarray(mask)[..., 0]].var(0)
+        variance = np.asarray(updates["batch_stats"]["var"])[0]
+        return float(np.abs(variance / true - 1).max())
+
+    return error
+
+
+def diverged_averages(library: Library) -> float | None:
+    """Return the relative error of the variance merged from 4 devices without sync.
+
+    Flax's examples take the mean of the devices' averages before evaluation.
+    """
+    if library.linen is None:
+        return None
+    import jax.numpy as jnp
+
+    import bn_jax
+
+    rng = np.random.default_rng(3)
+    rows = rng.normal(size=(4, 500, 3)) + rng.normal(scale=2, size=(4, 1, 3))
+    states = bn_jax.BatchNormState(jnp.asarray(rows.mean(1)), jnp.asarray(rows.var(1)))
+    ours = library.package == "bn_jax"
+    var = bn_jax.merge_states(states).var if ours else states.var.mean(0)
+    return float(np.abs(np.asarray(var) / rows.reshape(-1, 3).var(0) - 1).max())
+
+
+CHECKS: dict[str, tuple[str, Callable[[Library], float | None]]] = {
+    "large_mean": ("N(10,000, 1): deviation of the output", large_mean),
+    "variance_1": ("moving variance after 1 step", moving_variance(1)),
+    "variance_10": ("moving variance after 10 steps", moving_variance(10)),
+    "variance_100": ("moving variance after 100 steps", moving_variance(100)),
+    "bfloat16_mean": ("bfloat16 prediction, finer mean", bfloat16_mean),
+    "bfloat16_average": ("bfloat16 prediction, momentum .999", bfloat16_average),
+    "one_row": ("batch of one row: y - beta", one_row),
+    "unequal_masks": ("variance over shards with 3 and 1 rows", masked_shards([3, 1])),
+    "empty_shard": ("variance over shards with 4 and 0 rows", masked_shards([4, 0])),
+    "diverged": ("variance merged from unsynced devices", diverged_averages),
+}
+
+
+def main(argv: Sequence[str]) -> None:
+    launch.check_no_arguments(argv)
+    if WORKDIR.value is None:
+        raise config_lib.ConfigError("give --workdir=DIR for the results")
+    from bn_jax import results
+
+    errors = {name: measure_all(name) for name in LIBRARIES}
+    table = markdown(errors)
+    print(f"\n{table}")
+    workdir = Path(WORKDIR.value)
+    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / "table.md").write_text(table)
+    summary = {
+        "errors": errors,
+        "versions": versions(),
+        "environment": results.environment(),
+    }
+    results.write_json(workdir / results.RESULTS, summary)
+    print(f"written to {workdir}: table.md, {results.RESULTS}")
+
+
+def measure_all(name: str) -> dict[str, str]:
+    """Return a library's error in each check, as text."""
+    library = LIBRARIES[name]
+    if importlib.util.find_spec(library.package) is None:
+        return dict.fromkeys(CHECKS, "-")
+    print(f"{name} ...", flush=True)
+    return {check: as_text(error, library) for check, (_, error) in CHECKS.items()}
+
+
+def as_text(error: Callable[[Library], float | None], library: Library) -> str:
+    """Return the error in two digits, "-" for no such feature, or "refuses"."""
+    try:
+        value = error(library)
+    except ValueError as refusal:
+        print(f"  refuses: {str(refusal)[:100]}")
+        return "refuses"
+    return "-" if value is None else f"{value:.1e}"
+
+
+def markdown(errors: dict[str, dict[str, str]]) -> str:
+    """Return the errors as a table, a row a check and a column a library."""
+    lines = [f"| error of | {' | '.join(errors)} |", "|---" * (len(errors) + 1) + "|"]
+    for check, (title, _) in CHECKS.items():
+        cells = " | ".join(of_library[check] for of_library in errors.values())
+        lines.append(f"| {title} | {cells} |")
+    return "\n".join(lines) + "\n"
+
+
+def versions() -> dict[str, str]:
+    """Return the installed versions of the libraries."""
+    names = {"haiku": "dm-haiku"}
+    packages = {library.package for library in LIBRARIES.values()}
+    return {
+        package: importlib.metadata.version(names.get(package, package))
+        for package in sorted(packages)
+        if importlib.util.find_spec(package) is not None
+    }
+
+
+if __name__ == "__main__":
+    launch.start(main)

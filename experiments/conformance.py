@@ -23,16 +23,10 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from absl import flags
-
-from bn_jax.training import config as config_lib
 from experiments import launch
-
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder that receives the results.")
 
 EPSILON = 1e-5
 
@@ -190,7 +184,7 @@ def torch(batches: np.ndarray, momentum: float, dtype: str) -> Trained:
 
     def call(x: np.ndarray) -> np.ndarray:
         with torch_lib.no_grad():
-            return layer(torch_lib.as_tensor(x).to(kind)).to(torch_lib.float64).numpy()
+            return layer(torch_lib.tensor(x, dtype=kind)).to(torch_lib.float64).numpy()
 
     layer.train()
     for batch in batches:
@@ -342,14 +336,12 @@ CHECKS: dict[str, tuple[str, Callable[[Library], float | None]]] = {
 
 def main(argv: Sequence[str]) -> None:
     launch.check_no_arguments(argv)
-    if WORKDIR.value is None:
-        raise config_lib.ConfigError("give --workdir=DIR for the results")
+    workdir = launch.workdir()
     from bn_jax import results
 
     errors = {name: measure_all(name) for name in LIBRARIES}
     table = markdown(errors)
     print(f"\n{table}")
-    workdir = Path(WORKDIR.value)
     workdir.mkdir(parents=True, exist_ok=True)
     (workdir / "table.md").write_text(table)
     summary = {
@@ -401,4 +393,4 @@ def versions() -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    launch.start(main)
+    launch.start(main, launch.define_workdir_flag)

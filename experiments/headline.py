@@ -28,13 +28,6 @@ from absl import flags
 from bn_jax.training import config as config_lib
 from experiments import launch
 
-launch.define_data_flags()
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder that receives the results.")
-DATASET = flags.DEFINE_string("dataset", "auto", "As in experiments.lenet.")
-SEEDS = flags.DEFINE_integer("seeds", 3, "Number of seeds, from 0.", lower_bound=1)
-EPOCHS = flags.DEFINE_integer("epochs", 10, "Epochs of each run.", lower_bound=1)
-SMOKE = flags.DEFINE_boolean("smoke", False, "The sample, 1 epoch, 1 seed.")
-
 # Published runs without batch norm are of the chapter that introduces LeNet: rate .9
 # and images padded by 2. `none` differs from the first two in norm and rate alone.
 ARMS: dict[str, dict[str, Any]] = {
@@ -58,16 +51,23 @@ SCORES = (
 )
 
 
+def define_flags() -> None:
+    launch.define_data_flags()
+    launch.define_workdir_flag()
+    flags.DEFINE_string("dataset", "auto", "As in experiments.lenet.")
+    flags.DEFINE_integer("seeds", 3, "Number of seeds, from 0.", lower_bound=1)
+    flags.DEFINE_integer("epochs", 10, "Epochs of each run.", lower_bound=1)
+    flags.DEFINE_boolean("smoke", False, "The sample, 1 epoch, 1 seed.")
+
+
 def main(argv: Sequence[str]) -> None:
     launch.check_no_arguments(argv)
-    if WORKDIR.value is None:
-        raise config_lib.ConfigError("give --workdir=DIR for the results")
+    workdir, given = launch.workdir(), flags.FLAGS
     base = config_lib.TrainConfig(
-        dataset="sample" if SMOKE.value else DATASET.value,
-        epochs=1 if SMOKE.value else EPOCHS.value,
+        dataset="sample" if given.smoke else given.dataset,
+        epochs=1 if given.smoke else given.epochs,
     )
-    seeds = range(1 if SMOKE.value else SEEDS.value)
-    workdir = Path(WORKDIR.value)
+    seeds = range(1 if given.smoke else given.seeds)
     rows = run_all(workdir, base, seeds)
 
     from bn_jax import plots, results
@@ -166,4 +166,4 @@ def lines(summary: Mapping[str, Mapping[str, float]]) -> list[str]:
 
 
 if __name__ == "__main__":
-    launch.start(main)
+    launch.start(main, define_flags)

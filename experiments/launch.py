@@ -4,14 +4,33 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from absl import app, flags, logging
+
+from bn_jax.training.config import ConfigError
 
 if TYPE_CHECKING:
     from bn_jax.data import ImageData
 
 flags.disclaim_key_flags()
+
+
+def define_workdir_flag() -> None:
+    """Define the flag that says where results go."""
+    flags.DEFINE_string("workdir", None, "Folder that receives the results.")
+
+
+def workdir() -> Path:
+    """Return the folder that the flag gives.
+
+    Raises:
+      ConfigError: if it was not given.
+    """
+    if flags.FLAGS.workdir is None:
+        raise ConfigError("give --workdir=DIR for the results; --help lists all flags")
+    return Path(flags.FLAGS.workdir)
 
 
 def define_data_flags() -> None:
@@ -55,13 +74,21 @@ def numbers(values: Iterable[float]) -> str:
     return " ".join(f"{value:7.3f}" for value in values)
 
 
-def start(main: Callable[[Sequence[str]], None]) -> None:
-    """Parse flags and run `main`; a user's mistake ends with one line and status 1."""
+def start(
+    main: Callable[[Sequence[str]], None], define_flags: Callable[[], None]
+) -> None:
+    """Run an experiment; a user's mistake ends with one line and status 1.
+
+    Args:
+      main: the experiment, given what is left of the command line.
+      define_flags: called first. Flags are not defined on import, so that experiments
+        can be imported side by side.
+    """
+    define_flags()
 
     def run(argv: Sequence[str]) -> None:
         from bn_jax.data import DataError
         from bn_jax.results import RunError
-        from bn_jax.training.config import ConfigError
 
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # Orbax tells its every move

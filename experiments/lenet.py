@@ -25,29 +25,32 @@ from absl import flags
 from bn_jax.training import config as config_lib
 from experiments import launch
 
-config_lib.define_flags()
-launch.define_data_flags()
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder that receives the results.")
-SMOKE = flags.DEFINE_boolean(
-    "smoke", False, "Try everything in seconds: the sample, 1 epoch, unless given."
-)
-LOAD = flags.DEFINE_string(
-    "load", None, "Folder of a finished run to evaluate again, instead of training."
-)
+
+def define_flags() -> None:
+    config_lib.define_flags()
+    launch.define_data_flags()
+    launch.define_workdir_flag()
+    flags.DEFINE_boolean(
+        "smoke", False, "Try everything in seconds: the sample, 1 epoch, unless given."
+    )
+    flags.DEFINE_string(
+        "load", None, "Folder of a finished run to evaluate again, instead of training."
+    )
 
 
 def main(argv: Sequence[str]) -> None:
     launch.check_no_arguments(argv)
-    if (WORKDIR.value is None) == (LOAD.value is None):
+    given = flags.FLAGS
+    if (given.workdir is None) == (given.load is None):
         raise config_lib.ConfigError(
             "give --workdir=DIR to train into a folder, or --load=DIR to evaluate what "
             "a run left there; --help lists all flags"
         )
-    if LOAD.value is not None:
-        evaluate_again(LOAD.value)
+    if given.load is not None:
+        evaluate_again(given.load)
         return
-    smoke = {"dataset": "sample", "epochs": 1} if SMOKE.value else {}
-    train(WORKDIR.value, config_lib.from_flags(flags.FLAGS, defaults=smoke))
+    smoke = {"dataset": "sample", "epochs": 1} if given.smoke else {}
+    train(given.workdir, config_lib.from_flags(given, defaults=smoke))
 
 
 def train(workdir: str, config: config_lib.TrainConfig) -> None:
@@ -93,4 +96,4 @@ def evaluate_again(workdir: str) -> None:
 
 
 if __name__ == "__main__":
-    launch.start(main)
+    launch.start(main, define_flags)

@@ -1,6 +1,7 @@
 """Batch normalisation in JAX: the pure functions.
 
-The Flax module is in `bn_jax.linen`, models in `bn_jax.models`, data in `bn_jax.data`.
+The Flax modules are in `bn_jax.linen` and `bn_jax.nnx`, models in `bn_jax.models`, data
+in `bn_jax.data`.
 """
 
 from bn_jax.functional import (

@@ -98,7 +98,8 @@ class BatchNorm(nn.Module):
         """Normalise `x`.
 
         Args:
-          x: array of rank 2 or more with the features on `axis`.
+          x: array of rank 2 or more with the features on `axis`; or of rank 1, one
+            example of a batch mapped by `jax.vmap`.
           use_running_average: as the attribute; given in one place, not in both.
           mask: booleans that broadcast to `x`; False leaves a value out of the
             statistics (it is normalised all the same).
@@ -118,8 +119,12 @@ class BatchNorm(nn.Module):
             "use_running_average", self.use_running_average, use_running_average
         )
         x = jnp.asarray(x)
-        moments_lib.check_input(x, self.axis)
-        axes = moments_lib.feature_axes(x.ndim, self.axis)
+        axis = self.axis
+        is_example = x.ndim == 1  # one of a vmapped batch: a batch of its own
+        if is_example:
+            x, axis = x[None], -1
+        moments_lib.check_input(x, axis)
+        axes = moments_lib.feature_axes(x.ndim, axis)
         shape = tuple(x.shape[a] for a in axes)
         state_dtype = moments_lib.statistics_dtype(x.dtype)
         mean = self.variable("batch_stats", "mean", jnp.zeros, shape, state_dtype)
@@ -141,16 +146,16 @@ class BatchNorm(nn.Module):
         x = x.astype(state_dtype)
         if self.is_initializing() and not use_running_average:
             # No collective, no average moved, no warning of a dummy batch of one.
-            batch = moments_lib.measure(x, feature_axis=self.axis, weights=weights)
+            batch = moments_lib.measure(x, feature_axis=axis, weights=weights)
             y = normalize(
                 x,
                 batch.mean,
                 batch.var,
                 params,
                 epsilon=self.epsilon,
-                feature_axis=self.axis,
+                feature_axis=axis,
             )
-            return y.astype(dtype)
+            return (y[0] if is_example else y).astype(dtype)
         if update_average is None:
             update_average = not use_running_average
         y, state = batch_norm(
@@ -161,7 +166,7 @@ class BatchNorm(nn.Module):
             update_state=update_average,
             momentum=momentum,
             epsilon=self.epsilon,
-            feature_axis=self.axis,
+            feature_axis=axis,
             weights=weights,
             axis_name=self.axis_name,
             axis_index_groups=self.axis_index_groups,
@@ -172,7 +177,7 @@ class BatchNorm(nn.Module):
             mean.value, var.value = state
             if count is not None:
                 count.value += 1
-        return y.astype(dtype)
+        return (y[0] if is_example else y).astype(dtype)
 
     def _momentum(self) -> tuple[float | Array, nn.Variable | None]:
         """Return the weight of the old average, and the counter that decides it."""

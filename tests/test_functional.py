@@ -206,6 +206,11 @@ def test_normalize_subtracts_the_mean_before_it_scales():
     np.testing.assert_allclose(y, expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_normalize_returns_the_dtype_of_x(dtype):
+    assert normalize(jnp.ones((2, 3), dtype), jnp.ones(3), jnp.ones(3)).dtype == dtype
+
+
 @pytest.mark.parametrize("shape", [(1, 3), (1, 1, 1, 3)])
 def test_a_batch_of_one_gives_beta_and_no_gradient_with_one_warning(shape):
     bias = jnp.array([0.5, -2.0, 1e4])

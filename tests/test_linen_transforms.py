@@ -145,3 +145,17 @@ def test_ghost_batches_are_the_functions():
     ghost = BatchNorm(use_running_average=False, ghost_batch_size=2)
     y, _ = ghost.apply(variables, X, mutable=["batch_stats"])
     np.testing.assert_allclose(np.asarray(y).reshape(4, 2, 3).mean(1), 0, atol=1e-5)
+
+
+def test_examples_one_by_one_along_an_axis_are_the_batch_as_with_flax():
+    results = []
+    for module in (BatchNorm, nn.BatchNorm):
+        norm = module(axis_name="examples", momentum=0.9)
+        variables = norm.init(KEY, X[0], use_running_average=True)
+        step = functools.partial(
+            norm.apply, variables, use_running_average=False, mutable=["batch_stats"]
+        )
+        y, updates = jax.vmap(step, axis_name="examples")(X)
+        prediction = norm.apply(variables, X[0], use_running_average=True)
+        results.append((y, updates["batch_stats"], prediction))
+    chex.assert_trees_all_close(*results, rtol=1e-5, atol=1e-5)

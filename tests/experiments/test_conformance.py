@@ -1,0 +1,46 @@
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments import conformance
+
+RESULTS = Path(conformance.__file__).parent / "results" / "conformance"
+README = RESULTS / "README.md"
+
+
+@pytest.mark.parametrize("name", ["bn_jax linen", "bn_jax nnx"])
+def test_ours_passes_every_check(name):
+    library = conformance.LIBRARIES[name]
+    for check, (_, error) in conformance.CHECKS.items():
+        value = error(library)
+        # In bfloat16, whose steps are 2^-8, a prediction is off by its own rounding.
+        limit = 2**-8 if check.startswith("bfloat16") else 1e-4
+        assert value is None or value < limit, check
+
+
+def test_checks_find_the_faults_of_a_library_that_has_them():
+    flax = conformance.LIBRARIES["Flax linen"]
+    assert conformance.large_mean(flax) > 100
+    assert conformance.masked_shards([3, 1])(flax) > 0.1
+    assert np.isnan(conformance.masked_shards([4, 0])(flax))
+    assert conformance.diverged_averages(flax) > 0.1
+    assert conformance.bfloat16_mean(conformance.LIBRARIES["Flax nnx"]) > 0.5
+
+
+def test_page_holds_the_table_that_the_committed_run_wrote():
+    errors = json.loads((RESULTS / "results.json").read_text())["errors"]
+    table = conformance.markdown(errors)
+    assert table == (RESULTS / "table.md").read_text()
+    assert table in README.read_text()
+
+
+def test_page_names_tests_that_exist():
+    tests = Path(__file__).parents[1]
+    sources = "\n".join(path.read_text() for path in tests.rglob("test_*.py"))
+    for page in (README, RESULTS.parents[2] / "README.md"):
+        for name in re.findall(r"`(test_\w+)`", page.read_text()):
+            exists = f"def {name}(" in sources or name == "test_local_stats"
+            assert exists, f"{page}: {name}"

@@ -1,0 +1,223 @@
+"""What does not fit is named all at once, with what was expected and the mend."""
+
+import numpy as np
+import pytest
+from convert.trainer import LAYER
+
+from bn_jax import convert, init
+
+NAMES = {"bn1": "first", "bn2": "second"}
+
+
+def state_dict():
+    """Return a torch state dict of two layers of 4 features, and a convolution."""
+    flat = {"conv.weight": np.zeros([4, 1, 3, 3]), "conv.bias": np.zeros(4)}
+    for name in NAMES:
+        for entry, value in convert.to_torch(LAYER).items():
+            flat[f"{name}.{entry}"] = value
+    return flat
+
+
+def refusal(call, *args, **options):
+    """Return what the call is refused with."""
+    with pytest.raises(ValueError) as refused:
+        call(*args, **options)
+    return str(refused.value)
+
+
+def kinds(message):
+    """Return the names under missing, extra and misshapen."""
+    found = {}
+    for line in message.splitlines()[1:]:
+        mend, _, named = line.rpartition("): ")
+        found[mend.split()[0]] = named.split("; ")
+    return found
+
+
+def test_layers_of_a_state_dict_come_under_our_names():
+    layers = convert.layers_from("torch", state_dict(), NAMES)
+    assert list(layers) == ["first", "second"]
+    assert layers["second"].num_batches == 3
+
+
+def test_everything_wrong_is_named_at_once():
+    flat = state_dict()
+    del flat["bn1.running_var"]
+    del flat["bn2.weight"]
+    flat["bn1.bias"] = np.zeros(3)
+    flat["bn2.num_batches_tracked"] = np.zeros(4)
+    flat["bn2.weight_orig"] = np.zeros(4)
+    flat["bn3.running_mean"] = flat["bn3.running_var"] = np.zeros(4)
+    message = refusal(convert.layers_from, "torch", flat, NAMES)
+    assert kinds(message) == {
+        "missing": ["bn1.running_var", "bn2.weight"],
+        "extra": ["bn2.weight_orig", "bn3.running_mean", "bn3.running_var"],
+        "misshapen": [
+            "bn1.bias has shape [3], expected [4]",
+            "bn2.num_batches_tracked has shape [4], expected []",
+        ],
+    }
+    assert "expected for torch: <layer>.weight" in message
+
+
+def test_all_entries_of_a_mistyped_layer_are_missing():
+    names = {"bn1": "first", "bnn2": "second", "bn2": None}
+    message = refusal(convert.layers_from, "torch", state_dict(), names)
+    assert kinds(message)["missing"] == [
+        "bnn2.bias",
+        "bnn2.running_mean",
+        "bnn2.running_var",
+        "bnn2.weight",
+    ]
+
+
+def test_a_layer_mapped_to_none_is_left_out():
+    layers = convert.layers_from("torch", state_dict(), {"bn1": "first", "bn2": None})
+    assert list(layers) == ["first"]
+
+
+def test_a_layer_whose_name_begins_another_is_kept_apart():
+    flat = {key.replace("bn2", "bn1.1"): value for key, value in state_dict().items()}
+    del flat["bn1.1.running_mean"]
+    message = refusal(
+        convert.layers_from, "torch", flat, {"bn1": "first", "bn1.1": "second"}
+    )
+    assert kinds(message) == {"missing": ["bn1.1.running_mean"]}
+
+
+def test_layers_are_compared_with_what_they_should_be_like():
+    like = {"first": init(5), "second": init(4, bias=False), "third": init(1)}
+    message = refusal(convert.layers_from, "torch", state_dict(), NAMES, like=like)
+    found = kinds(message)
+    assert found["missing"] == ["third (in like)"]
+    assert found["extra"] == ["bn2.bias"]
+    assert found["misshapen"] == [
+        f"bn1.{entry} has shape [4], expected [5]"
+        for entry in ["bias", "running_mean", "running_var", "weight"]
+    ]
+
+
+def test_a_single_layer_names_all_that_is_wrong():
+    entries = convert.to_torch(LAYER)
+    del entries["weight"], entries["bias"]
+    message = refusal(convert.from_torch, {**entries, "gamma": 1})
+    assert kinds(message) == {"missing": ["bias", "weight"], "extra": ["gamma"]}
+    assert "scale=False" in message
+
+
+def test_what_is_no_array_of_numbers_is_named():
+    entries = {**convert.to_keras(LAYER), "gamma": "ones", "beta": [[1.0], [1.0, 2.0]]}
+    assert kinds(refusal(convert.from_keras, entries))["misshapen"] == [
+        "beta is a list",
+        "gamma is a str",
+    ]
+
+
+def test_counters_of_haiku_that_differ_are_named():
+    params, state = convert.to_haiku(LAYER, momentum=0.9, num_dims=2)
+    state["batch_norm/~/var_ema"]["counter"] = np.int32(4)
+    (named,) = kinds(refusal(convert.from_haiku, params, state))["misshapen"]
+    assert "mean_ema/counter is 3" in named
+    assert "var_ema/counter is 4" in named
+
+
+def test_unmapped_layers_of_haiku_are_named():
+    params, state = convert.to_haiku(LAYER, "net/~/bn", momentum=0.9, num_dims=2)
+    entries = {"params": params, "state": state}
+    found = kinds(refusal(convert.layers_from, "haiku", entries, {}))
+    assert len(found["extra"]) == 8
+    layers = convert.layers_from("haiku", entries, {"net/~/bn": "bn"})
+    assert layers["bn"].num_batches == 3
+
+
+def test_unmapped_layers_of_flax_are_named():
+    one = convert.to_flax(LAYER)
+    entries = {kind: {"block": {"bn": one[kind]}} for kind in one}
+    found = kinds(refusal(convert.layers_from, "flax", entries, {}))
+    assert found["extra"] == [
+        "batch_stats/block/bn/mean",
+        "batch_stats/block/bn/var",
+        "params/block/bn/bias",
+        "params/block/bn/scale",
+    ]
+
+
+def test_filling_names_what_model_and_layers_do_not_share():
+    flat = state_dict()
+    flat["bn1.running_mean"] = np.zeros(3)
+    flat["bn3.running_mean"] = np.zeros(4)
+    bare = LAYER._replace(params=LAYER.params._replace(bias=None))
+    message = refusal(
+        convert.layers_into,
+        "torch",
+        flat,
+        {"first": bare, "third": LAYER},
+        NAMES,
+    )
+    assert kinds(message) == {
+        "missing": ["second (in layers)"],
+        "extra": ["bn1.bias", "bn3.running_mean", "third (in layers)"],
+        "misshapen": ["bn1.running_mean has shape [3], expected [4]"],
+    }
+
+
+def test_filling_leaves_the_given_state_as_it_was():
+    flat = state_dict()
+    flat["bn1.running_mean"] = np.full(4, 9.0)
+    layers = {"first": LAYER, "second": LAYER}
+    new = convert.layers_into("torch", flat, layers, NAMES)
+    assert flat["bn1.running_mean"].tolist() == [9] * 4
+    np.testing.assert_array_equal(new["bn1.running_mean"], LAYER.state.mean)
+    assert new["conv.weight"] is flat["conv.weight"]
+
+
+def test_two_layers_under_one_name_are_refused():
+    names = {"bn1": "bn", "bn2": "bn"}
+    message = refusal(convert.layers_from, "torch", state_dict(), names)
+    assert "several layers to bn" in message
+
+
+@pytest.mark.parametrize(
+    ("call", "named"),
+    [
+        (lambda: convert.layers_from("jax", {}, {}), "library='jax'"),
+        (lambda: convert.from_equinox({}, mode="old"), "mode='old'"),
+        (lambda: convert.from_equinox({}, mode="batch"), "momentum is None"),
+        (lambda: convert.from_equinox({}, mode="ema", momentum=0.9), "no place"),
+        (lambda: convert.layers_into("torch", {}, {}, {}, momentum=0.1), "no place"),
+        (
+            lambda: convert.to_haiku(LAYER, momentum=1.0, num_dims=2),
+            r"momentum=1.0; expected .* in \[0, 1\)",
+        ),
+        (
+            lambda: convert.to_haiku(
+                LAYER._replace(num_batches=None), momentum=0.9, num_dims=2
+            ),
+            "num_batches is None.*_replace",
+        ),
+        (
+            lambda: convert.to_haiku(LAYER, momentum=0.9, num_dims=2, feature_axis=2),
+            "feature_axis=2.*num_dims=2",
+        ),
+        (
+            lambda: convert.to_flax(LAYER._replace(num_batches=None), count=True),
+            "num_batches is None",
+        ),
+        (
+            lambda: convert.without_equinox_excess(
+                LAYER._replace(num_batches=None), momentum=0.9
+            ),
+            "num_batches is None",
+        ),
+        (lambda: convert.momentum_from_torch(None), "num_batches_tracked"),
+        (lambda: convert.momentum_from_torch(1.5), r"1.5.*new value, in \[0, 1\]"),
+        (lambda: convert.momentum_to_torch(-1), r"-1.*old average, in \[0, 1\]"),
+        (
+            lambda: convert.biased_average(LAYER.state, values_per_feature=1),
+            "values_per_feature=1; expected at least 2",
+        ),
+    ],
+)
+def test_an_argument_out_of_place_is_refused(call, named):
+    with pytest.raises(ValueError, match=named):
+        call()

@@ -1,0 +1,386 @@
+"""The entries of batch norm layers: where each library keeps what, read and written.
+
+A layer's entries are sorted by role (scale, bias, mean, var, ...); what does not fit is
+gathered, so that one error names it all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from bn_jax.convert.averages import debias
+from bn_jax.convert.layer import BatchNormLayer, Entries, Like
+from bn_jax.functional import BatchNormParams, BatchNormState
+from bn_jax.moments import statistics_dtype
+
+# Where each library keeps what: {} is the name of the layer, levels are joined by "/".
+PLACES: dict[str, dict[str, str]] = {
+    "torch": {
+        "scale": "{}.weight",
+        "bias": "{}.bias",
+        "mean": "{}.running_mean",
+        "var": "{}.running_var",
+        "num_batches": "{}.num_batches_tracked",
+    },
+    "keras": {
+        "scale": "{}/gamma",
+        "bias": "{}/beta",
+        "mean": "{}/moving_mean",
+        "var": "{}/moving_variance",
+    },
+    "flax": {
+        "scale": "params/{}/scale",
+        "bias": "params/{}/bias",
+        "mean": "batch_stats/{}/mean",
+        "var": "batch_stats/{}/var",
+        "num_batches": "batch_stats/{}/count",
+    },
+    "nnx": {
+        "scale": "{}/scale",
+        "bias": "{}/bias",
+        "mean": "{}/mean",
+        "var": "{}/var",
+    },
+    "haiku": {
+        "scale": "params/{}/scale",
+        "bias": "params/{}/offset",
+        "mean": "state/{}/~/mean_ema/average",
+        "mean_hidden": "state/{}/~/mean_ema/hidden",
+        "num_batches": "state/{}/~/mean_ema/counter",
+        "var": "state/{}/~/var_ema/average",
+        "var_hidden": "state/{}/~/var_ema/hidden",
+        "var_num_batches": "state/{}/~/var_ema/counter",
+    },
+    "equinox_ema": {
+        "scale": "{}/weight",
+        "bias": "{}/bias",
+        "mean": "{}/running_mean",
+        "var": "{}/running_var",
+        "first_time": "{}/first_time",
+    },
+    "equinox_batch": {
+        "scale": "{}/weight",
+        "bias": "{}/bias",
+        "mean_hidden": "{}/hidden_mean",
+        "var_hidden": "{}/hidden_var",
+        "num_batches": "{}/counter",
+    },
+}
+# PyTorch wrote no counter before 0.4.1; Flax has none, bn_jax.linen one on demand.
+_OPTIONAL = {"torch": {"num_batches"}, "flax": {"num_batches"}}
+SCALARS = {"num_batches", "var_num_batches", "first_time"}
+_STATISTICS = {"mean", "var", "mean_hidden", "var_hidden"}
+
+
+class Problems:
+    """What does not fit, gathered so that one error names it all."""
+
+    def __init__(self) -> None:
+        self.missing: list[str] = []
+        self.extra: list[str] = []
+        self.misshapen: list[str] = []
+
+    def refuse(self, library: str) -> None:
+        """Raise the error, if there is anything to name."""
+        mends = {
+            "missing": "check names and prefixes; a layer without scale or bias needs "
+            "like=bn_jax.init(..., scale=False, bias=False)",
+            "extra": "map their layer in names (to None to leave it out), or drop them",
+            "misshapen": "give the entries of a layer of the same size",
+        }
+        found = {kind: list(getattr(self, kind)) for kind in mends}
+        lines = [
+            f"{kind} ({mend}): {'; '.join(sorted(found[kind]))}"
+            for kind, mend in mends.items()
+            if found[kind]
+        ]
+        if lines:
+            given = "\n  ".join(lines)
+            expected = ", ".join(PLACES[library].values()).replace("{}", "<layer>")
+            raise ValueError(
+                f"the batch norm entries do not fit; expected for {library}: "
+                f"{expected}\n  {given}"
+            )
+
+
+def read_layer(
+    library: str,
+    entries: Entries,
+    like: Like | None,
+    name: str = "",
+    *,
+    momentum: float | None = None,
+) -> BatchNormLayer:
+    """Read the one layer called `name` ("" where the entries are its own)."""
+    check_momentum(library, momentum, reading=True)
+    problems = Problems()
+    roles = read_entries(library, dict(flatten(entries)), name, like, problems)
+    problems.refuse(library)
+    return roles_to_layer(roles, momentum)
+
+
+def write_layer(
+    library: str,
+    layer: BatchNormLayer,
+    *,
+    momentum: float | None = None,
+    optional: bool = True,
+) -> dict[str, Any]:
+    """Write a layer as the nested entries of a model that is nothing else."""
+    check_momentum(library, momentum, reading=False)
+    tree: dict[str, Any] = {}
+    for role, value in layer_to_roles(
+        library, layer, momentum, optional=optional
+    ).items():
+        *levels, entry = entry_key(PLACES[library][role], "").split("/")
+        node = tree
+        for level in levels:
+            node = node.setdefault(level, {})
+        node[entry] = value
+    return tree
+
+
+def read_entries(
+    library: str,
+    flat: Mapping[str, Any],
+    name: str,
+    like: Like | None,
+    problems: Problems,
+) -> dict[str, np.ndarray]:
+    """Return a layer's entries by role; note what does not fit in `problems`."""
+    params, state = (None, None) if like is None else like[:2]
+    unwanted = {
+        role
+        for role in ("scale", "bias")
+        if params is not None and getattr(params, role) is None
+    }
+    keys = {role: entry_key(place, name) for role, place in PLACES[library].items()}
+    roles: dict[str, np.ndarray] = {}
+    for role, key in keys.items():
+        if role in unwanted:
+            if key in flat:
+                problems.extra.append(key)
+        elif key in flat:
+            value = as_array(flat[key])
+            if value is None:
+                problems.misshapen.append(f"{key} is a {type(flat[key]).__name__}")
+            else:
+                roles[role] = value
+        elif role not in _OPTIONAL.get(library, ()):
+            problems.missing.append(key)
+    separator = "." if library == "torch" else "/"
+    parents = {key.rpartition(separator)[0] for key in keys.values()}
+    known = set(keys.values())
+    problems.extra += [
+        key
+        for key in flat
+        if key not in known and key.rpartition(separator)[0] in parents
+    ]
+    if library == "haiku":
+        roles = {
+            role: value if role in SCALARS else _without_unit_axes(value)
+            for role, value in roles.items()
+        }
+        counters = [
+            int(roles[role])
+            for role in ("num_batches", "var_num_batches")
+            if role in roles and roles[role].shape == ()
+        ]
+        if len(set(counters)) > 1:
+            problems.misshapen.append(
+                f"{keys['num_batches']} is {counters[0]} and "
+                f"{keys['var_num_batches']} is {counters[1]}, expected the same"
+            )
+    per_feature = {r: v.shape for r, v in roles.items() if r not in SCALARS}
+    if state is not None:
+        expected = np.shape(state.mean)
+        if library == "haiku":
+            expected = _without_unit_axes(np.empty(expected)).shape
+    else:
+        # Statistics first: they are what a layer cannot do without.
+        ordered = sorted(per_feature, key=lambda role: role not in _STATISTICS)
+        expected = per_feature[ordered[0]] if ordered else ()
+    for role, value in roles.items():
+        wanted = () if role in SCALARS else expected
+        if value.shape != wanted:
+            problems.misshapen.append(
+                f"{keys[role]} has shape {list(value.shape)}, expected {list(wanted)}"
+            )
+    return roles
+
+
+def unmapped(
+    library: str, flat: Mapping[str, Any], names: Mapping[str, str | None]
+) -> Iterator[str]:
+    """Yield the entries of the batch norm layers that `names` does not speak of."""
+    places = PLACES[library]
+    found: dict[str, None] = {}
+    for key in flat:
+        for role in _STATISTICS & places.keys():
+            if (
+                name := layer_name(places[role], key)
+            ) is not None and name not in names:
+                found[name] = None
+    for name in found:
+        for place in places.values():
+            if (key := entry_key(place, name)) in flat:
+                yield key
+
+
+def roles_to_layer(
+    roles: Mapping[str, np.ndarray], momentum: float | None
+) -> BatchNormLayer:
+    """Return the layer for entries that fit."""
+    num_batches = int(roles["num_batches"]) if "num_batches" in roles else None
+    if "first_time" in roles:
+        num_batches = 0 if roles["first_time"] else None
+
+    def average(role: str) -> Array:
+        if role in roles:
+            value = roles[role]
+        else:
+            assert momentum is not None and num_batches is not None
+            value = roles[f"{role}_hidden"] / (debias(momentum, num_batches) or 1)
+        # jnp.array promises a copy, jnp.asarray does not: PyTorch trains in place.
+        array = jnp.array(value)
+        return array.astype(statistics_dtype(array.dtype))
+
+    def parameter(role: str) -> Array | None:
+        return jnp.array(roles[role]) if role in roles else None
+
+    return BatchNormLayer(
+        BatchNormParams(scale=parameter("scale"), bias=parameter("bias")),
+        BatchNormState(mean=average("mean"), var=average("var")),
+        num_batches,
+    )
+
+
+def layer_to_roles(
+    library: str,
+    layer: BatchNormLayer,
+    momentum: float | None,
+    *,
+    optional: bool = True,
+    name: str | None = None,
+) -> dict[str, np.ndarray]:
+    """Return a layer's entries by role, in the library's order and dtypes."""
+    params, state, num_batches = layer
+    places = PLACES[library]
+    roles = {role: value for role, value in params._asdict().items()}
+    roles |= state._asdict()
+    if library == "torch":
+        roles["num_batches"] = np.int64(num_batches or 0)
+    elif library == "equinox_ema":
+        roles["first_time"] = np.bool_(num_batches == 0)
+    elif "num_batches" in places and (library != "flax" or optional):
+        if num_batches is None:
+            which = "" if name is None else f" of layer {name}"
+            raise ValueError(
+                f"num_batches{which} is None, but {library} needs the number of "
+                "batches in the averages; set it by layer._replace(num_batches=...), "
+                "to a large one such as 10**6 for averages with constant momentum"
+            )
+        # bn_jax.linen counts in float32, beside its averages.
+        dtype = np.float32 if library == "flax" else np.int32
+        roles["num_batches"] = roles["var_num_batches"] = dtype(num_batches)
+        if momentum is not None:
+            factor = debias(momentum, num_batches)
+            if library == "equinox_batch":
+                factor = factor or 1  # at counter 0 it predicts by what is hidden
+            for role in ("mean", "var"):
+                value = np.asarray(roles[role])
+                roles[f"{role}_hidden"] = (value * factor).astype(value.dtype)
+    if library == "torch" and not optional:
+        del roles["num_batches"]
+    return {
+        role: np.array(roles[role]) for role in places if roles.get(role) is not None
+    }
+
+
+def flatten(entries: Entries, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the leaves with their levels joined by "/"; None counts as absent."""
+    for key, value in entries.items():
+        path = _join(prefix, key)
+        if isinstance(value, Mapping):
+            yield from flatten(value, path)
+        elif value is not None:
+            yield path, value
+
+
+def replace_entries(
+    entries: Entries, replaced: Mapping[str, np.ndarray], prefix: str = ""
+) -> dict[Any, Any]:
+    """Return nested dicts like `entries`, with some leaves replaced."""
+    return {
+        key: replace_entries(value, replaced, path)
+        if isinstance(value, Mapping)
+        else replaced.get(path, value)
+        for key, value in entries.items()
+        for path in [_join(prefix, key)]
+    }
+
+
+def _join(prefix: str, key: Any) -> str:
+    levels = key if isinstance(key, tuple) else (key,)
+    return "/".join([*([prefix] if prefix else []), *map(str, levels)])
+
+
+def entry_key(place: str, name: str) -> str:
+    """Return the key of a layer's entry; a name "" leaves no separator behind."""
+    if not name:
+        return place.replace("{}.", "").replace("{}/", "")
+    return place.replace("{}", name)
+
+
+def layer_name(place: str, key: str) -> str | None:
+    """Return the name of the layer whose entry at `place` is `key`, or None."""
+    if key == entry_key(place, ""):
+        return ""
+    before, after = place.split("{}")
+    if key.startswith(before) and key.endswith(after):
+        return key[len(before) : -len(after)] or None
+    return None
+
+
+def as_array(value: Any) -> np.ndarray | None:
+    """Return a NumPy array of numbers, or None where there is no such thing."""
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    numeric = array.dtype == bool or jnp.issubdtype(array.dtype, np.number)
+    return array if numeric else None
+
+
+def _without_unit_axes(value: np.ndarray) -> np.ndarray:
+    """Return Haiku's `[1, 1, C]` as `[C]`; one feature is `[1]`."""
+    shape = [size for size in value.shape if size != 1]
+    return value.reshape(shape or [1]) if value.ndim else value
+
+
+def check_momentum(library: str, momentum: float | None, *, reading: bool) -> None:
+    """Refuse an unknown library, and a momentum it needs or has no place for."""
+    if library not in PLACES:
+        raise ValueError(
+            f"library={library!r} is not known; give one of {', '.join(PLACES)}"
+        )
+    needed = library == "equinox_batch" or (library == "haiku" and not reading)
+    if needed and momentum is None:
+        raise ValueError(
+            f"momentum is None, but {library} keeps averages times 1 - "
+            "momentum**num_batches; give its layers' weight of the old average"
+        )
+    if momentum is not None and not needed:
+        raise ValueError(
+            f"momentum={momentum!r} has no place in entries of {library}; leave it out "
+            "here, and give it to batch_norm"
+        )
+    if momentum is not None and not 0 <= momentum < 1:
+        raise ValueError(
+            f"momentum={momentum!r}; expected the weight of the old average, in [0, 1)"
+        )

@@ -1,0 +1,262 @@
+"""Single layers to and from each library: a pair of functions each."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+
+from bn_jax.convert.entries import (
+    PLACES,
+    SCALARS,
+    check_momentum,
+    entry_key,
+    layer_to_roles,
+    read_layer,
+    write_layer,
+)
+from bn_jax.convert.layer import BatchNormLayer, Entries, Like
+
+
+def from_torch(entries: Entries, *, like: Like | None = None) -> BatchNormLayer:
+    """Return the layer for the `state_dict()` of a PyTorch BatchNorm1d, 2d or 3d.
+
+    Its averages are taken as they are, and predict as in PyTorch. They hold variances
+    over n - 1: the module docstring says how to train on.
+
+    Args:
+      entries: weight, bias, running_mean, running_var and, unless from an old version,
+        num_batches_tracked. bfloat16 and CUDA tensors: `.float().cpu()` them first.
+      like: `(params, state)` as `bn_jax.init` returns, which says the expected shape
+        and whether there are scale and bias; by default any one shape, and both.
+
+    Raises:
+      ValueError: if entries are missing, extra or misshapen; all are named.
+
+    Examples:
+      >>> layer = from_torch({
+      ...     "weight": [2.0], "bias": [0.0], "running_mean": [1.0],
+      ...     "running_var": [4.0], "num_batches_tracked": 7})
+      >>> layer.state.var.tolist(), layer.num_batches
+      ([4.0], 7)
+    """
+    return read_layer("torch", entries, like)
+
+
+def to_torch(layer: BatchNormLayer) -> dict[str, np.ndarray]:
+    """Return the state dict of a PyTorch BatchNorm1d, 2d or 3d, in NumPy arrays.
+
+    Load it by `bn.load_state_dict({k: torch.as_tensor(v) for k, v in ...items()})`. The
+    moving variance is written as it is; see `unbiased_average`.
+
+    Args:
+      layer: to be written. Where `num_batches` is None, num_batches_tracked is 0: only
+        PyTorch's momentum None reads it, and would then forget the averages.
+    """
+    return write_layer("torch", layer)
+
+
+def from_keras(entries: Entries, *, like: Like | None = None) -> BatchNormLayer:
+    """Return the layer for a Keras 3 BatchNormalization.
+
+    Args:
+      entries: gamma, beta, moving_mean and moving_variance:
+        `{w.name: w.numpy() for w in layer.weights}`.
+      like: as for `from_torch`.
+
+    Raises:
+      ValueError: if entries are missing, extra or misshapen; all are named.
+    """
+    return read_layer("keras", entries, like)
+
+
+def to_keras(layer: BatchNormLayer) -> dict[str, np.ndarray]:
+    """Return gamma, beta, moving_mean and moving_variance of a Keras 3 layer.
+
+    In this order they are what `set_weights(list(...values()))` takes. Mind Keras's
+    epsilon, by default 1e-3.
+
+    Args:
+      layer: to be written.
+    """
+    return write_layer("keras", layer)
+
+
+def from_flax(entries: Entries, *, like: Like | None = None) -> BatchNormLayer:
+    """Return the layer for the variables of a Linen BatchNorm, Flax's or bn_jax's.
+
+    Args:
+      entries: `{"params": {scale, bias}, "batch_stats": {mean, var}}`, with `count` in
+        the latter where bn_jax.linen.BatchNorm keeps one.
+      like: as for `from_torch`.
+
+    Raises:
+      ValueError: if entries are missing, extra or misshapen; all are named.
+    """
+    return read_layer("flax", entries, like)
+
+
+def to_flax(
+    layer: BatchNormLayer, *, count: bool = False
+) -> dict[str, dict[str, np.ndarray]]:
+    """Return the variables of a Linen BatchNorm, Flax's or bn_jax's.
+
+    Args:
+      layer: to be written.
+      count: whether `batch_stats` holds the number of batches, as for
+        bn_jax.linen.BatchNorm with an average "debiased" or "cumulative".
+
+    Raises:
+      ValueError: if a count is wanted and `num_batches` is None.
+    """
+    return write_layer("flax", layer, optional=count)
+
+
+def from_nnx(entries: Entries, *, like: Like | None = None) -> BatchNormLayer:
+    """Return the layer for the state of a `flax.nnx.BatchNorm`.
+
+    Args:
+      entries: scale, bias, mean and var: `nnx.state(layer)`.
+      like: as for `from_torch`.
+
+    Raises:
+      ValueError: if entries are missing, extra or misshapen; all are named.
+    """
+    return read_layer("nnx", entries, like)
+
+
+def to_nnx(layer: BatchNormLayer) -> dict[str, np.ndarray]:
+    """Return the state of a `flax.nnx.BatchNorm`: scale, bias, mean and var.
+
+    Args:
+      layer: to be written.
+    """
+    return write_layer("nnx", layer)
+
+
+def from_haiku(
+    params: Entries,
+    state: Entries,
+    name: str = "batch_norm",
+    *,
+    like: Like | None = None,
+) -> BatchNormLayer:
+    """Return the layer for an `hk.BatchNorm`; axes of length 1 are dropped.
+
+    Args:
+      params: of `hk.transform_with_state`: scale and offset under `name`.
+      state: of the same: counter, hidden and average under `name/~/mean_ema` and
+        `name/~/var_ema`. The average is what Haiku predicts by, and what is taken.
+      name: of the module; other modules are left alone.
+      like: as for `from_torch`.
+
+    Raises:
+      ValueError: if entries are missing, extra or misshapen; all are named.
+    """
+    entries = {"params": params, "state": state}
+    return read_layer("haiku", entries, like, name)
+
+
+def to_haiku(
+    layer: BatchNormLayer,
+    name: str = "batch_norm",
+    *,
+    momentum: float,
+    num_dims: int,
+    feature_axis: int = -1,
+) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, dict[str, np.ndarray]]]:
+    """Return `(params, state)` of an `hk.BatchNorm`.
+
+    Args:
+      layer: to be written. Of averages with constant momentum, which know no number of
+        batches, a large one such as `layer._replace(num_batches=10**6)` makes Haiku go
+        on with constant momentum.
+      name: of the module.
+      momentum: weight of the OLD average: the module's decay_rate.
+      num_dims: number of axes of the module's inputs; Haiku keeps them all.
+      feature_axis: of the module's inputs: 1 for its channels_first.
+
+    Raises:
+      ValueError: if `num_batches` is None, or momentum or axis out of range.
+    """
+    check_momentum("haiku", momentum, reading=False)
+    shape = [1] * num_dims
+    if not -num_dims <= feature_axis < num_dims:
+        raise ValueError(
+            f"feature_axis={feature_axis} is no axis of inputs of num_dims={num_dims}; "
+            f"give an integer in [{-num_dims}, {num_dims - 1}]"
+        )
+    shape[feature_axis] = -1
+    roles = layer_to_roles("haiku", layer, momentum)
+    trees: dict[str, dict[str, dict[str, np.ndarray]]] = {"params": {}, "state": {}}
+    for role, value in roles.items():
+        collection, rest = entry_key(PLACES["haiku"][role], name).split("/", 1)
+        module, entry = rest.rsplit("/", 1)
+        value = value if role in SCALARS else value.reshape(shape)
+        trees[collection].setdefault(module, {})[entry] = value
+    return trees["params"], trees["state"]
+
+
+def from_equinox(
+    entries: Entries,
+    *,
+    mode: Literal["ema", "batch"],
+    momentum: float | None = None,
+    like: Like | None = None,
+) -> BatchNormLayer:
+    """Return the layer for an `equinox.nn.BatchNorm`; predicts as Equinox does.
+
+    Mode "ema" normalises by the updated average in training too. In bn_jax that is
+    `state = update_average(state, measure(x), momentum=...)`, then
+    `batch_norm(..., train=True, update_state=False, statistics=state)`, differentiated
+    as a whole. The momentum at the first batch is 0.
+
+    Mode "batch" predicts by too large a variance until training has gone on for a few
+    times 1 / (1 - momentum) batches (Equinox 0.13): see `without_equinox_excess`.
+
+    Args:
+      entries: weight and bias (attributes of the layer), and in mode "ema" first_time,
+        running_mean and running_var: `state.get(layer.ema_first_time_index)` and the
+        pair `state.get(layer.ema_state_index)`; in mode "batch" counter, hidden_mean
+        and hidden_var: `state.get(layer.batch_counter)` and the pair
+        `state.get(layer.batch_state_index)`. An entry None counts as absent.
+      mode: of the layer.
+      momentum: weight of the OLD average, of the layer; for mode "batch", which keeps
+        the average times 1 - momentum**counter.
+      like: as for `from_torch`.
+
+    Raises:
+      ValueError: if entries are missing, extra or misshapen, which are all named; or
+        if the mode is unknown, or its momentum missing.
+    """
+    return read_layer(_equinox(mode), entries, like, momentum=momentum)
+
+
+def to_equinox(
+    layer: BatchNormLayer,
+    *,
+    mode: Literal["ema", "batch"],
+    momentum: float | None = None,
+) -> dict[str, np.ndarray]:
+    """Return the entries of an `equinox.nn.BatchNorm`, named as for `from_equinox`.
+
+    `state.set` wants the counter as `jax.numpy.array(int(entries["counter"]))`, since
+    Equinox's own is of a weak type, which no NumPy array has.
+
+    Args:
+      layer: to be written. Mode "batch" needs `num_batches`; of averages with constant
+        momentum give a large one, as for `to_haiku`. With 0 it goes on training as from
+        the start, but keeps the averages: Equinox's counter hides no initial value.
+      mode: of the layer.
+      momentum: weight of the OLD average, of the layer; for mode "batch".
+
+    Raises:
+      ValueError: if the mode is unknown, or its momentum or `num_batches` missing.
+    """
+    return write_layer(_equinox(mode), layer, momentum=momentum)
+
+
+def _equinox(mode: str) -> str:
+    if mode not in ("ema", "batch"):
+        raise ValueError(f"mode={mode!r}; expected Equinox's 'ema' or 'batch'")
+    return f"equinox_{mode}"

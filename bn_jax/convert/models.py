@@ -1,0 +1,143 @@
+"""All batch norm layers of a model at once, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from bn_jax.convert.entries import (
+    PLACES,
+    Problems,
+    as_array,
+    check_momentum,
+    entry_key,
+    flatten,
+    layer_to_roles,
+    read_entries,
+    replace_entries,
+    roles_to_layer,
+    unmapped,
+)
+from bn_jax.convert.layer import BatchNormLayer, Entries, Library, Like
+
+
+def layers_from(
+    library: Library,
+    entries: Entries,
+    names: Mapping[str, str | None],
+    *,
+    like: Mapping[str, Like] | None = None,
+    momentum: float | None = None,
+) -> dict[str, BatchNormLayer]:
+    """Return all batch norm layers of a model's state.
+
+    Args:
+      library: torch, keras, flax, nnx, haiku, equinox_ema or equinox_batch.
+      entries: of the model, with entries other than batch norm's or without:
+        torch, its `state_dict()`; keras, `{w.path: w.numpy() for w in model.weights}`;
+        flax, its variables, nested or flattened; nnx, `nnx.state(model)`; haiku,
+        `{"params": params, "state": state}`; equinox, names of your own to entries as
+        `from_equinox` takes them.
+      names: from each layer's name there to its name in the result, or to None to leave
+        it out. Levels of nested names are joined by "/": "Block_0/BatchNorm_0".
+      like: from names in the result to what `from_torch` takes as `like`.
+      momentum: as for `from_equinox`; for equinox_batch alone.
+
+    Raises:
+      ValueError: if entries of the named layers are missing or misshapen, or there are
+        others, of these or of batch norm layers without a name; all are named. If two
+        layers get the same name.
+
+    Examples:
+      >>> bn = {"weight": [1.0], "bias": [0.0], "running_mean": [2.0],
+      ...       "running_var": [3.0]}
+      >>> state_dict = {f"features.1.{name}": value for name, value in bn.items()}
+      >>> layers = layers_from("torch", state_dict, {"features.1": "BatchNorm_0"})
+      >>> layers["BatchNorm_0"].state.mean.tolist()
+      [2.0]
+    """
+    check_momentum(library, momentum, reading=True)
+    chosen = check_names(names)
+    flat = dict(flatten(entries))
+    like = like or {}
+    problems = Problems()
+    problems.missing += [f"{ours} (in like)" for ours in like.keys() - chosen.values()]
+    read = {
+        ours: read_entries(library, flat, theirs, like.get(ours), problems)
+        for theirs, ours in chosen.items()
+    }
+    problems.extra += unmapped(library, flat, names)
+    problems.refuse(library)
+    return {ours: roles_to_layer(roles, momentum) for ours, roles in read.items()}
+
+
+def layers_into(
+    library: Library,
+    entries: Entries,
+    layers: Mapping[str, BatchNormLayer],
+    names: Mapping[str, str | None],
+    *,
+    momentum: float | None = None,
+) -> dict[Any, Any]:
+    """Return a copy of a model's state with all batch norm layers replaced.
+
+    Args:
+      library: as for `layers_from`.
+      entries: of the model, such as its initial state, as for `layers_from`. They say
+        which shapes are expected, and whether there are scale and bias.
+      layers: by the names that `names` maps to.
+      names: as for `layers_from`: from the layer's name in `entries` to that in
+        `layers`, or to None to leave it as it is.
+      momentum: weight of the OLD average, of the layers; for haiku and equinox_batch
+        alone.
+
+    Returns:
+      Nested dicts like `entries`, with NumPy arrays in place of the layers' entries and
+      all others as they were.
+
+    Raises:
+      ValueError: if entries of the layers are missing, extra or misshapen in one or the
+        other; all are named.
+    """
+    check_momentum(library, momentum, reading=False)
+    chosen = check_names(names)
+    flat = dict(flatten(entries))
+    problems = Problems()
+    problems.missing += [
+        f"{ours} (in layers)" for ours in chosen.values() if ours not in layers
+    ]
+    problems.extra += [
+        f"{ours} (in layers)" for ours in layers if ours not in chosen.values()
+    ]
+    replaced: dict[str, np.ndarray] = {}
+    for theirs, ours in chosen.items():
+        if ours not in layers:
+            continue
+        layer = layers[ours]
+        keys = {
+            role: entry_key(place, theirs) for role, place in PLACES[library].items()
+        }
+        optional = keys.get("num_batches") in flat
+        roles = layer_to_roles(library, layer, momentum, optional=optional, name=ours)
+        read_entries(library, flat, theirs, layer, problems)
+        for role, value in roles.items():
+            if (there := as_array(flat.get(keys[role]))) is not None:
+                fits = there.size == value.size
+                replaced[keys[role]] = value.reshape(there.shape) if fits else value
+    problems.extra += unmapped(library, flat, names)
+    problems.refuse(library)
+    return replace_entries(entries, replaced)
+
+
+def check_names(names: Mapping[str, str | None]) -> dict[str, str]:
+    """Return the names of layers that are not left out; refuse a name given twice."""
+    chosen = {theirs: ours for theirs, ours in names.items() if ours is not None}
+    given = list(chosen.values())
+    twice = sorted({ours for ours in given if given.count(ours) > 1})
+    if twice:
+        raise ValueError(
+            f"names maps several layers to {', '.join(twice)}; give each its own name"
+        )
+    return chosen

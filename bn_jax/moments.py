@@ -312,15 +312,25 @@ def align_weights(weights: Array, x: Array, feature_axis: int | Sequence[int]) -
             "axes, where any axis may be 1: one weight an example of [N, H, W, C] is "
             "weights[:, None, None]"
         )
-    if w.size and not isinstance(w, jax.core.Tracer):
-        with jax.ensure_compile_time_eval():
-            least = jnp.min(w).item()
-        if not least >= 0:
-            raise ValueError(
-                f"weights must be non-negative numbers, but the least is {least}; give "
-                "0 to leave a value out"
-            )
+    check_non_negative(w)
     return w
+
+
+def check_non_negative(weights: Array) -> None:
+    """Refuse weights that are negative or NaN, where they are known.
+
+    Raises:
+      ValueError: saying the least.
+    """
+    if not weights.size or isinstance(weights, jax.core.Tracer):
+        return
+    with jax.ensure_compile_time_eval():
+        least = jnp.min(weights).item()
+    if not least >= 0:
+        raise ValueError(
+            f"weights must be non-negative numbers, but the least is {least}; give 0 "
+            "to leave a value out"
+        )
 
 
 def _total_weight(w: Array, shape: tuple[int, ...], axes: tuple[int, ...]) -> Array:

@@ -1,0 +1,69 @@
+"""Predictive uncertainty from the noise of batch statistics."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from flax import traverse_util
+from jax import Array, lax
+
+from bn_jax.population import Predict, batch_moments
+
+
+def monte_carlo_batch_norm(
+    predict: Predict,
+    variables: Any,
+    inputs: Array,
+    train_inputs: Array,
+    key: Array,
+    *,
+    num_passes: int,
+    batch_size: int,
+) -> Array:
+    """Predict several times, each by the statistics of a random training batch.
+
+    Each pass draws a batch of training examples, lets it through the model with every
+    layer normalised by it, and predicts `inputs` with the statistics so found. The
+    spread over passes is an estimate of the model's uncertainty.
+
+    Args:
+      predict: function of `(variables, inputs)` that applies a Flax model in prediction
+        mode.
+      variables: of the model.
+      inputs: to predict, shape `[N, ...]`.
+      train_inputs: the training set, shape `[M, ...]`.
+      key: decides the batches; the same key gives the same passes.
+      num_passes: T, at least 1.
+      batch_size: examples of a batch, drawn without replacement; at most M.
+
+    Returns:
+      Outputs of shape `[T, N, ...]`.
+
+    Raises:
+      ValueError: if there is no pass, or a batch is empty or larger than the training
+        set.
+
+    References:
+      Teye, Azizpour and Smith, 2018, "Bayesian Uncertainty Estimation for Batch
+      Normalized Deep Networks", arXiv:1802.06455.
+    """
+    if num_passes < 1 or not 1 <= batch_size <= len(train_inputs):
+        raise ValueError(
+            f"num_passes={num_passes} and batch_size={batch_size}; expected at least "
+            f"one pass and a batch of 1 to {len(train_inputs)} training examples"
+        )
+    flat = traverse_util.flatten_dict(variables.get("batch_stats", {}))
+
+    def one_pass(key: Array) -> Any:
+        drawn = jax.random.choice(key, len(train_inputs), (batch_size,), replace=False)
+        _, moments = batch_moments(predict, variables, train_inputs[drawn])
+        statistics = dict(flat)
+        for path, (_, mean, var) in moments.items():
+            statistics[(*path, "mean")] = mean
+            statistics[(*path, "var")] = var
+        batch_stats = traverse_util.unflatten_dict(statistics)
+        return predict({**variables, "batch_stats": batch_stats}, inputs)
+
+    outputs: Array = lax.map(one_pass, jax.random.split(key, num_passes))
+    return outputs

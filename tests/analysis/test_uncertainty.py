@@ -1,0 +1,76 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from bn_jax.analysis.uncertainty import monte_carlo_batch_norm
+from bn_jax.linen import BatchNorm
+from bn_jax.population import exact_statistics
+
+KEY = jax.random.key(0)
+TRAIN = 5 + 3 * jax.random.normal(jax.random.key(1), (30, 4))
+TEST = 5 + 3 * jax.random.normal(jax.random.key(2), (6, 4))
+
+
+class Model(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        norm = functools.partial(BatchNorm, use_running_average=not train)
+        x = nn.relu(norm()(nn.Dense(5)(x)))
+        return nn.Dense(3)(norm()(x))
+
+
+MODEL = Model()
+VARIABLES = MODEL.init(KEY, TRAIN, train=False)
+
+
+def predict(variables, x):
+    return MODEL.apply(variables, x, train=False)
+
+
+def passes(key=KEY, num_passes=8, batch_size=10):
+    return monte_carlo_batch_norm(
+        predict,
+        VARIABLES,
+        TEST,
+        TRAIN,
+        key,
+        num_passes=num_passes,
+        batch_size=batch_size,
+    )
+
+
+def test_batches_of_the_whole_training_set_predict_by_exact_statistics():
+    exact = exact_statistics(predict, VARIABLES, TRAIN, batch_size=30)
+    expected = predict({**VARIABLES, "batch_stats": exact}, TEST)
+    for outputs in passes(num_passes=3, batch_size=30):
+        np.testing.assert_allclose(outputs, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_each_pass_has_a_batch_of_its_own_and_the_key_decides():
+    first = passes()
+    assert first.shape == (8, 6, 3)
+    assert len({float(outputs[0, 0]) for outputs in first}) == 8
+    np.testing.assert_array_equal(first, passes())
+    assert not jnp.array_equal(first, passes(jax.random.key(9)))
+
+
+def test_spread_shrinks_with_the_batch_size():
+    small, large = (passes(batch_size=n, num_passes=40).std(0).mean() for n in (5, 25))
+    assert large < small / 2
+
+
+def test_prediction_compiles():
+    compiled = jax.jit(functools.partial(passes, num_passes=3))
+    np.testing.assert_allclose(
+        compiled(KEY), passes(num_passes=3), rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize(("num_passes", "batch_size"), [(0, 5), (3, 0), (3, 31)])
+def test_no_pass_or_a_batch_that_cannot_be_drawn_is_refused(num_passes, batch_size):
+    with pytest.raises(ValueError, match=f"num_passes={num_passes}.*{batch_size}"):
+        passes(num_passes=num_passes, batch_size=batch_size)

@@ -1,0 +1,135 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from bn_jax.folding import fold
+from bn_jax.linen import BatchNorm
+from bn_jax.models.lenet import LeNet
+
+IMAGES = jax.random.uniform(jax.random.key(3), (8, 28, 28, 1))
+
+
+def moved(variables, seed=5):
+    """Variables with no value left at its start, variances positive."""
+    leaves, tree = jax.tree.flatten(variables)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    return jax.tree.unflatten(
+        tree,
+        [
+            leaf + jax.random.uniform(key, leaf.shape)
+            for leaf, key in zip(leaves, keys, strict=True)
+        ],
+    )
+
+
+def predict(model, variables, x):
+    return model.apply(variables, x, train=False)
+
+
+@pytest.mark.parametrize("norm", [BatchNorm, nn.BatchNorm])
+@pytest.mark.parametrize("layout", ["CHWN", "NHWC"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_folded_lenet_is_the_same_network_without_norms(norm, layout, bias):
+    model = LeNet(norm=norm, layout=layout, bias_before_norm=bias)
+    variables = moved(model.init(jax.random.key(0), IMAGES[:1], train=False))
+    folded = fold(functools.partial(predict, model), variables, IMAGES[:2])
+    plain = LeNet(norm=None, layout=layout)
+    shapes = plain.init(jax.random.key(0), IMAGES[:1], train=False)["params"]
+    assert jax.tree.map(jnp.shape, folded) == jax.tree.map(jnp.shape, shapes)
+    np.testing.assert_allclose(
+        predict(plain, {"params": folded}, IMAGES),
+        predict(model, variables, IMAGES),
+        rtol=1e-5,
+        atol=1e-5,
+    )
+
+
+@pytest.mark.parametrize("scale", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_norms_without_scale_or_bias_fold_too(scale, bias):
+    norm = functools.partial(BatchNorm, use_scale=scale, use_bias=bias, epsilon=0.1)
+    model = LeNet(norm=norm)
+    variables = moved(model.init(jax.random.key(0), IMAGES[:1], train=False))
+    folded = fold(functools.partial(predict, model), variables, IMAGES[:2])
+    np.testing.assert_allclose(
+        predict(LeNet(norm=None), {"params": folded}, IMAGES),
+        predict(model, variables, IMAGES),
+        rtol=1e-5,
+        atol=1e-5,
+    )
+
+
+class ActivationBetween(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.relu(nn.Dense(3, name="dense")(x))
+        return BatchNorm(use_running_average=not train, name="norm")(x)
+
+
+class UsedElsewhere(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        y = nn.Dense(3, name="dense")(x)
+        return y + BatchNorm(use_running_average=not train, name="norm")(y)
+
+
+class CalledTwice(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        dense = nn.Dense(3, name="dense")
+        x = dense(dense(x))
+        return BatchNorm(use_running_average=not train, name="norm")(x)
+
+
+class TwoNorms(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        norm = functools.partial(BatchNorm, use_running_average=not train)
+        x = nn.Dense(3, name="dense")(x)
+        return norm(name="a")(x) * norm(name="b")(x)
+
+
+class OtherAxis(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.Dense(3, name="dense")(jnp.stack([x, 2 * x, x * x], axis=1))
+        return BatchNorm(use_running_average=not train, axis=1, name="norm")(x)
+
+
+class OtherSize(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.Dense(3, name="dense")(jnp.stack([x, 2 * x], axis=1))
+        return BatchNorm(use_running_average=not train, axis=1, name="norm")(x)
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (ActivationBetween, "norm is not given the output of a layer with a kernel"),
+        (UsedElsewhere, "output of one of dense is used elsewhere"),
+        (CalledTwice, "dense is called 2 times"),
+        (TwoNorms, "dense is followed by several norms"),
+        (OtherAxis, "its norm is over another axis"),
+        (OtherSize, r"statistics of shape \[2\], not one for each of the 3 outputs"),
+    ],
+)
+def test_what_cannot_be_folded_is_refused_with_the_reason(module, message):
+    x = jax.random.normal(jax.random.key(0), (4, 3))
+    model = module()
+    variables = moved(model.init(jax.random.key(1), x, train=False))
+    with pytest.raises(ValueError, match=f"cannot fold.*{message}"):
+        fold(functools.partial(predict, model), variables, x)
+
+
+def test_model_without_norms_folds_to_itself():
+    model = LeNet()
+    variables = model.init(jax.random.key(0), IMAGES[:1], train=False)
+    folded = fold(functools.partial(predict, model), variables, IMAGES[:2])
+    assert jax.tree.all(
+        jax.tree.map(lambda a, b: bool((a == b).all()), folded, variables["params"])
+    )

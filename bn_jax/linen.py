@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -20,6 +21,8 @@ from bn_jax.functional import (
     debiased_momentum,
     normalize,
 )
+from bn_jax.moments import Moments
+from bn_jax.variants.renorm import batch_renorm
 
 
 class BatchNorm(nn.Module):
@@ -94,6 +97,8 @@ class BatchNorm(nn.Module):
         mask: Array | None = None,
         weights: Array | None = None,
         update_average: bool | None = None,
+        statistics: BatchNormState | Moments | None = None,
+        renorm_limits: tuple[Any, Any] | None = None,
     ) -> Array:
         """Normalise `x`.
 
@@ -107,6 +112,9 @@ class BatchNorm(nn.Module):
             them; given instead of `mask`.
           update_average: whether the running averages move; by default where the batch
             normalises.
+          statistics: normalise by these instead.
+          renorm_limits: `(r_max, d_max)` makes training batch renormalisation; see
+            `bn_jax.variants.renorm`, whose `limits` gives them for a step.
 
         Returns:
           Array of x's shape, in `dtype`.
@@ -158,20 +166,33 @@ class BatchNorm(nn.Module):
             return (y[0] if is_example else y).astype(dtype)
         if update_average is None:
             update_average = not use_running_average
-        y, state = batch_norm(
+        if renorm_limits is None:
+            transform: Callable[..., tuple[Array, BatchNormState]] = functools.partial(
+                batch_norm,
+                ghost_batch_size=self.ghost_batch_size,
+                batch_axis=self.batch_axis,
+                statistics=statistics,
+                update_state=update_average,
+            )
+        elif self.ghost_batch_size is None and statistics is None:
+            r_max, d_max = renorm_limits
+            transform = functools.partial(batch_renorm, r_max=r_max, d_max=d_max)
+        else:
+            raise ValueError(
+                "batch renormalisation has neither ghost batches nor given statistics; "
+                "leave out renorm_limits, or ghost_batch_size and statistics"
+            )
+        y, state = transform(
             x,
             params,
             BatchNormState(mean.value, var.value),
             train=not use_running_average,
-            update_state=update_average,
             momentum=momentum,
             epsilon=self.epsilon,
             feature_axis=axis,
             weights=weights,
             axis_name=self.axis_name,
             axis_index_groups=self.axis_index_groups,
-            ghost_batch_size=self.ghost_batch_size,
-            batch_axis=self.batch_axis,
         )
         if update_average:
             mean.value, var.value = state

@@ -64,6 +64,21 @@ def by_nested_vmap(x, params, weights):
     return y, first(states)
 
 
+def by_pmap(x, params, weights, num_devices):
+    devices = jax.devices()[:num_devices]
+    assert len(devices) == num_devices
+
+    def shard(x, params, weights):
+        return run(x, params, weights, axis_name="d")
+
+    cut = jax.tree.map(lambda a: a.reshape(num_devices, -1, *a.shape[1:]), (x, weights))
+    in_axes = (0, None, None if weights is None else 0)
+    y, states = jax.pmap(shard, axis_name="d", in_axes=in_axes, devices=devices)(
+        cut[0], params, cut[1]
+    )
+    return y, jax.tree.map(lambda a: a[0], states)
+
+
 def by_shards(x, params, weights, check_vma):
     mesh = jax.make_mesh((8,), ("d",), (AxisType.Auto,), devices=jax.devices())
     data = PartitionSpec("d")
@@ -96,6 +111,9 @@ def in_scan(x, params, weights):
 WAYS = {
     "vmap over examples": by_examples,
     "nested vmap": by_nested_vmap,
+    "pmap 2": functools.partial(by_pmap, num_devices=2),
+    "pmap 4": functools.partial(by_pmap, num_devices=4),
+    "pmap 8": functools.partial(by_pmap, num_devices=8),
     "shard_map": functools.partial(by_shards, check_vma=False),
     "shard_map, check_vma": functools.partial(by_shards, check_vma=True),
     "checkpoint": in_checkpoint,

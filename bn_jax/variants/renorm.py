@@ -110,8 +110,7 @@ def limits(
 ) -> tuple[Array, Array]:
     """Return `(r_max, d_max)` at a step: the paper's schedule, batch norm at first.
 
-    The defaults are those of the paper's section 4, whose training took some 130,000
-    steps.
+    The defaults are the paper's.
 
     Args:
       step: number of the training step.

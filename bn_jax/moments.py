@@ -18,7 +18,8 @@ one-pass form, loses all digits of a float32 where $|\mu| / \sigma$ passes some 
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+import operator
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -57,7 +58,10 @@ def feature_axes(rank: int, feature_axis: int | Sequence[int]) -> tuple[int, ...
     Raises:
       ValueError: if an axis is out of range or given twice.
     """
-    given = (feature_axis,) if isinstance(feature_axis, int) else tuple(feature_axis)
+    if isinstance(feature_axis, Iterable):
+        given = tuple(feature_axis)
+    else:
+        given = (operator.index(feature_axis),)
     axes = tuple(sorted(a + rank if a < 0 else a for a in given))
     if not axes or len(set(axes)) < len(axes) or axes[0] < 0 or axes[-1] >= rank:
         raise ValueError(
@@ -116,7 +120,8 @@ def measure(
       weights: non-negative weights, or booleans as a mask. Of x's rank with some axes
         of size 1, or of x's rank less its feature axes: `[N]` for x of `[N, C]`,
         `[N, 1, 1]` or `[N, H, W]` for `[N, H, W, C]`. A value of weight 0 counts as
-        absent, even where it is not finite.
+        absent, even where it is not finite; in the gradient with respect to that weight
+        it counts as 0.
       axis_name: name, or tuple of names, of mapped axes over all of whose instances to
         measure; see `merge_across`.
       axis_index_groups: partition of that axis, to measure over each group.

@@ -13,6 +13,7 @@ from bn_jax import Moments, measure, merge, merge_stacked
 
 LAYOUTS = [
     ((6, 3), -1),
+    ((4, 3, 2, 5), np.int64(1)),
     ((6, 3), 0),
     ((4, 2, 5, 3), -1),
     ((4, 3, 2, 5), 1),

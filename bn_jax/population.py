@@ -7,13 +7,16 @@ with that, and see how far apart the statistics are (`gap`).
 Layers are found by their collection `batch_stats{mean,var}`: ours, Flax's own, or any
 with attributes `axis` and `epsilon`. A model is given as `predict(variables, inputs)`,
 which applies it in prediction mode; where a layer is to normalise by its batch, its
-call is replaced, so that dropout stays off and no average moves.
+call is replaced, so that dropout stays off and no average moves. The calls are seen
+from outside, through `flax.linen.intercept_methods`, which cannot look into Flax's
+lifted transforms: a layer inside `nn.jit`, `nn.remat`, `nn.scan` or `nn.vmap` is
+refused.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -23,7 +26,13 @@ from flax import traverse_util
 from jax import Array, lax
 
 from bn_jax.functional import BatchNormParams, normalize
-from bn_jax.moments import Moments, check_non_negative, measure, merge
+from bn_jax.moments import (
+    Moments,
+    align_weights,
+    check_non_negative,
+    measure,
+    merge,
+)
 
 Path = tuple[str, ...]
 Predict = Callable[[Any, Array], Any]
@@ -42,19 +51,23 @@ def exact_statistics(
 ) -> dict[str, Any]:
     """Return `batch_stats` with the mean and variance of a whole data set.
 
+    A layer that is called several times pools what its calls are given.
+
     Args:
       predict: function of `(variables, inputs)` that applies a Flax model in prediction
-        mode.
+        mode. A mask or weights that the model gives to a layer count.
       variables: of the model. A model without batch statistics gives an empty result.
-      inputs: the data set, shape `[N, ...]`; it may be sharded over devices.
-      batch_size: number of examples measured at a time; a last smaller batch counts by
-        its size.
-      mode: "layerwise" measures layer after layer, each with its predecessors' exact
-        statistics in place: what one batch of all examples would give, whatever the
-        batch size, in as many passes as there are layers. "one_pass" lets each layer
-        normalise by its batch and pools what it is given, the variance between batches
-        included: one pass, and a result that depends on the batches after the first
-        layer. A layer that is called several times pools its calls.
+      inputs: the data set, shape `[N, ...]`. Where it is sharded over devices along N,
+        each works on its own examples.
+      batch_size: number of examples measured at a time. Of T batches the first holds
+        the examples 0, T, 2T and so on; a last smaller one, of the examples left over
+        at the end, counts by its size.
+      mode: "layerwise" measures call after call, each with the exact statistics of
+        those before it in place: what one batch of all examples would give, whatever
+        the batch size and the moving averages, in as many passes as there are calls.
+        "one_pass" lets each call normalise by its batch and pools what it is given,
+        the variance between batches included: one pass, and a result that depends on
+        the batches after the first layer.
       weights: of the examples, non-negative, shape `[N]`.
       num_examples: measure the first so many examples only.
 
@@ -63,36 +76,39 @@ def exact_statistics(
 
     Raises:
       ValueError: if there are no examples, the batch size is not positive, the mode is
-        unknown, weights do not fit, or a layer's input has no axis of examples for
-        them.
+        unknown, weights do not fit or are all 0, a layer's input has no axis of
+        examples for them, or a layer's calls cannot be seen.
 
     References:
       Wu and Johnson, 2021, "Rethinking 'Batch' in BatchNorm", arXiv:2105.07576.
     """
-    inputs, weights = _check_data(inputs, weights, batch_size, num_examples)
-    statistics = dict(traverse_util.flatten_dict(variables.get("batch_stats", {})))
-
-    def with_statistics() -> Any:
-        batch_stats = traverse_util.unflatten_dict(statistics)
-        return {**variables, "batch_stats": batch_stats}
-
-    def measured(paths: tuple[Path, ...], by_batch: bool) -> None:
-        moments = _pooled_moments(
-            predict, with_statistics(), inputs, weights, paths, batch_size, by_batch
-        )
-        for path, (_, mean, var) in moments.items():
-            statistics[(*path, "mean")] = mean
-            statistics[(*path, "var")] = var
-
-    layers = tuple(_layers_in_order(predict, variables, inputs[:batch_size]))
-    if mode == "layerwise":
-        for path in layers:
-            measured((path,), by_batch=False)
-    elif mode == "one_pass":
-        measured(layers, by_batch=True)
-    else:
+    if mode not in ("layerwise", "one_pass"):
         raise ValueError(f"mode={mode!r}; expected layerwise or one_pass")
-    return traverse_util.unflatten_dict(statistics)
+    inputs, weights = _check_data(inputs, weights, batch_size, num_examples)
+    paths = [call.path for call in _calls(predict, variables, inputs[:batch_size])]
+    _check_all_called(variables, paths)
+
+    def measured(variables: Any) -> list[Moments]:
+        return _pooled_moments(
+            predict,
+            variables,
+            inputs,
+            weights,
+            batch_size=batch_size,
+            by_batch=mode == "one_pass",
+        )
+
+    if mode == "one_pass":
+        moments = _by_layer(paths, measured(variables))
+        return with_statistics(variables, moments)["batch_stats"]
+    # All calls are measured in each pass, though one is of use, so that all passes are
+    # one compiled program.
+    of_calls: list[Moments] = []
+    current = variables
+    for call in range(len(paths)):
+        of_calls.append(measured(current)[call])
+        current = with_statistics(variables, _by_layer(paths, of_calls))
+    return with_statistics(current, {})["batch_stats"]
 
 
 def batch_moments(
@@ -108,12 +124,33 @@ def batch_moments(
     Returns:
       The outputs of what is training mode for batch norm alone, and the moments of what
       each layer was given, by the layer's path.
+
+    Raises:
+      ValueError: if a layer's calls cannot be seen.
     """
-    return _apply_and_measure(predict, variables, inputs, None, by_batch=True)
+    paths = [call.path for call in _calls(predict, variables, inputs)]
+    _check_all_called(variables, paths)
+    outputs, moments = _apply_and_measure(
+        predict, variables, inputs, None, by_batch=True
+    )
+    return outputs, _by_layer(paths, moments)
+
+
+def with_statistics(variables: Any, moments: Mapping[Path, Moments]) -> dict[str, Any]:
+    """Return `variables` with the layers' means and variances in place."""
+    flat = dict(traverse_util.flatten_dict(variables.get("batch_stats", {})))
+    for path, (_, mean, var) in moments.items():
+        flat[(*path, "mean")] = mean
+        flat[(*path, "var")] = var
+    return {**variables, "batch_stats": traverse_util.unflatten_dict(flat)}
 
 
 class LayerGap(NamedTuple):
-    """How far a layer's statistics are from the exact ones, at its worst feature."""
+    """How far a layer's statistics are from the exact ones, at its worst feature.
+
+    Variances are taken with epsilon added, as they normalise, so that a feature that
+    never varies has a gap, too.
+    """
 
     mean: float  # |difference of means| over the exact deviation
     log_var: float  # |log of the ratio of variances|
@@ -145,20 +182,27 @@ def gap(
       inputs: to evaluate on, shape `[N, ...]`.
       labels: of `inputs`, shape `[N]`, integers.
       measure_on: the training set, whose statistics are the exact ones.
-      batch_size: of the batches that normalise by themselves; a last smaller batch is
-        one, too.
+      batch_size: of the batches that normalise by themselves, of consecutive examples;
+        a last smaller batch is one, too.
 
     Returns:
       A report. "training" is by each batch's own statistics.
+
+    Raises:
+      ValueError: if there is not one label for each input, or as `exact_statistics`
+        says.
     """
+    if labels.shape != (len(inputs),) or not len(inputs):
+        raise ValueError(
+            f"labels have shape {list(labels.shape)} for {len(inputs)} inputs; "
+            "expected at least one input and one label for each: [N]"
+        )
     exact = exact_statistics(predict, variables, measure_on, batch_size=batch_size)
     by_exact = {**variables, "batch_stats": exact}
+    by_batch = jax.jit(functools.partial(batch_moments, predict, variables))
 
-    def by_batch(x: Array) -> Any:
-        return batch_moments(predict, variables, x)
-
-    ways = {
-        "training": jax.jit(lambda x: by_batch(x)[0]),
+    ways: dict[str, Callable[[Array], Array]] = {
+        "training": lambda x: by_batch(x)[0],
         "running": jax.jit(functools.partial(predict, variables)),
         "exact": jax.jit(functools.partial(predict, by_exact)),
     }
@@ -170,47 +214,37 @@ def gap(
         loss[name] = float(-of_label.mean())
         accuracy[name] = float(jnp.mean(logits.argmax(-1) == labels))
 
-    true = _means_and_variances(exact)
-    of_batches = [
-        {path: (m.mean, m.var) for path, m in moments.items()}
-        for _, moments in map(jax.jit(by_batch), _batches(measure_on, batch_size))
-    ]
-    return Gap(
-        training={
-            "/".join(path): LayerGap(
-                *(
-                    sum(gaps) / len(of_batches)
-                    for gaps in zip(
-                        *(_layer_gap(batch[path], true[path]) for batch in of_batches),
-                        strict=True,
-                    )
-                )
-            )
-            for path in true
-        },
-        running={
-            "/".join(path): _layer_gap(statistics, true[path])
-            for path, statistics in _means_and_variances(
-                variables.get("batch_stats", {})
-            ).items()
-        },
-        loss=loss,
-        accuracy=accuracy,
+    calls = _calls(predict, variables, measure_on[:batch_size])
+    epsilons = {call.path: call.epsilon for call in calls}
+    running, true = (
+        {path: _mean_and_var(stats, path) for path in epsilons}
+        for stats in (variables.get("batch_stats", {}), exact)
     )
+    of_batches = [by_batch(x)[1] for x in _batches(measure_on, batch_size)]
+    report = Gap({}, {}, loss, accuracy)
+    for path, epsilon in epsilons.items():
+        gap_of = functools.partial(_layer_gap, exact=true[path], epsilon=epsilon)
+        gaps = [gap_of((batch[path].mean, batch[path].var)) for batch in of_batches]
+        name = "/".join(path)
+        report.training[name] = LayerGap(
+            mean=sum(g.mean for g in gaps) / len(gaps),
+            log_var=sum(g.log_var for g in gaps) / len(gaps),
+        )
+        report.running[name] = gap_of(running[path])
+    return report
 
 
-def _means_and_variances(batch_stats: Any) -> dict[Path, tuple[Array, Array]]:
-    """Return each layer's mean and variance by its path."""
+def _mean_and_var(batch_stats: Any, path: Path) -> tuple[Array, Array]:
+    """Return the statistics of the layer at `path`."""
     flat = traverse_util.flatten_dict(batch_stats)
-    return {
-        path[:-1]: (mean, flat[(*path[:-1], "var")])
-        for path, mean in flat.items()
-        if path[-1] == "mean"
-    }
+    return flat[(*path, "mean")], flat[(*path, "var")]
 
 
-def _layer_gap(statistics: tuple[Array, Array], exact: tuple[Array, Array]) -> LayerGap:
+def _layer_gap(
+    statistics: tuple[Array, Array], *, exact: tuple[Array, Array], epsilon: float
+) -> LayerGap:
     (mean, var), (true_mean, true_var) = statistics, exact
+    var, true_var = var + epsilon, true_var + epsilon
     return LayerGap(
         mean=float(jnp.max(jnp.abs(mean - true_mean) / jnp.sqrt(true_var))),
         log_var=float(jnp.max(jnp.abs(jnp.log(var / true_var)))),
@@ -221,6 +255,11 @@ def _check_data(
     inputs: Array, weights: Array | None, batch_size: int, num_examples: int | None
 ) -> tuple[Array, Array | None]:
     """Return the examples to measure and their weights."""
+    if num_examples is not None and not 0 <= num_examples <= len(inputs):
+        raise ValueError(
+            f"num_examples={num_examples} of {len(inputs)} examples; give at most as "
+            "many as there are, or leave it out for all"
+        )
     if weights is not None:
         weights = jnp.asarray(weights)
         if weights.shape != (len(inputs),):
@@ -229,12 +268,19 @@ def _check_data(
                 f"the {len(inputs)} examples: [{len(inputs)}]"
             )
         check_non_negative(weights)
-        weights = weights[:num_examples]
     inputs = inputs[:num_examples]
     if batch_size < 1 or len(inputs) < 1:
         raise ValueError(
             f"got {len(inputs)} examples and batch_size={batch_size}; expected at "
             "least one example and a positive batch size"
+        )
+    if weights is None:
+        return inputs, None
+    weights = weights[:num_examples]
+    if not isinstance(weights, jax.core.Tracer) and not jnp.any(weights):
+        raise ValueError(
+            f"the weights of all {len(inputs)} examples are 0, which leaves nothing to "
+            "measure; give at least one example a positive weight"
         )
     return inputs, weights
 
@@ -244,58 +290,51 @@ def _batches(inputs: Array, batch_size: int) -> list[Array]:
     return [inputs[i : i + batch_size] for i in range(0, len(inputs), batch_size)]
 
 
-@functools.partial(
-    jax.jit, static_argnames=("predict", "paths", "batch_size", "by_batch")
-)
+def _by_layer(paths: Sequence[Path], moments: Sequence[Moments]) -> dict[Path, Moments]:
+    """Return the pooled moments of each layer's calls, as far as they are known."""
+    pooled: dict[Path, Moments] = {}
+    for path, m in zip(paths, moments, strict=False):
+        pooled[path] = merge(pooled[path], m) if path in pooled else m
+    return pooled
+
+
+@functools.partial(jax.jit, static_argnames=("predict", "batch_size", "by_batch"))
 def _pooled_moments(
     predict: Predict,
     variables: Any,
     inputs: Array,
     weights: Array | None,
-    paths: tuple[Path, ...],
+    *,
     batch_size: int,
     by_batch: bool,
-) -> dict[Path, Moments]:
-    """Return the moments of what the layers at `paths` are given over the data set."""
+) -> list[Moments]:
+    """Return the moments of what each call is given over the data set."""
+    Data = tuple[Array, Array | None]
 
-    def of_batch(batch: tuple[Array, Array | None]) -> dict[Path, Moments]:
-        x, w = batch
-        _, moments = _apply_and_measure(predict, variables, x, w, by_batch=by_batch)
-        return {path: moments[path] for path in paths}
+    def of_batch(batch: Data) -> list[Moments]:
+        return _apply_and_measure(predict, variables, *batch, by_batch=by_batch)[1]
 
-    def add(
-        total: dict[Path, Moments], batch: tuple[Array, Array | None]
-    ) -> tuple[dict[Path, Moments], None]:
-        added = of_batch(batch)
-        return {path: merge(total[path], added[path]) for path in paths}, None
+    def add(total: list[Moments], batch: Data) -> tuple[list[Moments], None]:
+        return list(map(merge, total, of_batch(batch))), None
 
     data = (inputs, weights)
     num_whole = len(inputs) // batch_size
     size = num_whole * batch_size
+
+    def cut(a: Array) -> Array:
+        # Every num_whole-th example to a batch: of data sharded in contiguous parts,
+        # each device then holds its share of every batch. Batches of consecutive
+        # examples would lie on one device each, and all be sent to all.
+        return a[:size].reshape(batch_size, num_whole, *a.shape[1:]).swapaxes(0, 1)
+
     rest = jax.tree.map(lambda a: a[size:], data)
-    total = None
-    if num_whole:
-        whole = jax.tree.map(
-            lambda a: a[:size].reshape(num_whole, batch_size, *a.shape[1:]), data
-        )
-        first = jax.eval_shape(of_batch, jax.tree.map(lambda a: a[0], whole))
-        zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), first)
-        total, _ = lax.scan(add, zero, whole)
-    if size < len(inputs):
-        total = of_batch(rest) if total is None else add(total, rest)[0]
-    assert total is not None
-    return total
-
-
-def _layers_in_order(predict: Predict, variables: Any, x: Array) -> list[Path]:
-    """Return the paths of the batch norm layers in the order of their first calls."""
-    order: list[Path] = []
-
-    def trace(variables: Any, x: Array) -> None:
-        order.extend(_apply_and_measure(predict, variables, x, None, by_batch=False)[1])
-
-    jax.eval_shape(trace, variables, x)
-    return order
+    if not num_whole:
+        return of_batch(rest)
+    whole = jax.tree.map(cut, data)
+    first = jax.eval_shape(of_batch, jax.tree.map(lambda a: a[0], whole))
+    zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), first)
+    total, _ = lax.scan(add, zero, whole)
+    return add(total, rest)[0] if size < len(inputs) else total
 
 
 def _apply_and_measure(
@@ -305,32 +344,31 @@ def _apply_and_measure(
     weights: Array | None,
     *,
     by_batch: bool,
-) -> tuple[Any, dict[Path, Moments]]:
-    """Apply a model and measure what each batch norm layer is given, in call order.
+) -> tuple[Any, list[Moments]]:
+    """Apply a model and measure what each call of a batch norm layer is given.
 
     With `by_batch` each call is normalised by its own moments. Weights, of the
     examples, lie along that axis of a layer's input which has the batch's size; which
     one is found by tracing the model with another batch size.
     """
-    flat = traverse_util.flatten_dict(variables.get("batch_stats", {}))
-    layers = {path[:-1] for path in flat if path[-1] == "mean"}
-    shapes = None
+    larger: list[_Call] = []
     if weights is not None:
-        shapes = iter(_input_shapes(predict, variables, inputs, layers))
-    measured: dict[Path, Moments] = {}
+        one_more = (len(inputs) + 1, *inputs.shape[1:])
+        larger = _calls(
+            predict, variables, jax.ShapeDtypeStruct(one_more, inputs.dtype)
+        )
+    measured: list[Moments] = []
 
-    def each_call(module: Any, x: Array) -> Any:
-        w = None
-        if weights is not None and shapes is not None:
-            w = _along_examples(weights, x, next(shapes), module.path)
+    def each_call(module: Any, x: Array, own_weights: Array | None) -> Any:
+        w = own_weights
+        if weights is not None:
+            w = _along_examples(weights, x, larger[len(measured)])
+            w = w if own_weights is None else w * own_weights
         moments = measure(x, feature_axis=module.axis, weights=w)
-        before = measured.get(module.path)
-        measured[module.path] = moments if before is None else merge(before, moments)
-        if not by_batch:
-            return NotImplemented
-        return _normalized(module, variables, x, moments)
+        measured.append(moments)
+        return _normalized(module, variables, x, moments) if by_batch else None
 
-    outputs = _intercepted(predict, variables, inputs, layers, each_call)
+    outputs = _intercepted(predict, variables, inputs, each_call)
     return outputs, measured
 
 
@@ -341,44 +379,87 @@ def _normalized(module: Any, variables: Any, x: Array, moments: Moments) -> Arra
         own = own.get(name, {})
     params = BatchNormParams(own.get("scale"), own.get("bias"))
     dtype = nn.dtypes.canonicalize_dtype(x, *params, dtype=module.dtype)
+    mean, var = _mean_and_var(variables["batch_stats"], module.path)
+    present = moments.count > 0  # a batch that is masked out has no moments
     x = x.astype(moments.mean.dtype)
     return normalize(
         x,
-        moments.mean,
-        moments.var,
+        jnp.where(present, moments.mean, mean),
+        jnp.where(present, moments.var, var),
         params,
         epsilon=module.epsilon,
         feature_axis=module.axis,
     ).astype(dtype)
 
 
-def _input_shapes(
-    predict: Predict, variables: Any, inputs: Array, layers: set[Path]
-) -> list[tuple[int, ...]]:
-    """Return the shape of each call's input were there one example more."""
-    shapes: list[tuple[int, ...]] = []
+class _Call(NamedTuple):
+    """One call of a batch norm layer."""
 
-    def note(module: Any, x: Array) -> Any:
-        shapes.append(x.shape)
-        return NotImplemented
-
-    one_more = jax.ShapeDtypeStruct((len(inputs) + 1, *inputs.shape[1:]), inputs.dtype)
-    jax.eval_shape(
-        lambda v, x: _intercepted(predict, v, x, layers, note), variables, one_more
-    )
-    return shapes
+    path: Path
+    shape: tuple[int, ...]  # of the input
+    epsilon: float
 
 
-def _along_examples(
-    weights: Array, x: Array, larger: tuple[int, ...], path: Path
-) -> Array:
-    """Return weights of the examples with x's rank."""
-    axes = [a for a in range(x.ndim) if x.shape[a] != larger[a]]
+def _calls(predict: Predict, variables: Any, inputs: Any) -> list[_Call]:
+    """Return the calls of batch norm layers in order, without computing anything.
+
+    Raises:
+      ValueError: if a layer is inside a lifted transform.
+    """
+    calls: list[_Call] = []
+
+    def note(module: Any, x: Array, own_weights: Array | None) -> None:
+        del own_weights
+        # A lifted transform runs its modules in a scope that is a root of its own, and
+        # traces them on values that do not exist outside it.
+        if module.scope.root.path:
+            raise ValueError(
+                f"the input of layer {'/'.join(module.path)} cannot be seen inside a "
+                f"lifted transform at {'/'.join(module.scope.root.path)}; expected no "
+                "nn.remat, nn.jit, nn.scan or nn.vmap around batch norm: give a "
+                "predict function of the same model without it (its variables are the "
+                "same, or after nn.scan and nn.vmap slices of these)"
+            )
+        calls.append(_Call(module.path, x.shape, module.epsilon))
+
+    def trace(variables: Any, inputs: Array) -> None:
+        _intercepted(predict, variables, inputs, note)
+
+    jax.eval_shape(trace, variables, inputs)
+    return calls
+
+
+def _layers(variables: Any) -> set[Path]:
+    """Return the paths of the layers that hold batch statistics."""
+    flat = traverse_util.flatten_dict(variables.get("batch_stats", {}))
+    return {path[:-1] for path in flat if path[-1] == "mean"}
+
+
+def _check_all_called(variables: Any, called: Sequence[Path]) -> None:
+    """Refuse layers that would keep their statistics without a word."""
+    missed = sorted("/".join(path) for path in _layers(variables) - set(called))
+    if missed:
+        raise ValueError(
+            f"no call of {', '.join(missed)} was seen: a layer that predict does not "
+            "call, or inside nn.jit; drop it from variables['batch_stats'], or give a "
+            "predict function of the same model without nn.jit"
+        )
+
+
+def _along_examples(weights: Array, x: Array, larger: _Call) -> Array:
+    """Return weights of the examples with x's rank.
+
+    Args:
+      weights: shape `[N]`.
+      x: the input of a call.
+      larger: the same call were there one example more.
+    """
+    axes = [a for a in range(x.ndim) if x.shape[a] != larger.shape[a]]
     if len(axes) != 1 or x.shape[axes[0]] != len(weights):
         raise ValueError(
-            f"the input of layer {'/'.join(path)}, of shape {list(x.shape)}, has no "
-            f"axis of the {len(weights)} examples to lay weights along; measure it "
-            "without weights"
+            f"the input of layer {'/'.join(larger.path)}, of shape {list(x.shape)}, "
+            f"has no axis of the {len(weights)} examples to lay weights along; measure "
+            "it without weights"
         )
     return jnp.expand_dims(weights, [a for a in range(x.ndim) if a != axes[0]])
 
@@ -387,13 +468,13 @@ def _intercepted(
     predict: Predict,
     variables: Any,
     inputs: Array,
-    layers: set[Path],
-    each_call: Callable[[Any, Array], Any],
+    each_call: Callable[[Any, Array, Array | None], Any],
 ) -> Any:
-    """Apply a model; what `each_call` returns replaces a layer's output.
+    """Apply a model, showing `each_call` the layers, their inputs and weights.
 
-    NotImplemented leaves the output to the layer.
+    What `each_call` returns, unless None, replaces the layer's output.
     """
+    layers = _layers(variables)
 
     def intercept(
         next_fun: Callable[..., Any],
@@ -401,10 +482,21 @@ def _intercepted(
         kwargs: dict[str, Any],
         context: nn.module.InterceptorContext,
     ) -> Any:
-        if context.method_name != "__call__" or context.module.path not in layers:
+        module: Any = context.module
+        if context.method_name != "__call__" or module.path not in layers:
             return next_fun(*args, **kwargs)
-        y = each_call(context.module, args[0])
-        return next_fun(*args, **kwargs) if y is NotImplemented else y
+        x = args[0] if args else kwargs["x"]
+        y = each_call(module, x, _own_weights(module, x, kwargs))
+        return next_fun(*args, **kwargs) if y is None else y
 
     with nn.intercept_methods(intercept):
         return predict(variables, inputs)
+
+
+def _own_weights(module: Any, x: Array, kwargs: Mapping[str, Any]) -> Array | None:
+    """Return the mask or weights that the model itself gives to a layer."""
+    mask, weights = kwargs.get("mask"), kwargs.get("weights")
+    if mask is not None:  # Flax's masks broadcast to x from the last axis on
+        mask = jnp.asarray(mask, bool)
+        weights = mask.reshape((1,) * (x.ndim - mask.ndim) + mask.shape)
+    return None if weights is None else align_weights(weights, x, module.axis)

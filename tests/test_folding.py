@@ -107,14 +107,68 @@ class OtherSize(nn.Module):
         return BatchNorm(use_running_average=not train, axis=1, name="norm")(x)
 
 
+class SmallOutputs(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        return 1e-5 * UsedElsewhere(name="inner")(x, train)
+
+
+class UsedByTheOutputAlone(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        y = nn.Dense(3, name="dense")(x)
+        return BatchNorm(use_running_average=not train, name="norm")(y), y
+
+
+class ManyAxes(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.DenseGeneral((2, 3), name="dense")(x)
+        return BatchNorm(use_running_average=not train, name="norm")(x)
+
+
+class Lifted(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        return nn.jit(Plain, static_argnums=2)(name="inner")(x, train)
+
+
+class Plain(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.Dense(3, name="dense")(x)
+        return BatchNorm(use_running_average=not train, name="norm")(x=x)
+
+
+class SharedKernel(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        dense = nn.Dense(3, name="dense")
+        x = BatchNorm(use_running_average=not train, name="norm")(dense(x))
+        return x @ dense.variables["params"]["kernel"]
+
+
+class NotCalled(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        norm = BatchNorm(use_running_average=not train, name="norm")
+        return norm(nn.Dense(3, name="dense")(x)) if self.is_initializing() else x
+
+
 @pytest.mark.parametrize(
     ("module", "message"),
     [
         (ActivationBetween, "norm is not given the output of a layer with a kernel"),
-        (UsedElsewhere, "output of one of dense is used elsewhere"),
+        (UsedElsewhere, "the output of dense is used elsewhere"),
+        (SmallOutputs, "the output of inner/dense is used elsewhere"),
+        (UsedByTheOutputAlone, "the output of dense is used elsewhere"),
+        (ManyAxes, r"dense has features=\(2, 3\).*bias of shape \[2, 3\]"),
+        (Lifted, "inner/norm is inside a lifted transform .* at inner"),
+        (SharedKernel, "a kernel before one .* is shared"),
+        (NotCalled, "no call of norm was seen"),
         (CalledTwice, "dense is called 2 times"),
         (TwoNorms, "dense is followed by several norms"),
-        (OtherAxis, "its norm is over another axis"),
+        (OtherAxis, "norms norm is over another axis"),
         (OtherSize, r"statistics of shape \[2\], not one for each of the 3 outputs"),
     ],
 )
@@ -124,6 +178,47 @@ def test_what_cannot_be_folded_is_refused_with_the_reason(module, message):
     variables = moved(model.init(jax.random.key(1), x, train=False))
     with pytest.raises(ValueError, match=f"cannot fold.*{message}"):
         fold(functools.partial(predict, model), variables, x)
+
+
+def test_refusing_leaves_what_nn_jit_has_cached_alone():
+    x = jax.random.normal(jax.random.key(0), (4, 3))
+    variables = moved(Lifted().init(jax.random.key(1), x, train=False))
+    before = predict(Lifted(), variables, x)
+    with pytest.raises(ValueError, match="lifted transform"):
+        fold(functools.partial(predict, Lifted()), variables, x)
+    np.testing.assert_array_equal(predict(Lifted(), variables, x), before)
+
+
+class FlaxLayers(nn.Module):
+    """Flax's own linear layers, with or without norms after them, and a shortcut."""
+
+    norm: bool
+
+    @nn.compact
+    def __call__(self, x, train):
+        def norm(x, name):
+            layer = nn.BatchNorm(use_running_average=not train, name=name)
+            return layer(x) if self.norm else x
+
+        x = norm(nn.Conv(4, (3, 3), strides=2, name="a")(x), "norm_a")
+        shortcut = nn.relu(x)
+        depthwise = nn.Conv(4, (2, 2), feature_group_count=4, name="b")
+        x = shortcut + norm(depthwise(shortcut), "norm_b")
+        x = nn.relu(norm(nn.ConvTranspose(3, (2, 2), name="c")(x), "norm_c"))
+        return norm(nn.Dense(5, name="d")(x), "norm_d")
+
+
+def test_flax_own_layers_fold_beside_a_shortcut():
+    x = jax.random.normal(jax.random.key(0), (2, 6, 6, 2))
+    variables = moved(FlaxLayers(True).init(jax.random.key(1), x, train=False))
+    folded = fold(functools.partial(predict, FlaxLayers(True)), variables, x)
+    assert sorted(folded) == ["a", "b", "c", "d"]
+    np.testing.assert_allclose(
+        predict(FlaxLayers(False), {"params": folded}, x),
+        predict(FlaxLayers(True), variables, x),
+        rtol=1e-5,
+        atol=1e-5,
+    )
 
 
 def test_model_without_norms_folds_to_itself():

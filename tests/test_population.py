@@ -8,11 +8,29 @@ import pytest
 from flax import linen as nn
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from bn_jax import population
 from bn_jax.linen import BatchNorm
+from bn_jax.models import layers
 from bn_jax.models.lenet import LeNet
-from bn_jax.population import exact_statistics, gap
+from bn_jax.population import batch_moments, exact_statistics, gap
 
-IMAGES = jax.random.uniform(jax.random.key(3), (50, 28, 28, 1))
+IMAGES = jax.random.uniform(jax.random.key(3), (50, 7, 6, 1))
+
+
+class SmallConv(nn.Module):
+    """A convolution and a dense layer, each with its norm, like the start of LeNet."""
+
+    norm: type[nn.Module]
+    layout: str
+
+    @nn.compact
+    def __call__(self, x, train):
+        norm = functools.partial(self.norm, use_running_average=not train, momentum=0.0)
+        x = layers.from_nhwc(x, self.layout)
+        x = layers.Conv(3, (2, 2), layout=self.layout)(x)
+        x = nn.sigmoid(norm(axis=layers.feature_axis(self.layout))(x))
+        x = layers.to_nhwc(x, self.layout)
+        return norm(axis=-1)(nn.Dense(4)(x.reshape(len(x), -1)))
 
 
 def predict(model, variables, x):
@@ -36,7 +54,7 @@ def whole_batch_statistics(model, variables, inputs):
 def test_equals_one_batch_of_all_examples_whatever_the_batch_size(
     norm, layout, batch_size
 ):
-    model = LeNet(norm=functools.partial(norm, momentum=0.0), layout=layout)
+    model = SmallConv(norm, layout)
     variables = model.init(jax.random.key(0), IMAGES[:1], train=False)
     exact = exact_statistics(
         functools.partial(predict, model), variables, IMAGES, batch_size=batch_size
@@ -70,20 +88,21 @@ def test_layers_are_measured_in_the_order_of_their_calls():
 
 def test_prediction_with_exact_statistics_is_training_mode_on_the_whole_set():
     model = LeNet(norm=BatchNorm)
-    variables = model.init(jax.random.key(0), IMAGES[:1], train=False)
+    images = jax.random.uniform(jax.random.key(3), (40, 28, 28, 1))
+    variables = model.init(jax.random.key(0), images[:1], train=False)
     exact = exact_statistics(
-        functools.partial(predict, model), variables, IMAGES, batch_size=20
+        functools.partial(predict, model), variables, images, batch_size=20
     )
-    predicted = predict(model, {**variables, "batch_stats": exact}, IMAGES)
-    trained, _ = model.apply(variables, IMAGES, train=True, mutable=["batch_stats"])
+    predicted = predict(model, {**variables, "batch_stats": exact}, images)
+    trained, _ = model.apply(variables, images, train=True, mutable=["batch_stats"])
     chex.assert_trees_all_close(predicted, trained, atol=1e-5)
 
 
-def test_model_without_batch_norm_has_none():
-    model = LeNet()
-    variables = model.init(jax.random.key(0), IMAGES[:1], train=False)
-    predict_one = functools.partial(predict, model)
-    assert exact_statistics(predict_one, variables, IMAGES, batch_size=10) == {}
+@pytest.mark.parametrize("mode", ["layerwise", "one_pass"])
+def test_model_without_batch_norm_has_none(mode):
+    model, x = nn.Dense(2), jnp.ones((5, 3))
+    variables = model.init(jax.random.key(0), x)
+    assert exact_statistics(model.apply, variables, x, batch_size=2, mode=mode) == {}
 
 
 @pytest.mark.parametrize(("examples", "batch_size"), [(0, 5), (5, 0)])
@@ -106,10 +125,10 @@ def test_one_pass_is_layerwise_in_the_first_layer_and_pools_the_second():
     pooled = exact_statistics(predict_one, variables, x, batch_size=9, mode="one_pass")
     layerwise = exact_statistics(predict_one, variables, x, batch_size=9)
     chex.assert_trees_all_close(pooled["b"], layerwise["b"], rtol=1e-5)
-    # By hand: what layer a is given in training mode, batch by batch, as one set.
+    # By hand: what layer a is given in training mode, batch by batch, as one set. Of
+    # 40 examples in nines, 4 batches take every fourth, and 4 examples are left over.
     given = []
-    for start in range(0, 40, 9):
-        batch = x[start : start + 9]
+    for batch in [*(x[:36][start::4] for start in range(4)), x[36:]]:
         standard = (batch - batch.mean(0)) / jnp.sqrt(batch.var(0) + 1e-5)
         dense = variables["params"]["Dense_0"]
         given.append(jax.nn.relu(standard) @ dense["kernel"] + dense["bias"])
@@ -133,7 +152,7 @@ def test_one_pass_over_one_batch_is_layerwise():
 @pytest.mark.parametrize("mode", ["layerwise", "one_pass"])
 @pytest.mark.parametrize("norm", [BatchNorm, nn.BatchNorm])
 def test_integer_weights_equal_repeated_images_wherever_the_examples_lie(mode, norm):
-    model = LeNet(norm=norm, layout="CHWN")  # the convolutions' batch axis is the last
+    model = SmallConv(norm, "CHWN")  # the convolution's batch axis is the last
     variables = model.init(jax.random.key(0), IMAGES[:1], train=False)
     weights = jnp.array([0, 1, 2, 3] * 3)
     measured = functools.partial(
@@ -163,16 +182,93 @@ class Reused(nn.Module):
         return norm(3 * norm(x) + 1)
 
 
-def test_reused_layer_pools_its_calls():
+@pytest.mark.parametrize(
+    ("mode", "batch_size"), [("one_pass", 20), ("layerwise", 20), ("layerwise", 6)]
+)
+def test_reused_layer_pools_its_calls_whatever_its_running_averages(mode, batch_size):
     model, x = Reused(), 5 + jax.random.normal(jax.random.key(0), (20, 2))
-    variables = model.init(jax.random.key(1), x, train=False)
+    running = {"norm": {"mean": jnp.full(2, 50.0), "var": jnp.full(2, 9.0)}}
     pooled = exact_statistics(
-        functools.partial(predict, model), variables, x, batch_size=20, mode="one_pass"
+        functools.partial(predict, model),
+        {**model.init(jax.random.key(1), x, train=False), "batch_stats": running},
+        x,
+        batch_size=batch_size,
+        mode=mode,
     )
     second = 3 * (x - x.mean(0)) / jnp.sqrt(x.var(0) + 1e-5) + 1
     both = jnp.concatenate([x, second])
     np.testing.assert_allclose(pooled["norm"]["mean"], both.mean(0), rtol=1e-5)
     np.testing.assert_allclose(pooled["norm"]["var"], both.var(0), rtol=1e-5)
+
+
+class TwoTowers(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        norm = functools.partial(BatchNorm, use_running_average=not train)
+        shared = norm(name="shared")
+        return norm(name="last")(shared(x) * shared(2 * x + 1))
+
+
+def test_layer_after_a_reused_one_sees_its_final_statistics():
+    model, x = TwoTowers(), 5 + jax.random.normal(jax.random.key(0), (20, 2))
+    variables = model.init(jax.random.key(1), x, train=False)
+    exact = exact_statistics(
+        functools.partial(predict, model), variables, x, batch_size=8
+    )
+    both = jnp.concatenate([x, 2 * x + 1])
+    a, b = jnp.split((both - both.mean(0)) / jnp.sqrt(both.var(0) + 1e-5), 2)
+    np.testing.assert_allclose(exact["shared"]["var"], both.var(0), rtol=1e-5)
+    np.testing.assert_allclose(exact["last"]["mean"], (a * b).mean(0), rtol=1e-4)
+    np.testing.assert_allclose(exact["last"]["var"], (a * b).var(0), rtol=1e-4)
+
+
+class Masked(nn.Module):
+    """Gives its norm the input by keyword and a mask: the examples above 5."""
+
+    norm: type[nn.Module]
+    axis_name: str = "unbound"
+
+    @nn.compact
+    def __call__(self, x, train):
+        norm = self.norm(
+            use_running_average=not train, axis_name=self.axis_name, name="norm"
+        )
+        return norm(x=x, mask=x[:, :1] > 5)
+
+
+@pytest.mark.parametrize("mode", ["layerwise", "one_pass"])
+@pytest.mark.parametrize("norm", [BatchNorm, nn.BatchNorm])
+def test_mask_that_a_model_gives_its_norm_counts_along_with_weights(mode, norm):
+    x = jnp.array([[0.0], [6.0], [0.0], [8.0], [9.0]])
+    model = Masked(norm)
+    variables = model.init(jax.random.key(1), x, train=False)
+    measured = functools.partial(
+        exact_statistics,
+        functools.partial(predict, model),
+        variables,
+        x,
+        batch_size=2,
+        mode=mode,
+    )
+    chex.assert_trees_all_close(  # of 6, 8, 9: 23 / 3, and 181 / 3 - (23 / 3)^2
+        measured()["norm"],
+        {"mean": jnp.array([23 / 3]), "var": jnp.array([14 / 9])},
+        rtol=1e-5,
+    )
+    chex.assert_trees_all_close(  # of 6 and three times 8: 7.5, and 57 - 7.5^2
+        measured(weights=jnp.array([5, 1, 5, 3, 0]))["norm"],
+        {"mean": jnp.array([7.5]), "var": jnp.array([0.75])},
+        rtol=1e-5,
+    )
+
+
+def test_batch_that_is_masked_out_is_normalised_by_running_averages():
+    x = jnp.array([[0.0], [4.0]])
+    model = Masked(BatchNorm)
+    variables = model.init(jax.random.key(1), x, train=False)
+    outputs, moments = batch_moments(functools.partial(predict, model), variables, x)
+    np.testing.assert_allclose(outputs, x, rtol=1e-4)
+    assert moments[("norm",)].count == 0
 
 
 @pytest.mark.parametrize("mode", ["layerwise", "one_pass"])
@@ -190,6 +286,24 @@ def test_data_sharded_over_devices_give_the_same(mode, devices):
         rtol=1e-5,
         atol=1e-6,
     )
+
+
+@pytest.mark.parametrize("mode", ["layerwise", "one_pass"])
+def test_each_device_works_on_its_own_examples(mode, devices):
+    model, variables, x = mlp()
+    mesh = jax.make_mesh((8,), ("d",), (AxisType.Auto,), devices=devices)
+    sharded = jax.device_put(x, NamedSharding(mesh, PartitionSpec("d")))
+    program = population._pooled_moments.lower(
+        functools.partial(predict, model),
+        jax.device_put(variables, NamedSharding(mesh, PartitionSpec())),
+        sharded,
+        None,
+        batch_size=8,
+        by_batch=mode == "one_pass",
+    ).compile()
+    text = program.as_text()
+    assert "all-reduce(" in text
+    assert "all-gather(" not in text and "all-to-all(" not in text
 
 
 class Classifier(nn.Module):
@@ -225,13 +339,52 @@ def test_gap_tells_how_far_statistics_are_and_what_they_cost():
     assert report.accuracy["running"] == pytest.approx(0.25)
 
 
+def test_gap_in_training_is_the_mean_over_batches_even_of_a_constant_feature():
+    x = jnp.array([[0.0, 7.0], [2.0, 7.0], [4.0, 7.0]])
+    model = Classifier()
+    variables = model.init(jax.random.key(0), x, train=False)
+    report = gap(
+        functools.partial(predict, model),
+        variables,
+        x,
+        jnp.zeros(3, int),
+        measure_on=x,
+        batch_size=2,
+    )
+    # Feature 0: exact mean 2, variance 8/3. Batch (0, 2): mean 1, variance 1; batch
+    # (4): mean 4, variance 0, to which epsilon = 1e-5 is added.
+    deviation = np.sqrt(8 / 3)
+    mean = (1 / deviation + 2 / deviation) / 2
+    log_var = (np.log(8 / 3) + np.log((8 / 3) / 1e-5)) / 2
+    assert report.training["norm"] == pytest.approx((mean, log_var), rel=1e-4)
+    # Feature 1 is 7 throughout: running mean 0 and variance 1 are 7 / sqrt(1e-5) off.
+    running = (7 / np.sqrt(1e-5), np.log(1 / 1e-5))
+    assert report.running["norm"] == pytest.approx(running, rel=1e-4)
+
+
+@pytest.mark.parametrize("labels", [jnp.zeros(2, int), jnp.zeros((3, 1), int)])
+def test_gap_refuses_labels_that_do_not_fit(labels):
+    with pytest.raises(ValueError, match="labels have shape .* for 3 inputs"):
+        gap(
+            lambda variables, x: x,
+            {},
+            jnp.ones((3, 2)),
+            labels,
+            measure_on=jnp.ones((3, 2)),
+            batch_size=2,
+        )
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"mode": "ema"}, "mode='ema'; expected layerwise or one_pass"),
         ({"weights": jnp.ones(3)}, r"weights have shape \[3\].*40 examples"),
         ({"weights": -jnp.ones(40)}, "non-negative|least is -1"),
+        ({"weights": jnp.zeros(40, bool)}, "weights of all 40 examples are 0"),
         ({"num_examples": 0}, "0 examples"),
+        ({"num_examples": -5}, "num_examples=-5 of 40 examples"),
+        ({"num_examples": 41}, "num_examples=41 of 40 examples"),
     ],
 )
 def test_bad_choices_are_refused(options, message):
@@ -259,3 +412,59 @@ def test_weights_without_an_axis_of_examples_are_refused():
             batch_size=4,
             weights=jnp.ones(4),
         )
+
+
+class Inner(nn.Module):
+    """One step of `nn.scan`, or a model by itself."""
+
+    @nn.compact
+    def __call__(self, x, _=None):
+        return BatchNorm(use_running_average=True, name="norm")(x), None
+
+
+PER_STEP = {"variable_axes": {True: 0}, "split_rngs": {"params": True}}
+LIFTS = {
+    "jit": nn.jit(Inner),
+    "remat": nn.remat(Inner),
+    "scan": nn.scan(Inner, length=3, **PER_STEP),
+    "vmap": nn.vmap(Inner, in_axes=None, axis_size=3, **PER_STEP),
+    "jit, traced before": nn.jit(Inner),
+}
+
+
+class Lifted(nn.Module):
+    lift: str
+
+    @nn.compact
+    def __call__(self, x, train):
+        return LIFTS[self.lift](name="inner")(x, None)[0]
+
+
+def measure_exactly(predict, variables, x):
+    return exact_statistics(predict, variables, x, batch_size=len(x))
+
+
+@pytest.mark.parametrize("measured", [measure_exactly, batch_moments])
+@pytest.mark.parametrize("lift", ["jit", "remat", "scan", "vmap"])
+def test_layer_inside_a_lifted_transform_is_refused(lift, measured):
+    model, x = Lifted(lift), jnp.ones((4 + (measured is batch_moments), 2))
+    variables = model.init(jax.random.key(0), x, train=False)
+    with pytest.raises(ValueError, match="inner/norm .* inside a lifted.* at inner"):
+        measured(functools.partial(predict, model), variables, x)
+
+
+@pytest.mark.parametrize("measured", [measure_exactly, batch_moments])
+def test_layer_that_nn_jit_hides_is_refused(measured):
+    model, x = Lifted("jit, traced before"), jnp.ones((4, 2))
+    variables = model.init(jax.random.key(0), x, train=False)
+    predict(model, variables, x)  # nn.jit keeps this trace and calls no module again
+    with pytest.raises(ValueError, match="no call of inner/norm was seen"):
+        measured(functools.partial(predict, model), variables, x)
+
+
+def test_statistics_of_a_layer_that_is_not_called_are_refused():
+    model, variables, x = mlp()
+    stats = variables["batch_stats"]
+    variables = {**variables, "batch_stats": {**stats, "unused": stats["a"]}}
+    with pytest.raises(ValueError, match="no call of unused was seen"):
+        measure_exactly(functools.partial(predict, model), variables, x)

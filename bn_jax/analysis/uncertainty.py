@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-from flax import traverse_util
 from jax import Array, lax
 
-from bn_jax.population import Predict, batch_moments
+from bn_jax.population import Predict, batch_moments, with_statistics
 
 
 def monte_carlo_batch_norm(
@@ -41,8 +40,8 @@ def monte_carlo_batch_norm(
       Outputs of shape `[T, N, ...]`.
 
     Raises:
-      ValueError: if there is no pass, or a batch is empty or larger than the training
-        set.
+      ValueError: if there is no pass, a batch is empty or larger than the training
+        set, or a layer's calls cannot be seen (see `batch_moments`).
 
     References:
       Teye, Azizpour and Smith, 2018, "Bayesian Uncertainty Estimation for Batch
@@ -53,17 +52,11 @@ def monte_carlo_batch_norm(
             f"num_passes={num_passes} and batch_size={batch_size}; expected at least "
             f"one pass and a batch of 1 to {len(train_inputs)} training examples"
         )
-    flat = traverse_util.flatten_dict(variables.get("batch_stats", {}))
 
     def one_pass(key: Array) -> Any:
         drawn = jax.random.choice(key, len(train_inputs), (batch_size,), replace=False)
         _, moments = batch_moments(predict, variables, train_inputs[drawn])
-        statistics = dict(flat)
-        for path, (_, mean, var) in moments.items():
-            statistics[(*path, "mean")] = mean
-            statistics[(*path, "var")] = var
-        batch_stats = traverse_util.unflatten_dict(statistics)
-        return predict({**variables, "batch_stats": batch_stats}, inputs)
+        return predict(with_statistics(variables, moments), inputs)
 
     outputs: Array = lax.map(one_pass, jax.random.split(key, num_passes))
     return outputs

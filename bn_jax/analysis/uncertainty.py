@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array, lax
 
 from bn_jax.population import Predict, batch_moments, with_statistics
@@ -52,6 +53,8 @@ def monte_carlo_batch_norm(
             f"num_passes={num_passes} and batch_size={batch_size}; expected at least "
             f"one pass and a batch of 1 to {len(train_inputs)} training examples"
         )
+
+    train_inputs = jnp.asarray(train_inputs)
 
     def one_pass(key: Array) -> Any:
         drawn = jax.random.choice(key, len(train_inputs), (batch_size,), replace=False)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import traverse_util
 from flax.linen import initializers
-from jax import Array
+from jax import Array, lax
 
 from bn_jax import moments as moments_lib
 from bn_jax.functional import (
@@ -197,8 +197,19 @@ class BatchNorm(nn.Module):
         if update_average:
             mean.value, var.value = state
             if count is not None:
-                count.value += 1
+                count.value += self._present(weights)
         return (y[0] if is_example else y).astype(dtype)
+
+    def _present(self, weights: Array | None) -> Array | int:
+        """Return 1 if the batch, over all instances along the axis, weighs anything."""
+        if weights is None:
+            return 1
+        present = jnp.any(jnp.asarray(weights) > 0).astype(jnp.float32)
+        if self.axis_name is None:
+            return present
+        return lax.pmax(
+            present, self.axis_name, axis_index_groups=self.axis_index_groups
+        )
 
     def _momentum(self) -> tuple[float | Array, nn.Variable | None]:
         """Return the weight of the old average, and the counter that decides it."""

@@ -91,6 +91,21 @@ def test_module_counts_its_batches(average):
     chex.assert_trees_all_close(kept, expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("average", ["debiased", "cumulative"])
+def test_batch_that_weighs_nothing_is_not_counted(average):
+    norm = BatchNorm(use_running_average=False, momentum=0.9, average=average)
+    variables = norm.init(jax.random.key(0), BATCHES[0])
+    for weights in (jnp.zeros(16), jnp.ones(16)):
+        _, updates = norm.apply(
+            variables, BATCHES[0], weights=weights, mutable=["batch_stats"]
+        )
+        variables = {**variables, **updates}
+    stats = variables["batch_stats"]
+    assert stats["count"] == 1
+    np.testing.assert_allclose(stats["mean"], MOMENTS[0].mean, rtol=1e-5)
+    np.testing.assert_allclose(stats["var"], MOMENTS[0].var, rtol=1e-5)
+
+
 def test_unknown_average_is_refused():
     norm = BatchNorm(use_running_average=False, average="harmonic")
     with pytest.raises(ValueError, match="average='harmonic'; expected exponential"):

@@ -113,6 +113,11 @@ def fit(
         losses.append(np.asarray(metrics.loss))
         _check_finite(losses, config)
         tested = evaluate(state.variables, test)
+        if not np.isfinite(tested.loss):
+            raise FloatingPointError(
+                f"the loss on the test set is not finite after epoch {epoch} "
+                f"(learning_rate={config.learning_rate}); try a smaller --learning_rate"
+            )
         report = EpochReport(
             epoch=epoch,
             step=int(state.step),

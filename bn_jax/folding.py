@@ -9,7 +9,7 @@ With fixed statistics, batch norm after a linear layer is a linear layer again:
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +17,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import traverse_util
 from jax import Array
+
+from bn_jax.moments import reduction_axes
 
 Path = tuple[str, ...]
 Flat = dict[Path, Array]
@@ -30,9 +32,17 @@ def fold(predict: Predict, variables: Any, inputs: Array) -> dict[str, Any]:
     `LeNet(norm=None).apply({"params": folded}, x, train=False)`.
 
     That a layer's output goes to its norm as it is, and nowhere else, is read off a
-    trace of the model. That the norm is over the layer's features cannot be, so the
-    folding is tried out on `inputs`: kernels scaled in place, norms made shifts, and
-    the outputs compared.
+    trace of the model. The rest cannot be, so it is tried out on `inputs`, in ways in
+    which rounding hardly matters, whatever the dtype and the depth:
+
+    - With kernels of 0 each norm must give its layer's new bias, to four roundings of
+      the terms that it is summed from.
+    - With the features of each layer times powers of 2, which round nothing, and its
+      norm made to take them back, the outputs must stay the same: to 1e-4 of their
+      largest, or four roundings of their dtype where that is more.
+
+    The folded model rounds elsewhere than the model. Where that matters, as in half
+    precision or under inputs far from 0, compare their outputs.
 
     Args:
       predict: function of `(variables, inputs)` that applies the model in prediction
@@ -54,40 +64,29 @@ def fold(predict: Predict, variables: Any, inputs: Array) -> dict[str, Any]:
     _refuse(faults)
     _refuse(_used_elsewhere(predict, variables, inputs, pairs))
 
-    folded, in_place, shifts = dict(params), dict(params), dict(stats)
-    for norm, linear, _, epsilon in pairs:
-        scale, bias = params.get((*norm, "scale")), params.get((*norm, "bias"))
-        kernel, b = params[(*linear, "kernel")], params.get((*linear, "bias"))
-        mean, var = stats[(*norm, "mean")], stats[(*norm, "var")]
-        multiplier = jax.lax.rsqrt(var + epsilon)
-        if scale is not None:
-            multiplier = multiplier * scale
-        new_kernel = (kernel * multiplier).astype(kernel.dtype)
-        new_bias = ((0 if b is None else b) - mean) * multiplier
-        new_bias = new_bias if bias is None else new_bias + bias
-        folded[(*linear, "kernel")] = in_place[(*linear, "kernel")] = new_kernel
-        folded[(*linear, "bias")] = new_bias.astype(kernel.dtype)
+    folded = dict(params)
+    for pair in pairs:
+        kernel = params[(*pair.linear, "kernel")]
+        multiplier, new_bias, _ = _affine(pair, params, stats)
+        folded[(*pair.linear, "kernel")] = (kernel * multiplier).astype(kernel.dtype)
+        folded[(*pair.linear, "bias")] = new_bias.astype(kernel.dtype)
         for name in ("scale", "bias"):
-            folded.pop((*norm, name), None)
+            folded.pop((*pair.norm, name), None)
 
-        # The same model with kernels scaled and the norm a shift by the new bias.
-        identity = {"scale": jnp.ones_like, "bias": jnp.zeros_like}
-        for name, value in identity.items():
-            if (*norm, name) in params:
-                in_place[(*norm, name)] = value(params[(*norm, name)])
-        if b is not None:
-            in_place[(*linear, "bias")] = jnp.zeros_like(b)
-        shifts[(*norm, "mean")] = -new_bias
-        shifts[(*norm, "var")] = jnp.full_like(var, 1 - epsilon)
+    def with_flat(params: Flat, stats: Flat) -> dict[str, Any]:
+        return {
+            **variables,
+            "params": traverse_util.unflatten_dict(params),
+            "batch_stats": traverse_util.unflatten_dict(stats),
+        }
 
-    in_place_variables = {
-        **variables,
-        "params": traverse_util.unflatten_dict(in_place),
-        "batch_stats": traverse_util.unflatten_dict(shifts),
-    }
     if pairs:
-        before, after = predict(variables, inputs), predict(in_place_variables, inputs)
+        before = predict(variables, inputs)
+        after = predict(with_flat(*_rescaled(pairs, params, stats)), inputs)
         _check_equal(before, after, pairs)
+        zero = {(*p.linear, "kernel"): params[(*p.linear, "kernel")] * 0 for p in pairs}
+        calls = _calls(predict, with_flat(params | zero, stats), inputs)
+        _refuse(_wrong_shifts(calls, pairs, params, stats))
     return traverse_util.unflatten_dict(folded)
 
 
@@ -98,17 +97,24 @@ class _Pair(NamedTuple):
     linear: Path
     output: Any  # of the linear layer, as traced: its shape and dtype
     epsilon: float  # of the norm
+    axis: int | Sequence[int]  # of the norm
+
+
+class _Call(NamedTuple):
+    """One call of a module."""
+
+    module: Any
+    x: Any  # input
+    y: Any  # output
 
 
 def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return args[0] if args else kwargs.get("x")
 
 
-def _find_pairs(
-    predict: Predict, variables: Any, inputs: Array, norms: set[Path]
-) -> tuple[list[_Pair], list[str]]:
-    """Return the norms with the linear layers before them, and what stands against."""
-    calls: list[tuple[Any, Any, Any]] = []  # module, input, output
+def _calls(predict: Predict, variables: Any, inputs: Array) -> list[_Call]:
+    """Apply a model and return the calls of its modules in order."""
+    calls: list[_Call] = []
 
     def record(
         next_fun: Callable[..., Any],
@@ -118,12 +124,22 @@ def _find_pairs(
     ) -> Any:
         y = next_fun(*args, **kwargs)
         if context.method_name == "__call__":
-            calls.append((context.module, _input(args, kwargs), y))
+            calls.append(_Call(context.module, _input(args, kwargs), y))
         return y
 
+    with nn.intercept_methods(record):
+        predict(variables, inputs)
+    return calls
+
+
+def _find_pairs(
+    predict: Predict, variables: Any, inputs: Array, norms: set[Path]
+) -> tuple[list[_Pair], list[str]]:
+    """Return the norms with the linear layers before them, and what stands against."""
+    calls: list[_Call] = []
+
     def trace(variables: Any, inputs: Array) -> None:
-        with nn.intercept_methods(record):
-            predict(variables, inputs)
+        calls.extend(_calls(predict, variables, inputs))
 
     jax.eval_shape(trace, variables, inputs)
     params = traverse_util.flatten_dict(variables.get("params", {}))
@@ -163,7 +179,8 @@ def _find_pairs(
         for path in (norm, linear.path):
             if num_calls[path] > 1:
                 faults.append(f"{_name(path)} is called {num_calls[path]} times")
-        pairs.append(_Pair(norm, linear.path, y, module.epsilon))
+        axis = getattr(module, "axis", -1)
+        pairs.append(_Pair(norm, linear.path, y, module.epsilon, axis))
     uncalled = sorted(norms - num_calls.keys())
     faults += [f"no call of {_name(norm)} was seen" for norm in uncalled]
     return pairs, list(dict.fromkeys(faults))
@@ -176,7 +193,7 @@ def _misfits(pairs: list[_Pair], params: Flat, stats: Flat) -> list[str]:
         for linear, count in Counter(pair.linear for pair in pairs).items()
         if count > 1
     ]
-    for norm, linear, _, _ in pairs:
+    for norm, linear, *_ in pairs:
         features = params[(*linear, "kernel")].shape[-1:]
         shape = stats[(*norm, "mean")].shape
         if shape != features:
@@ -242,21 +259,109 @@ def _used_elsewhere(
     ]
 
 
+def _affine(pair: _Pair, params: Flat, stats: Flat) -> tuple[Array, Array, Array]:
+    """Return what a norm multiplies by, the new bias, and the size of its terms."""
+    b = params.get((*pair.linear, "bias"), jnp.zeros(()))
+    mean, var = stats[(*pair.norm, "mean")], stats[(*pair.norm, "var")]
+    multiplier = jax.lax.rsqrt(var + pair.epsilon)
+    multiplier = multiplier * params.get((*pair.norm, "scale"), 1)
+    beta = params.get((*pair.norm, "bias"), 0)
+    size = (jnp.abs(b) + jnp.abs(mean)) * jnp.abs(multiplier) + jnp.abs(beta)
+    return multiplier, (b - mean) * multiplier + beta, size
+
+
+def _wrong_shifts(
+    calls: list[_Call], pairs: list[_Pair], params: Flat, stats: Flat
+) -> list[str]:
+    """Return the norms that, with kernels of 0, give other than the new bias.
+
+    Nothing of one layer reaches the next then, so that no rounding adds up. Calls that
+    are not seen, as a `predict` compiled before hides them, are not checked.
+    """
+    of_norm = {call.module.path: call for call in calls}
+    faults = []
+    for pair in pairs:
+        call = of_norm.get(pair.norm)
+        if call is None or isinstance(call.y, jax.core.Tracer):
+            continue
+        _, new_bias, size = _affine(pair, params, stats)
+        axes = reduction_axes(call.y.ndim, pair.axis)
+        dtypes = (pair.output.dtype, call.y.dtype, new_bias.dtype)
+        allowed = 4 * max(_rounding(dtype) for dtype in dtypes) * size
+        # An infinite input times 0 is NaN, and no fault of the norm's.
+        difference = jnp.abs(call.y - jnp.expand_dims(new_bias, axes))
+        if jnp.any(difference > jnp.expand_dims(allowed, axes)):
+            faults.append(
+                f"{_name(pair.norm)} does not give (bias - mean) gamma / sigma + beta "
+                f"where the kernel of {_name(pair.linear)} is 0, so the bias is not "
+                "used as it is, or the norm is not batch norm"
+            )
+    return faults
+
+
+def _rescaled(pairs: list[_Pair], params: Flat, stats: Flat) -> tuple[Flat, Flat]:
+    """Return parameters and statistics that give the same outputs, without rounding.
+
+    Each linear layer's features are multiplied by -2, 4, -8, -2 and so on, and its
+    norm takes that back: powers of 2 commute with rounding. Norms of no gamma take it
+    back by their variance, of which no sign can come.
+    """
+    params, stats = dict(params), dict(stats)
+    for pair in pairs:
+        mean, var = stats[(*pair.norm, "mean")], stats[(*pair.norm, "var")]
+        factor = (-2.0) ** (1 + jnp.arange(len(mean)) % 3)
+        scale = params.get((*pair.norm, "scale"))
+        if scale is None:
+            factor = jnp.abs(factor)
+            new_var = (var + pair.epsilon) * factor**2 - pair.epsilon
+            stats[(*pair.norm, "var")] = new_var.astype(var.dtype)
+        else:
+            params[(*pair.norm, "scale")] = (scale / factor).astype(scale.dtype)
+        stats[(*pair.norm, "mean")] = (mean * factor).astype(mean.dtype)
+        for name in ("kernel", "bias"):
+            value = params.get((*pair.linear, name))
+            if value is not None:
+                new_value = (value * factor).astype(value.dtype)
+                params[(*pair.linear, name)] = new_value
+    return params, stats
+
+
 def _check_equal(before: Any, after: Any, pairs: list[_Pair]) -> None:
-    """Refuse a folding that changes the outputs."""
+    """Refuse to fold where features times powers of 2 change the outputs."""
     leaves = zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
-    for old, new in leaves:
-        size = float(jnp.max(jnp.abs(old)))
-        difference = float(jnp.max(jnp.abs(old - new)))
-        if not difference <= 1e-4 * size:
-            names = ", ".join(_name(pair.norm) for pair in pairs)
+    for old, new in (map(jnp.asarray, pair) for pair in leaves):
+        if not jnp.all(jnp.isfinite(old)):
+            _refuse(["the outputs of the model as it is are not finite on inputs"])
+        if not jnp.all(jnp.isfinite(new)):
             _refuse(
                 [
-                    f"outputs of size {size:.2g} change by {difference:.2g}, so one of "
-                    f"the norms {names} is over another axis than the features before "
-                    "it, or a kernel before one is not used as it is, or is shared"
+                    "the outputs are not finite once the inputs of the norms are up to "
+                    f"8 times as large, too much for {old.dtype}: fold in a wider dtype"
                 ]
             )
+        rounding = _rounding(old.dtype)
+        wide = jnp.promote_types(old.dtype, jnp.float32)
+        old, new = old.astype(wide), new.astype(wide)
+        size = float(jnp.max(jnp.abs(old)))
+        difference = float(jnp.max(jnp.abs(old - new)))
+        allowed = max(1e-4, 4 * rounding) * size
+        if difference <= allowed:
+            continue
+        names = ", ".join(_name(pair.norm) for pair in pairs)
+        fault = (
+            f"outputs of size {size:.2g} change by {difference:.2g}, beyond "
+            f"{allowed:.2g}, where features are multiplied and their norms take it "
+            f"back, so one of the norms {names} is over another axis than the features "
+            "before it, or a kernel before one is not used as it is, or is shared"
+        )
+        if difference <= 100 * allowed:
+            fault += "; or, as it is small, it is rounding: fold in wider dtypes"
+        _refuse([fault])
+
+
+def _rounding(dtype: Any) -> float:
+    """Return the relative distance of neighbouring numbers, 0 of integers."""
+    return float(jnp.finfo(dtype).eps) if jnp.issubdtype(dtype, jnp.inexact) else 0.0
 
 
 def _name(path: Path) -> str:

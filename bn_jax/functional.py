@@ -12,6 +12,7 @@ $$y = \gamma \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta$$
 from __future__ import annotations
 
 import math
+import operator
 import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -55,12 +56,16 @@ def init(
     """Return gamma 1, beta 0, moving mean 0 and moving variance 1.
 
     Args:
-      num_features: C, or the shape of the feature axes where there are several.
+      num_features: C, any integer; or the shape of the feature axes where there are
+        several.
       scale: whether there is a gamma.
       bias: whether there is a beta.
       dtype: of the parameters. The state is in float32, or wider where dtype is.
     """
-    shape = (num_features,) if isinstance(num_features, int) else tuple(num_features)
+    try:
+        shape: tuple[int, ...] = (operator.index(num_features),)  # type: ignore[arg-type]
+    except TypeError:
+        shape = tuple(num_features)  # type: ignore[arg-type]
     params = BatchNormParams(
         scale=jnp.ones(shape, dtype) if scale else None,
         bias=jnp.zeros(shape, dtype) if bias else None,
@@ -96,7 +101,7 @@ def normalize(
       Array of x's shape and dtype; the arithmetic is in float32 or wider.
 
     Raises:
-      TypeError: if `x` is not of a real floating-point dtype.
+      TypeError: if `x` is of neither a floating-point nor a complex dtype.
       ValueError: if a shape does not fit the features of `x`, or epsilon is not
         positive.
     """
@@ -137,11 +142,7 @@ def update_average(
     Raises:
       ValueError: if momentum is outside [0, 1], or the state is narrower than float32.
     """
-    if not isinstance(momentum, jax.Array) and not 0 <= momentum <= 1:
-        raise ValueError(
-            f"momentum={momentum!r}; expected the weight of the old average, in [0, 1]"
-        )
-
+    _check_momentum(momentum)
     _check_state(state)
 
     def moved(old: Array, new: Array) -> Array:
@@ -176,9 +177,13 @@ def debiased_momentum(momentum: ArrayLike, num_batches: ArrayLike) -> Array:
       momentum: m, weight of the OLD average in the long run, in [0, 1].
       num_batches: t, number of batches in the old average, 0 at the first.
 
+    Raises:
+      ValueError: if momentum is outside [0, 1], where that is known.
+
     References:
       Kingma and Ba, 2015, "Adam", arXiv:1412.6980, section 3.
     """
+    _check_momentum(momentum)
     m = jnp.asarray(momentum, jnp.float32)
     t = jnp.asarray(num_batches, jnp.float32)
     log_m = jnp.log(m)
@@ -198,9 +203,11 @@ def merge_states(
     Args:
       states: stacked along a leading axis: mean and var of shape `[D, C]`.
       weights: of the states, shape `[D]`, such as their batch sizes; equal by default.
+        At least one must be positive: traced weights, which cannot be checked, give
+        mean 0 and variance 0 where all are 0.
 
     Raises:
-      ValueError: if weights are negative, or not one for each state.
+      ValueError: if weights are negative, all 0, or not one for each state.
     """
     num_states = len(states.mean)
     w = jnp.ones(num_states) if weights is None else jnp.asarray(weights)
@@ -209,6 +216,14 @@ def merge_states(
             f"weights have shape {list(w.shape)}; expected one for each of the "
             f"{num_states} states: [{num_states}]"
         )
+    if weights is not None and not isinstance(weights, jax.core.Tracer):
+        with jax.ensure_compile_time_eval():
+            weigh_nothing = not jnp.any(jnp.asarray(weights))
+        if weigh_nothing:
+            raise ValueError(
+                f"the weights of all {num_states} states are 0, which leaves nothing "
+                "to merge; give at least one a positive weight, or leave weights out"
+            )
     _, mean, var = merge_stacked(Moments(w, *states))
     return BatchNormState(mean, var)
 
@@ -310,7 +325,13 @@ def batch_norm(
     if not by_batch and not update_state:
         return normalized(x, None, given.mean, given.var), state
 
-    _check_batch(x, feature_axis, axis_name, axis_index_groups, weights)
+    _check_not_empty(x)
+    together = list(x.shape)  # what is normalised by the same moments
+    if by_batch and ghost_batch_size is not None:
+        axis = _check_ghosts(x, ghost_batch_size, batch_axis, feature_axis)
+        together[axis] = ghost_batch_size
+    if by_batch and weights is None:
+        _warn_of_one_value(together, feature_axis, axis_name, axis_index_groups)
     if weights is not None:
         weights = moments_lib.align_weights(weights, x, feature_axis)
 
@@ -336,7 +357,6 @@ def batch_norm(
     elif ghost_batch_size is None:
         y, moments = normalized_by_itself(x, weights)
     else:
-        axis = _check_ghosts(x, ghost_batch_size, batch_axis, feature_axis)
         ghosts = _split(x, axis, ghost_batch_size)
         if weights is not None:
             full = [*weights.shape[:axis], x.shape[axis], *weights.shape[axis + 1 :]]
@@ -363,33 +383,36 @@ def _check_static(**choices: bool | None) -> None:
             )
 
 
-def _check_batch(
-    x: Array,
-    feature_axis: int | Sequence[int],
-    axis_name: AxisName | None,
-    axis_index_groups: AxisIndexGroups | None,
-    weights: Array | None,
-) -> None:
-    """Refuse an empty batch; warn, when traced, of one value a feature.
-
-    What counts is the batch over all instances along the axis.
-    """
+def _check_not_empty(x: Array) -> None:
+    """Refuse a batch that has no moments."""
     if x.size == 0:
         raise ValueError(
             f"x of shape {list(x.shape)} is empty; training mode needs at least one "
             "example: skip the batch, or pad it and give the padding weight 0"
         )
-    axes = moments_lib.reduction_axes(x.ndim, feature_axis)
-    n = math.prod(x.shape[a] for a in axes)
+
+
+def _warn_of_one_value(
+    shape: Sequence[int],
+    feature_axis: int | Sequence[int],
+    axis_name: AxisName | None,
+    axis_index_groups: AxisIndexGroups | None,
+) -> None:
+    """Warn, when traced, of a batch (or ghost) that is normalised to nothing.
+
+    What counts is the batch over all instances along the axis.
+    """
+    axes = moments_lib.reduction_axes(len(shape), feature_axis)
+    n = math.prod(shape[a] for a in axes)
     if axis_name is not None:
         size = moments_lib.axis_size(axis_name)
         groups = axis_index_groups
         n *= size if groups is None else moments_lib.group_size(groups, size)
-    if n == 1 and weights is None:
+    if n == 1:
         warnings.warn(
-            f"batch_norm in training mode was given one value a feature (x of shape "
-            f"{list(x.shape)}): y equals beta whatever x is, and nothing before this "
-            "layer learns; use a larger batch, or train=False",
+            f"batch_norm in training mode was given one value a feature (shape "
+            f"{list(shape)}): y equals beta whatever x is, and nothing before this "
+            "layer learns; use a larger batch or ghost_batch_size, or train=False",
             stacklevel=3,
         )
 
@@ -427,6 +450,16 @@ def _check_features(
                 f"{expected[0] if len(expected) == 1 else expected}) or name the axis "
                 "that holds the features"
             )
+
+
+def _check_momentum(momentum: Any) -> None:
+    """Refuse a number that weighs no average, where it is known."""
+    if isinstance(momentum, jax.Array) or jnp.ndim(momentum):
+        return
+    if not 0 <= momentum <= 1:
+        raise ValueError(
+            f"momentum={momentum!r}; expected the weight of the old average, in [0, 1]"
+        )
 
 
 def _check_state(state: BatchNormState) -> None:

@@ -104,7 +104,7 @@ class BatchNorm(nn.Module):
 
         Args:
           x: array of rank 2 or more with the features on `axis`; or of rank 1, one
-            example of a batch mapped by `jax.vmap`.
+            example of a batch mapped by `jax.vmap`. Integers are promoted to float32.
           use_running_average: as the attribute; given in one place, not in both.
           mask: booleans that broadcast to `x`; False leaves a value out of the
             statistics (it is normalised all the same).
@@ -126,7 +126,10 @@ class BatchNorm(nn.Module):
         use_running_average = nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
         )
-        x = jnp.asarray(x)
+        given = jnp.asarray(x)
+        # Integers, too, as in Flax.
+        state_dtype = moments_lib.statistics_dtype(given.dtype)
+        x = given.astype(state_dtype)
         axis = self.axis
         is_example = x.ndim == 1  # one of a vmapped batch: a batch of its own
         if is_example:
@@ -134,7 +137,6 @@ class BatchNorm(nn.Module):
         moments_lib.check_input(x, axis)
         axes = moments_lib.feature_axes(x.ndim, axis)
         shape = tuple(x.shape[a] for a in axes)
-        state_dtype = moments_lib.statistics_dtype(x.dtype)
         mean = self.variable("batch_stats", "mean", jnp.zeros, shape, state_dtype)
         var = self.variable(
             "batch_stats", "var", jnp.ones, shape, jnp.finfo(state_dtype).dtype
@@ -144,14 +146,13 @@ class BatchNorm(nn.Module):
             scale=self._param("scale", self.scale_init, shape, self.use_scale),
             bias=self._param("bias", self.bias_init, shape, self.use_bias),
         )
-        dtype = nn.dtypes.canonicalize_dtype(x, *params, dtype=self.dtype)
+        dtype = nn.dtypes.canonicalize_dtype(given, *params, dtype=self.dtype)
         if mask is not None:
             if weights is not None:
                 raise ValueError("mask and weights are both given; give one of them")
             mask = jnp.asarray(mask, bool)
             weights = mask.reshape((1,) * (x.ndim - mask.ndim) + mask.shape)
 
-        x = x.astype(state_dtype)
         if self.is_initializing() and not use_running_average:
             # No collective, no average moved, no warning of a dummy batch of one.
             batch = moments_lib.measure(x, feature_axis=axis, weights=weights)
@@ -176,7 +177,9 @@ class BatchNorm(nn.Module):
             )
         elif self.ghost_batch_size is None and statistics is None:
             r_max, d_max = renorm_limits
-            transform = functools.partial(batch_renorm, r_max=r_max, d_max=d_max)
+            transform = functools.partial(
+                batch_renorm, r_max=r_max, d_max=d_max, update_state=update_average
+            )
         else:
             raise ValueError(
                 "batch renormalisation has neither ghost batches nor given statistics; "

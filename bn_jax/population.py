@@ -1,8 +1,8 @@
 """Statistics of a whole data set for the batch norm layers of a Flax model.
 
 Moving averages follow parameters that move, and lag behind them. After training one can
-instead measure what each layer sees over the training set (`exact_statistics`), predict
-with that, and see how far apart the statistics are (`gap`).
+instead measure what each layer sees over the training set (`exact_statistics`) and
+predict with that. How far apart the statistics are is told by `bn_jax.gap`.
 
 Layers are found by their collection `batch_stats{mean,var}`: ours, Flax's own, or any
 with attributes `axis` and `epsilon`. A model is given as `predict(variables, inputs)`,
@@ -32,6 +32,7 @@ from bn_jax.moments import (
     check_non_negative,
     measure,
     merge,
+    statistics_dtype,
 )
 
 Path = tuple[str, ...]
@@ -85,7 +86,7 @@ def exact_statistics(
     if mode not in ("layerwise", "one_pass"):
         raise ValueError(f"mode={mode!r}; expected layerwise or one_pass")
     inputs, weights = _check_data(inputs, weights, batch_size, num_examples)
-    paths = [call.path for call in _calls(predict, variables, inputs[:batch_size])]
+    paths = [call.path for call in layer_calls(predict, variables, inputs[:batch_size])]
     _check_all_called(variables, paths)
 
     def measured(variables: Any) -> list[Moments]:
@@ -128,7 +129,7 @@ def batch_moments(
     Raises:
       ValueError: if a layer's calls cannot be seen.
     """
-    paths = [call.path for call in _calls(predict, variables, inputs)]
+    paths = [call.path for call in layer_calls(predict, variables, inputs)]
     _check_all_called(variables, paths)
     outputs, moments = _apply_and_measure(
         predict, variables, inputs, None, by_batch=True
@@ -145,110 +146,47 @@ def with_statistics(variables: Any, moments: Mapping[Path, Moments]) -> dict[str
     return {**variables, "batch_stats": traverse_util.unflatten_dict(flat)}
 
 
-class LayerGap(NamedTuple):
-    """How far a layer's statistics are from the exact ones, at its worst feature.
+class LayerCall(NamedTuple):
+    """One call of a batch norm layer."""
 
-    Variances are taken with epsilon added, as they normalise, so that a feature that
-    never varies has a gap, too.
-    """
-
-    mean: float  # |difference of means| over the exact deviation
-    log_var: float  # |log of the ratio of variances|
+    path: Path
+    shape: tuple[int, ...]  # of the input
+    epsilon: float
 
 
-class Gap(NamedTuple):
-    """What `gap` returns. The keys of loss and accuracy: training, running, exact."""
-
-    training: dict[str, LayerGap]  # by layer: the mean over the batches
-    running: dict[str, LayerGap]  # by layer
-    loss: dict[str, float]  # cross-entropy in nats
-    accuracy: dict[str, float]  # share of the examples
-
-
-def gap(
-    predict: Predict,
-    variables: Any,
-    inputs: Array,
-    labels: Array,
-    *,
-    measure_on: Array,
-    batch_size: int,
-) -> Gap:
-    """Compare batch, running and exact statistics, by layer and in what they cost.
-
-    Args:
-      predict: as for `exact_statistics`; gives logits `[N, classes]`.
-      variables: of the model, with the running averages.
-      inputs: to evaluate on, shape `[N, ...]`.
-      labels: of `inputs`, shape `[N]`, integers.
-      measure_on: the training set, whose statistics are the exact ones.
-      batch_size: of the batches that normalise by themselves, of consecutive examples;
-        a last smaller batch is one, too.
-
-    Returns:
-      A report. "training" is by each batch's own statistics.
+def layer_calls(predict: Predict, variables: Any, inputs: Any) -> list[LayerCall]:
+    """Return the calls of batch norm layers in order, without computing anything.
 
     Raises:
-      ValueError: if there is not one label for each input, or as `exact_statistics`
-        says.
+      ValueError: if a layer is inside a lifted transform.
     """
-    if labels.shape != (len(inputs),) or not len(inputs):
-        raise ValueError(
-            f"labels have shape {list(labels.shape)} for {len(inputs)} inputs; "
-            "expected at least one input and one label for each: [N]"
-        )
-    exact = exact_statistics(predict, variables, measure_on, batch_size=batch_size)
-    by_exact = {**variables, "batch_stats": exact}
-    by_batch = jax.jit(functools.partial(batch_moments, predict, variables))
+    calls: list[LayerCall] = []
 
-    ways: dict[str, Callable[[Array], Array]] = {
-        "training": lambda x: by_batch(x)[0],
-        "running": jax.jit(functools.partial(predict, variables)),
-        "exact": jax.jit(functools.partial(predict, by_exact)),
-    }
-    loss, accuracy = {}, {}
-    for name, logits_of in ways.items():
-        logits = jnp.concatenate([logits_of(x) for x in _batches(inputs, batch_size)])
-        log_p = jax.nn.log_softmax(logits)
-        of_label = jnp.take_along_axis(log_p, labels[:, None], axis=1)
-        loss[name] = float(-of_label.mean())
-        accuracy[name] = float(jnp.mean(logits.argmax(-1) == labels))
+    def note(module: Any, x: Array, own_weights: Array | None) -> None:
+        del own_weights
+        # A lifted transform runs its modules in a scope that is a root of its own, and
+        # traces them on values that do not exist outside it.
+        if module.scope.root.path:
+            raise ValueError(
+                f"the input of layer {'/'.join(module.path)} cannot be seen inside a "
+                f"lifted transform at {'/'.join(module.scope.root.path)}; expected no "
+                "nn.remat, nn.jit, nn.scan or nn.vmap around batch norm: give a "
+                "predict function of the same model without it (its variables are the "
+                "same, or after nn.scan and nn.vmap slices of these)"
+            )
+        calls.append(LayerCall(module.path, x.shape, module.epsilon))
 
-    calls = _calls(predict, variables, measure_on[:batch_size])
-    epsilons = {call.path: call.epsilon for call in calls}
-    running, true = (
-        {path: _mean_and_var(stats, path) for path in epsilons}
-        for stats in (variables.get("batch_stats", {}), exact)
-    )
-    of_batches = [by_batch(x)[1] for x in _batches(measure_on, batch_size)]
-    report = Gap({}, {}, loss, accuracy)
-    for path, epsilon in epsilons.items():
-        gap_of = functools.partial(_layer_gap, exact=true[path], epsilon=epsilon)
-        gaps = [gap_of((batch[path].mean, batch[path].var)) for batch in of_batches]
-        name = "/".join(path)
-        report.training[name] = LayerGap(
-            mean=sum(g.mean for g in gaps) / len(gaps),
-            log_var=sum(g.log_var for g in gaps) / len(gaps),
-        )
-        report.running[name] = gap_of(running[path])
-    return report
+    def trace(variables: Any, inputs: Array) -> None:
+        _intercepted(predict, variables, inputs, note)
+
+    jax.eval_shape(trace, variables, inputs)
+    return calls
 
 
-def _mean_and_var(batch_stats: Any, path: Path) -> tuple[Array, Array]:
+def mean_and_var(batch_stats: Any, path: Path) -> tuple[Array, Array]:
     """Return the statistics of the layer at `path`."""
     flat = traverse_util.flatten_dict(batch_stats)
     return flat[(*path, "mean")], flat[(*path, "var")]
-
-
-def _layer_gap(
-    statistics: tuple[Array, Array], *, exact: tuple[Array, Array], epsilon: float
-) -> LayerGap:
-    (mean, var), (true_mean, true_var) = statistics, exact
-    var, true_var = var + epsilon, true_var + epsilon
-    return LayerGap(
-        mean=float(jnp.max(jnp.abs(mean - true_mean) / jnp.sqrt(true_var))),
-        log_var=float(jnp.max(jnp.abs(jnp.log(var / true_var)))),
-    )
 
 
 def _check_data(
@@ -283,11 +221,6 @@ def _check_data(
             "measure; give at least one example a positive weight"
         )
     return inputs, weights
-
-
-def _batches(inputs: Array, batch_size: int) -> list[Array]:
-    """Cut `inputs` into batches; the last may be smaller."""
-    return [inputs[i : i + batch_size] for i in range(0, len(inputs), batch_size)]
 
 
 def _by_layer(paths: Sequence[Path], moments: Sequence[Moments]) -> dict[Path, Moments]:
@@ -351,10 +284,10 @@ def _apply_and_measure(
     examples, lie along that axis of a layer's input which has the batch's size; which
     one is found by tracing the model with another batch size.
     """
-    larger: list[_Call] = []
+    larger: list[LayerCall] = []
     if weights is not None:
         one_more = (len(inputs) + 1, *inputs.shape[1:])
-        larger = _calls(
+        larger = layer_calls(
             predict, variables, jax.ShapeDtypeStruct(one_more, inputs.dtype)
         )
     measured: list[Moments] = []
@@ -364,7 +297,8 @@ def _apply_and_measure(
         if weights is not None:
             w = _along_examples(weights, x, larger[len(measured)])
             w = w if own_weights is None else w * own_weights
-        moments = measure(x, feature_axis=module.axis, weights=w)
+        wide = x.astype(statistics_dtype(x.dtype))  # layers take integers, too
+        moments = measure(wide, feature_axis=module.axis, weights=w)
         measured.append(moments)
         return _normalized(module, variables, x, moments) if by_batch else None
 
@@ -379,7 +313,7 @@ def _normalized(module: Any, variables: Any, x: Array, moments: Moments) -> Arra
         own = own.get(name, {})
     params = BatchNormParams(own.get("scale"), own.get("bias"))
     dtype = nn.dtypes.canonicalize_dtype(x, *params, dtype=module.dtype)
-    mean, var = _mean_and_var(variables["batch_stats"], module.path)
+    mean, var = mean_and_var(variables["batch_stats"], module.path)
     present = moments.count > 0  # a batch that is masked out has no moments
     x = x.astype(moments.mean.dtype)
     return normalize(
@@ -390,43 +324,6 @@ def _normalized(module: Any, variables: Any, x: Array, moments: Moments) -> Arra
         epsilon=module.epsilon,
         feature_axis=module.axis,
     ).astype(dtype)
-
-
-class _Call(NamedTuple):
-    """One call of a batch norm layer."""
-
-    path: Path
-    shape: tuple[int, ...]  # of the input
-    epsilon: float
-
-
-def _calls(predict: Predict, variables: Any, inputs: Any) -> list[_Call]:
-    """Return the calls of batch norm layers in order, without computing anything.
-
-    Raises:
-      ValueError: if a layer is inside a lifted transform.
-    """
-    calls: list[_Call] = []
-
-    def note(module: Any, x: Array, own_weights: Array | None) -> None:
-        del own_weights
-        # A lifted transform runs its modules in a scope that is a root of its own, and
-        # traces them on values that do not exist outside it.
-        if module.scope.root.path:
-            raise ValueError(
-                f"the input of layer {'/'.join(module.path)} cannot be seen inside a "
-                f"lifted transform at {'/'.join(module.scope.root.path)}; expected no "
-                "nn.remat, nn.jit, nn.scan or nn.vmap around batch norm: give a "
-                "predict function of the same model without it (its variables are the "
-                "same, or after nn.scan and nn.vmap slices of these)"
-            )
-        calls.append(_Call(module.path, x.shape, module.epsilon))
-
-    def trace(variables: Any, inputs: Array) -> None:
-        _intercepted(predict, variables, inputs, note)
-
-    jax.eval_shape(trace, variables, inputs)
-    return calls
 
 
 def _layers(variables: Any) -> set[Path]:
@@ -446,7 +343,7 @@ def _check_all_called(variables: Any, called: Sequence[Path]) -> None:
         )
 
 
-def _along_examples(weights: Array, x: Array, larger: _Call) -> Array:
+def _along_examples(weights: Array, x: Array, larger: LayerCall) -> Array:
     """Return weights of the examples with x's rank.
 
     Args:

@@ -151,3 +151,30 @@ def test_weights_of_states_are_one_a_state(weights):
     states = BatchNormState(jnp.zeros((2, 3)), jnp.ones((2, 3)))
     with pytest.raises(ValueError, match=r"expected one for each of the 2 states"):
         merge_states(states, jnp.array(weights))
+
+
+def test_states_that_all_weigh_nothing_are_refused_where_that_is_known():
+    states = BatchNormState(jnp.ones((2, 3)), jnp.ones((2, 3)))
+    with pytest.raises(ValueError, match="weights of all 2 states are 0.*positive"):
+        merge_states(states, jnp.zeros(2))
+    with pytest.raises(ValueError, match="weights of all 2 states are 0"):
+        jax.jit(lambda s: merge_states(s, np.zeros(2, int)))(states)
+    traced = jax.jit(merge_states)(states, jnp.zeros(2))  # as documented
+    chex.assert_trees_all_equal(traced, BatchNormState(jnp.zeros(3), jnp.zeros(3)))
+
+
+@pytest.mark.parametrize("momentum", [1.5, -0.1, float("nan"), np.float32(2)])
+def test_debiased_momentum_outside_0_to_1_is_refused(momentum):
+    with pytest.raises(ValueError, match=r"momentum=.*old average, in \[0, 1\]"):
+        debiased_momentum(momentum, 3)
+    norm = BatchNorm(use_running_average=False, momentum=momentum, average="debiased")
+    with pytest.raises(ValueError, match=r"momentum=.*old average, in \[0, 1\]"):
+        norm.init(jax.random.key(0), BATCHES[0])
+
+
+def test_debiased_momenta_of_several_averages_may_be_arrays():
+    m = np.array([0.0, 0.5, 1.0], np.float32)
+    # m (1 - m^2) / (1 - m^3) at t = 2: 0, .375 / .875, and 2 / 3 in the limit.
+    expected = [0, 3 / 7, 2 / 3]
+    for momenta in (m, jnp.asarray(m)):
+        np.testing.assert_allclose(debiased_momentum(momenta, 2), expected, rtol=1e-6)

@@ -1,10 +1,12 @@
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from reference import jit_unoptimised
 
 from bn_jax.folding import fold
 from bn_jax.linen import BatchNorm
@@ -134,10 +136,12 @@ class Lifted(nn.Module):
 
 
 class Plain(nn.Module):
+    norm: Any = BatchNorm
+
     @nn.compact
     def __call__(self, x, train):
         x = nn.Dense(3, name="dense")(x)
-        return BatchNorm(use_running_average=not train, name="norm")(x=x)
+        return self.norm(use_running_average=not train, name="norm")(x=x)
 
 
 class SharedKernel(nn.Module):
@@ -146,6 +150,56 @@ class SharedKernel(nn.Module):
         dense = nn.Dense(3, name="dense")
         x = BatchNorm(use_running_average=not train, name="norm")(dense(x))
         return x @ dense.variables["params"]["kernel"]
+
+
+class HalvedBias(nn.Module):
+    """A layer that uses half its bias, and a last one without a norm after it."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        class Halved(nn.Module):
+            @nn.compact
+            def __call__(self, x):
+                kernel = self.param("kernel", nn.initializers.ones, (x.shape[-1], 3))
+                bias = self.param("bias", nn.initializers.ones, (3,))
+                return x @ kernel + bias / 2
+
+        x = Halved(name="dense")(x)
+        x = BatchNorm(use_running_average=not train, name="norm")(x)
+        return nn.Dense(2, name="last")(nn.relu(x))
+
+
+class DeviationPlusEpsilon(nn.Module):
+    """A norm that divides by another deviation than batch norm."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        class Other(nn.Module):
+            axis: int = -1
+            epsilon: float = 1e-2
+
+            @nn.compact
+            def __call__(self, x):
+                mean = self.variable("batch_stats", "mean", jnp.zeros, x.shape[-1:])
+                var = self.variable("batch_stats", "var", jnp.ones, x.shape[-1:])
+                scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
+                y = (x - mean.value) / (jnp.sqrt(var.value) + self.epsilon)
+                return scale * y
+
+        return nn.Dense(2)(Other(name="norm")(nn.Dense(3, name="dense")(x)))
+
+
+class KernelsMagnitude(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        class Positive(nn.Module):
+            @nn.compact
+            def __call__(self, x):
+                kernel = self.param("kernel", nn.initializers.ones, (x.shape[-1], 3))
+                return x @ jnp.abs(kernel)
+
+        x = Positive(name="dense")(x)
+        return BatchNorm(use_running_average=not train, name="norm")(x)
 
 
 class NotCalled(nn.Module):
@@ -165,6 +219,9 @@ class NotCalled(nn.Module):
         (ManyAxes, r"dense has features=\(2, 3\).*bias of shape \[2, 3\]"),
         (Lifted, "inner/norm is inside a lifted transform .* at inner"),
         (SharedKernel, "a kernel before one .* is shared"),
+        (HalvedBias, "norm does not give .* where the kernel of dense is 0"),
+        (DeviationPlusEpsilon, "norm does not give .* where the kernel of dense is 0"),
+        (KernelsMagnitude, "a kernel before one is not used as it is"),
         (NotCalled, "no call of norm was seen"),
         (CalledTwice, "dense is called 2 times"),
         (TwoNorms, "dense is followed by several norms"),
@@ -178,6 +235,125 @@ def test_what_cannot_be_folded_is_refused_with_the_reason(module, message):
     variables = moved(model.init(jax.random.key(1), x, train=False))
     with pytest.raises(ValueError, match=f"cannot fold.*{message}"):
         fold(functools.partial(predict, model), variables, x)
+
+
+class Deep(nn.Module):
+    """Five dense layers, each followed by a norm and a relu, in a dtype."""
+
+    norm: Any = BatchNorm
+    dtype: Any = jnp.float32
+    use_scale: bool = True
+
+    @nn.compact
+    def __call__(self, x, train):
+        kinds = {"dtype": self.dtype, "param_dtype": self.dtype}
+        for _ in range(5):
+            x = nn.Dense(16, **kinds)(x)
+            if self.norm is not None:
+                norm = functools.partial(self.norm, use_scale=self.use_scale, **kinds)
+                x = norm(use_running_average=not train, momentum=0.0)(x)
+            x = nn.relu(x)
+        return x
+
+
+@pytest.mark.parametrize(
+    ("norm", "dtype", "scale", "mean"),
+    [
+        (BatchNorm, jnp.float32, True, 1000.0),
+        (nn.BatchNorm, jnp.float32, False, 0.0),
+        (nn.BatchNorm, jnp.bfloat16, True, 0.0),
+        (BatchNorm, jnp.bfloat16, False, 0.0),
+        (BatchNorm, jnp.float16, True, 0.0),
+    ],
+)
+def test_several_layers_fold_in_every_precision(norm, dtype, scale, mean):
+    x = (mean + jax.random.normal(jax.random.key(0), (64, 16))).astype(dtype)
+    model = Deep(norm, dtype, scale)
+
+    @jit_unoptimised
+    def variables_with_statistics_of(x):
+        variables = model.init(jax.random.key(1), x, train=True)
+        leaves, tree = jax.tree.flatten(variables["params"])
+        keys = jax.random.split(jax.random.key(0), len(leaves))
+        pairs = zip(keys, leaves, strict=True)
+        draws = [jax.random.normal(k, a.shape, dtype) for k, a in pairs]
+        params = jax.tree.unflatten(tree, draws)
+        variables = {**variables, "params": params}
+        _, statistics = model.apply(variables, x, train=True, mutable=["batch_stats"])
+        return {"params": params, **statistics}
+
+    variables = variables_with_statistics_of(x)
+    folded = fold(functools.partial(predict, model), variables, x)
+    before = predict(model, variables, x)
+    after = predict(Deep(None, dtype), {"params": folded}, x)
+    assert after.dtype == before.dtype == dtype
+    # A few roundings a layer, of inputs so many deviations from 0.
+    allowed = 5 * 4 * float(jnp.finfo(dtype).eps) * (1 + mean)
+    np.testing.assert_allclose(
+        *map(np.float64, (after, before)), atol=allowed * before.max(), rtol=0
+    )
+
+
+@pytest.mark.parametrize("norm", [BatchNorm, nn.BatchNorm])
+def test_layer_of_large_inputs_folds_though_subtracting_its_mean_cancels(norm):
+    # x is 1e4 + N(0, 1): the layer's output loses four digits to its mean.
+    x = 1e4 + jax.random.normal(jax.random.key(0), (64, 16))
+    model = Plain(norm)
+    variables = model.init(jax.random.key(1), x, train=False)
+    z = x @ variables["params"]["dense"]["kernel"]
+    stats = {"norm": {"mean": z.mean(0), "var": z.var(0)}}
+    variables = {**variables, "batch_stats": stats}
+    folded = fold(functools.partial(predict, model), variables, x)
+    # Float32 holds 1e4 to 1e-3, over a deviation of about 1.
+    np.testing.assert_allclose(
+        x @ folded["dense"]["kernel"] + folded["dense"]["bias"],
+        predict(model, variables, x),
+        atol=2e-2,
+    )
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("module", [OtherAxis, SharedKernel])
+def test_wrong_folding_is_refused_in_half_precision_too(module, dtype):
+    x = jax.random.normal(jax.random.key(0), (4, 3)).astype(dtype)
+    model = module()
+    variables = moved(model.init(jax.random.key(1), x, train=False))
+    params = jax.tree.map(lambda a: a.astype(dtype), variables["params"])
+    variables = {**variables, "params": params}
+    assert predict(model, variables, x).dtype == dtype
+    with pytest.raises(ValueError, match="cannot fold.*norm is over another axis"):
+        fold(functools.partial(predict, model), variables, x)
+
+
+def test_outputs_that_are_not_finite_are_their_own_reason():
+    x = jax.random.normal(jax.random.key(0), (4, 3))
+    variables = moved(Plain().init(jax.random.key(1), x, train=False))
+    for bad in (jnp.nan, jnp.inf):
+        with pytest.raises(ValueError, match="outputs .* not finite") as refusal:
+            fold(functools.partial(predict, Plain()), variables, x.at[1, 0].set(bad))
+        assert "axis" not in str(refusal.value)
+
+
+class Quantised(nn.Module):
+    """Rounds its output to thousandths, as no exact check can undo."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        class Rounded(nn.Module):
+            @nn.compact
+            def __call__(self, x):
+                kernel = self.param("kernel", nn.initializers.ones, (x.shape[-1], 3))
+                return x @ (jnp.round(kernel * 1024) / 1024)
+
+        x = Rounded(name="dense")(x)
+        return BatchNorm(use_running_average=not train, name="norm")(x)
+
+
+def test_small_change_may_be_rounding_and_is_called_so():
+    x = jax.random.normal(jax.random.key(0), (4, 3))
+    variables = moved(Quantised().init(jax.random.key(1), x, train=False))
+    with pytest.raises(ValueError, match="it is rounding: fold in wider dtypes"):
+        fold(functools.partial(predict, Quantised()), variables, x)
 
 
 def test_refusing_leaves_what_nn_jit_has_cached_alone():

@@ -47,6 +47,14 @@ def test_init_leaves_out_what_is_not_asked_for(scale, bias):
     assert (params.scale is not None, params.bias is not None) == (scale, bias)
 
 
+def test_init_takes_any_integer_and_any_shape_of_them():
+    for number in (np.int64(3), np.uint8(3), np.array(3)):
+        chex.assert_trees_all_equal(init(number), init(3))
+    chex.assert_trees_all_equal(init([2, np.int64(3)]), init((2, 3)))
+    with pytest.raises(TypeError):
+        init(3.0)
+
+
 def test_init_keeps_the_state_in_float32_whatever_the_parameters():
     params, state = init(3, dtype=jnp.bfloat16)
     assert params.scale.dtype == params.bias.dtype == jnp.bfloat16
@@ -239,6 +247,19 @@ def test_a_batch_of_one_gives_beta_and_no_gradient_with_one_warning(shape):
 def test_one_example_of_many_positions_and_prediction_of_one_do_not_warn():
     train_step(normal((1, 2, 2, 3)))  # warnings are errors in this suite
     batch_norm(normal((1, 3)), *init(3), train=False)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"train": False, "update_state": True},
+        {"train": True, "statistics": BatchNormState(jnp.zeros(3), jnp.ones(3))},
+    ],
+)
+def test_one_example_that_other_statistics_normalise_does_not_warn(options):
+    x = normal((1, 3))
+    y, _ = batch_norm(x, *init(3), **options)  # warnings are errors in this suite
+    np.testing.assert_allclose(y, x, rtol=1e-4)
 
 
 def test_integer_weights_equal_repeated_rows():

@@ -119,3 +119,23 @@ def test_size_that_leaves_a_remainder_and_a_wrong_axis_are_refused(size, axis, m
             ghost_batch_size=size,
             batch_axis=axis,
         )
+
+
+def test_ghost_of_one_value_a_feature_warns_and_of_many_positions_does_not():
+    # What counts is the ghost, not the batch: y is beta throughout.
+    with pytest.warns(UserWarning, match="one value a feature.*ghost_batch_size") as w:
+        y, _ = ghosts(normal((8, 3)), 1)
+    assert w[0].filename == __file__ and len(w) == 1
+    chex.assert_trees_all_equal(y, jnp.broadcast_to(PARAMS.bias, (8, 3)))
+    ghosts(normal((8, 2, 3)), 1)  # warnings are errors in this suite
+    ghosts(normal((8, 3)), 1, statistics=STATE)
+
+
+def test_ghosts_of_one_that_share_statistics_along_an_axis_do_not_warn():
+    def step(x):
+        return ghosts(x, 1, axis_name="d")[0]
+
+    x = normal((4, 8, 3))
+    y = jax.vmap(step, axis_name="d")(x)
+    expected, _ = batch_norm(x[:, 2], PARAMS, STATE, train=True)
+    chex.assert_trees_all_close(y[:, 2], expected, rtol=1e-5, atol=1e-6)

@@ -354,3 +354,20 @@ def test_numpy_input_needs_no_conversion():
         for module in (ours.BatchNorm, nn.BatchNorm)
     )
     assert_close_in_own_precision(got, expected)
+
+
+@pytest.mark.parametrize("running", [True, False])
+@pytest.mark.parametrize("options", [{}, {"param_dtype": jnp.bfloat16}])
+@pytest.mark.parametrize("dtype", [jnp.int32, jnp.uint8, jnp.bool_])
+def test_integer_input_is_promoted_as_flax_does(dtype, options, running):
+    x = jnp.array([[0, 1, 1], [1, 200, 0], [0, 3, 1]]).astype(dtype)
+    variables = nn.BatchNorm(use_running_average=running, **options).init(KEY, x)
+    got, expected = (
+        module(use_running_average=running, **options).apply(
+            variables, x, mutable=["batch_stats"]
+        )
+        for module in (ours.BatchNorm, nn.BatchNorm)
+    )
+    assert_close_in_own_precision(got, expected)
+    own = ours.BatchNorm(use_running_average=running, **options).init(KEY, x)
+    chex.assert_trees_all_equal(own, variables)

@@ -12,7 +12,7 @@ from bn_jax import population
 from bn_jax.linen import BatchNorm
 from bn_jax.models import layers
 from bn_jax.models.lenet import LeNet
-from bn_jax.population import batch_moments, exact_statistics, gap
+from bn_jax.population import batch_moments, exact_statistics
 
 IMAGES = jax.random.uniform(jax.random.key(3), (50, 7, 6, 1))
 
@@ -165,6 +165,21 @@ def test_integer_weights_equal_repeated_images_wherever_the_examples_lie(mode, n
     chex.assert_trees_all_close(weighted, repeated, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("norm", [BatchNorm, nn.BatchNorm])
+def test_integers_that_a_layer_takes_are_measured_too(norm):
+    x = jnp.array([[0], [6], [8], [10]])  # mean 6, variance 200 / 4 - 36
+
+    def predict(variables, x):
+        return norm(use_running_average=True).apply(variables, x)
+
+    variables = {"batch_stats": {"mean": jnp.zeros(1), "var": jnp.ones(1)}}
+    variables["params"] = {"scale": jnp.ones(1), "bias": jnp.zeros(1)}
+    exact = exact_statistics(predict, variables, x, batch_size=3)
+    chex.assert_trees_all_close(
+        exact, {"mean": jnp.array([6.0]), "var": jnp.array([14.0])}, rtol=1e-5
+    )
+
+
 def test_first_examples_only_when_told():
     model, variables, x = mlp()
     measured = functools.partial(
@@ -304,75 +319,6 @@ def test_each_device_works_on_its_own_examples(mode, devices):
     text = program.as_text()
     assert "all-reduce(" in text
     assert "all-gather(" not in text and "all-to-all(" not in text
-
-
-class Classifier(nn.Module):
-    """Logits that are the standardised inputs themselves."""
-
-    @nn.compact
-    def __call__(self, x, train):
-        return BatchNorm(use_running_average=not train, name="norm")(x)
-
-
-def test_gap_tells_how_far_statistics_are_and_what_they_cost():
-    x = jnp.array([[0.0, 2.0], [4.0, 6.0], [0.0, 2.0], [4.0, 6.0]])
-    model = Classifier()
-    variables = model.init(jax.random.key(0), x, train=False)
-    # Running mean 0 and variance 1; exact mean (2, 4), variance 4: gaps 4 / 2, log 4.
-    # Each batch of two holds both rows, so its own statistics are the exact ones.
-    report = gap(
-        functools.partial(predict, model),
-        variables,
-        x,
-        jnp.array([0, 1, 0, 0]),
-        measure_on=x,
-        batch_size=2,
-    )
-    assert report.running["norm"] == pytest.approx((2.0, np.log(4.0)), rel=1e-5)
-    assert report.training["norm"] == pytest.approx((0.0, 0.0), abs=1e-5)
-    # Exact: both logits of a row are equal, -1 or 1: loss log 2, label 0 wins the tie.
-    assert report.loss["exact"] == pytest.approx(np.log(2), rel=1e-5)
-    assert report.loss["training"] == pytest.approx(np.log(2), rel=1e-5)
-    # Running: logits (0, 2) and (4, 6), so label 1 is 2 ahead.
-    behind, ahead = np.log(1 + np.exp(2)), np.log(1 + np.exp(-2))
-    assert report.loss["running"] == pytest.approx((3 * behind + ahead) / 4, rel=1e-4)
-    assert report.accuracy["running"] == pytest.approx(0.25)
-
-
-def test_gap_in_training_is_the_mean_over_batches_even_of_a_constant_feature():
-    x = jnp.array([[0.0, 7.0], [2.0, 7.0], [4.0, 7.0]])
-    model = Classifier()
-    variables = model.init(jax.random.key(0), x, train=False)
-    report = gap(
-        functools.partial(predict, model),
-        variables,
-        x,
-        jnp.zeros(3, int),
-        measure_on=x,
-        batch_size=2,
-    )
-    # Feature 0: exact mean 2, variance 8/3. Batch (0, 2): mean 1, variance 1; batch
-    # (4): mean 4, variance 0, to which epsilon = 1e-5 is added.
-    deviation = np.sqrt(8 / 3)
-    mean = (1 / deviation + 2 / deviation) / 2
-    log_var = (np.log(8 / 3) + np.log((8 / 3) / 1e-5)) / 2
-    assert report.training["norm"] == pytest.approx((mean, log_var), rel=1e-4)
-    # Feature 1 is 7 throughout: running mean 0 and variance 1 are 7 / sqrt(1e-5) off.
-    running = (7 / np.sqrt(1e-5), np.log(1 / 1e-5))
-    assert report.running["norm"] == pytest.approx(running, rel=1e-4)
-
-
-@pytest.mark.parametrize("labels", [jnp.zeros(2, int), jnp.zeros((3, 1), int)])
-def test_gap_refuses_labels_that_do_not_fit(labels):
-    with pytest.raises(ValueError, match="labels have shape .* for 3 inputs"):
-        gap(
-            lambda variables, x: x,
-            {},
-            jnp.ones((3, 2)),
-            labels,
-            measure_on=jnp.ones((3, 2)),
-            batch_size=2,
-        )
 
 
 @pytest.mark.parametrize(

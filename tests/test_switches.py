@@ -49,18 +49,28 @@ def test_gradients_flow_through_given_moments_of_the_same_batch():
     chex.assert_trees_all_close(jax.grad(by_given)(X), jax.grad(by_batch)(X), rtol=1e-5)
 
 
+@pytest.mark.parametrize("limits", [None, (1.5, 0.6)])
 @pytest.mark.parametrize("running", [True, False])
 @pytest.mark.parametrize("update", [None, True, False])
-def test_module_moves_its_averages_when_told(running, update):
-    norm = BatchNorm(momentum=0.9)
+def test_module_moves_its_averages_and_counter_when_told(limits, running, update):
+    norm = BatchNorm(momentum=0.9, average="debiased")
     variables = norm.init(jax.random.key(0), X, use_running_average=True)
     _, updates = norm.apply(
-        variables, X, running, update_average=update, mutable=["batch_stats"]
+        variables,
+        X,
+        running,
+        update_average=update,
+        renorm_limits=limits,
+        mutable=["batch_stats"],
     )
-    moved = not np.array_equal(
-        updates["batch_stats"]["mean"], variables["batch_stats"]["mean"]
+    if not running if update is None else update:
+        batch = reference.moments(X)  # the first batch is the debiased average
+        expected = {"mean": batch.mean, "var": batch.var, "count": 1.0}
+    else:
+        expected = variables["batch_stats"]
+    chex.assert_trees_all_close(
+        dict(updates["batch_stats"]), expected, rtol=1e-5, atol=1e-6
     )
-    assert moved == (not running if update is None else update)
 
 
 def test_mask_singles_out_the_scale_and_bias_of_norms():

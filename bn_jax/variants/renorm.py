@@ -36,6 +36,7 @@ def batch_renorm(
     weights: Array | None = None,
     axis_name: AxisName | None = None,
     axis_index_groups: AxisIndexGroups | None = None,
+    update_state: bool | None = None,
 ) -> tuple[Array, BatchNormState]:
     """Normalise by the batch, corrected towards the moving averages.
 
@@ -52,6 +53,8 @@ def batch_renorm(
       weights: as for `batch_norm`.
       axis_name: as for `batch_norm`.
       axis_index_groups: as for `batch_norm`.
+      update_state: static. Whether the averages move by the moments of `x`; by
+        default in training.
 
     Returns:
       `(y, state)`, as `batch_norm`.
@@ -73,6 +76,7 @@ def batch_renorm(
         "weights": weights,
         "axis_name": axis_name,
         "axis_index_groups": axis_index_groups,
+        "update_state": update_state,
     }
     if not train:
         return batch_norm(x, params, state, train=False, **options)

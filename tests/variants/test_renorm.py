@@ -97,6 +97,19 @@ def test_batch_that_counts_nothing_is_normalised_by_the_averages():
     chex.assert_trees_all_close((y, state), (predicted, STATE))
 
 
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("update", [None, True, False])
+def test_averages_move_when_told_whatever_normalises(train, update):
+    renorm = functools.partial(batch_renorm, X, PARAMS, STATE, r_max=1.5, d_max=0.6)
+    y, state = renorm(train=train, update_state=update)
+    chex.assert_trees_all_equal(y, renorm(train=train)[0])
+    if train if update is None else update:
+        moved = batch_norm(X, PARAMS, STATE, train=True, momentum=0.99)[1]
+        chex.assert_trees_all_close(state, moved)
+    else:
+        assert state is STATE
+
+
 def test_schedule_is_the_papers():
     # Batch norm to step 5,000; r_max 3 at 40,000 and d_max 5 at 25,000, linearly.
     for step, expected in {

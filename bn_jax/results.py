@@ -4,6 +4,7 @@ config.json       every choice that decides the numbers
 environment.json  versions, device and commit that the run used
 metrics.jsonl     a line per epoch
 results.json      the final numbers; its presence says that the run is finished
+.lock             held while a process is at work in the directory
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
+from filelock import FileLock, Timeout
 
 from bn_jax.version import __version__
 
@@ -26,6 +29,8 @@ CONFIG = "config.json"
 ENVIRONMENT = "environment.json"
 METRICS = "metrics.jsonl"
 RESULTS = "results.json"
+LOCK = ".lock"
+UNFINISHED = ".unfinished"  # ending of a file that is being written
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
@@ -34,61 +39,89 @@ class RunError(ValueError):
     """A working directory that cannot be used as asked."""
 
 
-def start_run(workdir: str | Path, config: Mapping[str, Any]) -> Path:
-    """Make a working directory ready for a run of `config`.
+@contextmanager
+def locked(workdir: str | Path) -> Iterator[Path]:
+    """Hold a working directory, made when it is not there, against other processes.
 
-    A directory with an unfinished run of the same config is started over. Nothing else
-    is ever overwritten.
-
-    Args:
-      workdir: the directory; made when it is not there.
-      config: the run's config, written to config.json.
+    The lock ends with the process, however that ends.
 
     Raises:
-      RunError: if the directory cannot be written, or holds another config's run, a
-        finished run, or files of something else.
+      RunError: if the directory cannot be written, or another process holds it.
     """
     workdir = Path(workdir)
+    lock = FileLock(workdir / LOCK, blocking=False)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise RunError(
+            f"another process is at work in {workdir}; wait for it, or give another "
+            "folder with --workdir"
+        ) from None
     except OSError as error:
         raise RunError(
-            f"cannot make the working directory {workdir}: {error.strerror}; give "
-            "another folder with --workdir"
+            f"cannot write to the working directory {workdir}: {error.strerror}; make "
+            "it writable, or give another folder with --workdir"
         ) from error
-    present = sorted(path.name for path in workdir.iterdir())
+    try:
+        yield workdir
+    finally:
+        lock.release()
+
+
+def start_run(workdir: Path, config: Mapping[str, Any], *, resume: bool = True) -> None:
+    """Make a working directory that is `locked` ready for a run of `config`.
+
+    Nothing that it holds is overwritten, unless it is an unfinished run of the same
+    config: that is gone on with.
+
+    Args:
+      workdir: the directory.
+      config: the run's config, written to config.json.
+      resume: whether to go on with an unfinished run; else it is refused.
+
+    Raises:
+      RunError: if the directory holds another config's run, a finished run, or files of
+        something else.
+    """
+    present = sorted(
+        path.name
+        for path in workdir.iterdir()
+        if path.name != LOCK and path.suffix != UNFINISHED
+    )
     if present and CONFIG not in present:
         raise RunError(
             f"{workdir} holds {', '.join(present[:5])} but no {CONFIG}, so it is not a "
             "run's; give an empty or new folder with --workdir"
         )
     if present:
-        _check_same_config(workdir, read_json(workdir / CONFIG), config)
+        faults = differences(read_object(workdir / CONFIG), config)
+        if faults:
+            raise RunError(
+                f"{workdir} holds a run of another config ({'; '.join(faults)}); give "
+                "another folder with --workdir"
+            )
     if RESULTS in present:
         raise RunError(
             f"{workdir} holds a finished run of this config; read it with "
             f"--load={workdir}, or give another folder with --workdir"
         )
+    if present and not resume:
+        raise RunError(
+            f"{workdir} holds an unfinished run of this config; go on with it by "
+            "--resume, or give another folder with --workdir"
+        )
     write_json(workdir / CONFIG, config)
     write_json(workdir / ENVIRONMENT, environment())
-    (workdir / METRICS).write_text("")
-    return workdir
 
 
-def _check_same_config(
-    workdir: Path, old: Mapping[str, Any], new: Mapping[str, Any]
-) -> None:
-    """Refuse a directory of another config, naming what differs."""
-    differences = [
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Return in words what differs between two configs."""
+    return [
         f"{name}: {old.get(name)!r} there, {new.get(name)!r} now"
         for name in sorted(old.keys() | new.keys())
         if old.get(name) != new.get(name)
     ]
-    if differences:
-        raise RunError(
-            f"{workdir} holds a run of another config ({'; '.join(differences)}); "
-            "give another folder with --workdir"
-        )
 
 
 def environment() -> dict[str, Any]:
@@ -128,11 +161,31 @@ def _commit() -> str | None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value`, whole or not at all."""
-    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text(text)
-    unfinished.replace(path)
+    """Write `value`, whole or not at all.
+
+    Raises:
+      RunError: if it cannot be written.
+    """
+    _write(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    unfinished = path.with_name(path.name + UNFINISHED)
+    with _writing(path):
+        unfinished.write_text(text)
+        unfinished.replace(path)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turn what the system has against writing into our error."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"cannot write {path}: {error.strerror}; what was written before is kept. "
+            "Make room, or the folder writable, and the same command goes on"
+        ) from error
 
 
 def read_json(path: Path) -> Any:
@@ -152,10 +205,31 @@ def read_json(path: Path) -> Any:
         raise RunError(f"{path} is damaged: it does not hold JSON ({error})") from None
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a file that holds a JSON object.
+
+    Raises:
+      RunError: as `read_json`, or if it holds something else.
+    """
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise RunError(f"{path} is damaged: it holds no JSON object")
+    return value
+
+
+def write_metrics(workdir: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write metrics.jsonl anew with these rows, whole or not at all."""
+    _write(workdir / METRICS, "".join(_line(row) for row in rows))
+
+
 def append_metrics(workdir: Path, row: Mapping[str, Any]) -> None:
     """Add a line to metrics.jsonl."""
-    with open(workdir / METRICS, "a") as file:
-        file.write(json.dumps(row) + "\n")
+    with _writing(workdir / METRICS), open(workdir / METRICS, "a") as file:
+        file.write(_line(row))
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(row, allow_nan=False) + "\n"
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:

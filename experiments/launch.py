@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from absl import app, flags, logging
 
+from bn_jax.training import config as config_lib
 from bn_jax.training.config import ConfigError
 
 if TYPE_CHECKING:
@@ -31,6 +34,64 @@ def workdir() -> Path:
     if flags.FLAGS.workdir is None:
         raise ConfigError("give --workdir=DIR for the results; --help lists all flags")
     return Path(flags.FLAGS.workdir)
+
+
+def define_training_flags() -> None:
+    """Define the flags of a training run: its config, devices, data and folder."""
+    config_lib.define_flags()
+    define_data_flags()
+    define_workdir_flag()
+    flags.DEFINE_string(
+        "coordinator_address",
+        None,
+        "HOST:PORT at which process 0 can be reached, where several are started by "
+        "hand; with --num_processes and --process_id.",
+    )
+    flags.DEFINE_integer("num_processes", None, "How many are started by hand.")
+    flags.DEFINE_integer("process_id", None, "Of this one, from 0.")
+    flags.DEFINE_boolean(
+        "distributed",
+        None,
+        "Whether to join the processes that Slurm, Kubernetes or a TPU pod has started "
+        "(default: where there are several).",
+    )
+
+
+def set_up_devices() -> None:
+    """Make the devices and join the processes that the flags ask for.
+
+    It has to come before any use of JAX.
+    """
+    import jax
+
+    from bn_jax.training import distributed
+
+    given = flags.FLAGS
+    options = config_lib.options_from_flags(given)
+    joins = given.distributed
+    if joins is None:
+        joins = given.coordinator_address is not None or distributed.is_detected()
+    if options.devices != "all":
+        # Of the host's cores; a GPU or TPU that is there is used all the same.
+        num_local, rest = divmod(int(options.devices), given.num_processes or 1)
+        if rest:
+            raise ConfigError(
+                f"devices={options.devices} does not divide over num_processes="
+                f"{given.num_processes}; give a multiple"
+            )
+        jax.config.update("jax_num_cpu_devices", num_local)
+    if joins:
+        distributed.initialize(
+            given.coordinator_address, given.num_processes, given.process_id
+        )
+        others = jax.process_count() - 1
+        print(
+            f"process {jax.process_index()} of {jax.process_count()}, "
+            f"{jax.local_device_count()} of {jax.device_count()} devices; one of the "
+            f"{others} others that dies ends this one within "
+            f"{distributed.DEATH_SECONDS} seconds",
+            flush=True,
+        )
 
 
 def define_data_flags() -> None:
@@ -74,6 +135,20 @@ def numbers(values: Iterable[float]) -> str:
     return " ".join(f"{value:7.3f}" for value in values)
 
 
+def fail(message: str) -> NoReturn:
+    """End the process with status 1, and soon the others of its run."""
+    import jax
+
+    if not jax.distributed.is_initialized() or jax.process_count() == 1:
+        sys.exit(message)
+    print(message, file=sys.stderr, flush=True)
+    # An orderly end waits for the others, who may be waiting for this one. They get a
+    # moment to end by themselves, where all have met the same error.
+    time.sleep(1)
+    sys.stdout.flush()
+    os._exit(1)
+
+
 def start(
     main: Callable[[Sequence[str]], None], define_flags: Callable[[], None]
 ) -> None:
@@ -89,12 +164,23 @@ def start(
     def run(argv: Sequence[str]) -> None:
         from bn_jax.data import DataError
         from bn_jax.results import RunError
+        from bn_jax.training.distributed import DistributedError
+        from bn_jax.training.interrupt import Interrupted
 
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # Orbax tells its every move
         try:
             main(argv)
-        except (ConfigError, DataError, RunError, FloatingPointError) as error:
-            sys.exit(f"error: {error}")
+        except Interrupted as interrupted:
+            print(interrupted, file=sys.stderr)
+            sys.exit(128 + interrupted.signum)
+        except (
+            ConfigError,
+            DataError,
+            DistributedError,
+            FloatingPointError,
+            RunError,
+        ) as error:
+            fail(f"error: {error}")
 
     app.run(run)

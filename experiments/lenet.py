@@ -27,9 +27,7 @@ from experiments import launch
 
 
 def define_flags() -> None:
-    config_lib.define_flags()
-    launch.define_data_flags()
-    launch.define_workdir_flag()
+    launch.define_training_flags()
     flags.DEFINE_boolean(
         "smoke", False, "Try everything in seconds: the sample, 1 epoch, unless given."
     )
@@ -49,16 +47,21 @@ def main(argv: Sequence[str]) -> None:
     if given.load is not None:
         evaluate_again(given.load)
         return
+    launch.set_up_devices()
     smoke = {"dataset": "sample", "epochs": 1} if given.smoke else {}
     train(given.workdir, config_lib.from_flags(given, defaults=smoke))
 
 
 def train(workdir: str, config: config_lib.TrainConfig) -> None:
     """Train `config` into `workdir` and print what came out."""
-    from bn_jax.training import run as run_lib  # here, so that --help is quick
+    from bn_jax.training import distributed  # here, so that --help is quick
+    from bn_jax.training import run as run_lib
 
     data = launch.load_data(config.dataset)
-    run = run_lib.train_into(workdir, config, data)
+    options = config_lib.options_from_flags(flags.FLAGS)
+    run = run_lib.train_into(workdir, config, data, options)
+    if not distributed.is_primary():
+        return
     first = next(iter(run.results["gamma_beta"].items()), None)
     if first is not None:
         layer, learned = first
@@ -71,7 +74,7 @@ def train(workdir: str, config: config_lib.TrainConfig) -> None:
         f"{run.results['test_accuracy_exact']:.3f} by exact statistics, "
         f"{run.results['examples_per_second']:,.0f} examples/s"
     )
-    names = sorted(path.name for path in Path(workdir).iterdir())
+    names = sorted(path.name for path in Path(workdir).glob("[!.]*"))
     print(f"data: {data.source}")
     print(f"written to {workdir}: {', '.join(names)}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 from flax import linen as nn
 
@@ -17,7 +18,7 @@ NORMS: dict[str, Callable[..., nn.Module] | None] = {
 
 
 def norm_by_name(
-    name: str, *, momentum: float, epsilon: float
+    name: str, *, momentum: float, epsilon: float, **options: Any
 ) -> Callable[..., nn.Module] | None:
     """Return the constructor of a normalisation, or None for "none".
 
@@ -25,6 +26,7 @@ def norm_by_name(
       name: one of `NORMS`.
       momentum: weight of the OLD average in the moving averages.
       epsilon: added to the variance.
+      **options: further attributes of the layers.
 
     Raises:
       ValueError: if there is no normalisation of that name.
@@ -34,4 +36,4 @@ def norm_by_name(
     norm = NORMS[name]
     if norm is None:
         return None
-    return functools.partial(norm, momentum=momentum, epsilon=epsilon)
+    return functools.partial(norm, momentum=momentum, epsilon=epsilon, **options)

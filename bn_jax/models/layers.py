@@ -128,8 +128,11 @@ def conv2d_by_blocks(x: Array, kernel: Array) -> Array:
     kernels = kernels.reshape(b * b, taps_h, b, taps_w, b, c_in, c_out)
     kernels = kernels.transpose(6, 0, 1, 3, 5, 2, 4)  # C_out, b*b, taps, C_in, b, b
 
-    y = kernels.reshape(c_out * b * b, -1) @ patches.reshape(
-        -1, blocks_h * blocks_w * n
+    # The batch stays an axis of its own, so that it can be sharded over devices.
+    y = jnp.tensordot(
+        kernels.reshape(c_out * b * b, -1),
+        patches.reshape(-1, blocks_h, blocks_w, n),
+        axes=1,
     )
     y = y.reshape(c_out, b, b, blocks_h, blocks_w, n).transpose(0, 3, 1, 4, 2, 5)
     return y.reshape(c_out, blocks_h * b, blocks_w * b, n)[:, :out_h, :out_w]

@@ -29,6 +29,8 @@ class LeNet(nn.Module):
       first_padding: pixels of 0 around the images: 0 in the chapter on batch
         normalisation, 2 in the one that introduces LeNet without it.
       num_classes: number of outputs.
+      ghost_batch_size: number of examples that share statistics, for a `norm` that
+        takes `ghost_batch_size` and `batch_axis`, as ours does; None for the batch.
       layout: order of the axes of the convolutions' activations; None chooses the
         faster one for the backend. Parameters and results do not depend on it.
 
@@ -42,6 +44,7 @@ class LeNet(nn.Module):
     bias_before_norm: bool = True
     first_padding: int = 0
     num_classes: int = 10
+    ghost_batch_size: int | None = None
     layout: layers.Layout | None = None
 
     @nn.compact
@@ -59,9 +62,17 @@ class LeNet(nn.Module):
         xavier = initializers.xavier_uniform()
         use_bias = self.norm is None or self.bias_before_norm
 
-        def norm_sigmoid(x: Array, axis: int, name: str) -> Array:
+        def norm_sigmoid(x: Array, axis: int, name: str, batch_axis: int = 0) -> Array:
             if self.norm is not None:
-                x = self.norm(use_running_average=not train, axis=axis, name=name)(x)
+                ghosts: dict[str, int] = {}
+                if self.ghost_batch_size is not None:
+                    ghosts = {
+                        "ghost_batch_size": self.ghost_batch_size,
+                        "batch_axis": batch_axis,
+                    }
+                x = self.norm(
+                    use_running_average=not train, axis=axis, name=name, **ghosts
+                )(x)
             return jax.nn.sigmoid(x)
 
         p = self.first_padding
@@ -76,7 +87,9 @@ class LeNet(nn.Module):
                 kernel_init=xavier,
                 name=f"conv{i}",
             )
-            x = norm_sigmoid(conv(x), layers.feature_axis(layout), f"norm{i}")
+            x = norm_sigmoid(
+                conv(x), layout.index("C"), f"norm{i}", batch_axis=layout.index("N")
+            )
             x = layers.avg_pool_2x2(x, layout)
         x = layers.to_nhwc(x, layout)
         x = x.reshape(x.shape[0], -1)

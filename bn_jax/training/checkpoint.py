@@ -1,23 +1,42 @@
-"""Trained variables on disk, through Orbax: arrays only, nothing that runs code."""
+"""What training has become, on disk, through Orbax: arrays and JSON, no code."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+from flax import serialization, traverse_util
 
-from bn_jax.results import RunError
+from bn_jax.results import RunError, differences
+from bn_jax.training.loop import EpochReport, Progress
+from bn_jax.training.state import TrainState
 
 VARIABLES = "variables"
+CHECKPOINTS = "checkpoints"
+
+NUM_LATEST = 3  # kept, and the best
 
 
 def save_variables(workdir: Path, variables: Any) -> None:
-    """Write a model's variables to `workdir`/variables, whole or not at all."""
+    """Write a model's variables to `workdir`/variables, whole or not at all.
+
+    Raises:
+      RunError: if they cannot be written.
+    """
     import orbax.checkpoint as ocp  # here, because it takes a second to import
 
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save((workdir / VARIABLES).absolute(), variables, force=True)
+    path = (workdir / VARIABLES).absolute()
+    try:
+        with ocp.StandardCheckpointer(
+            multiprocessing_options=_primary_alone()
+        ) as checkpointer:
+            checkpointer.save(path, variables, force=True)
+    except (OSError, ValueError) as error:
+        raise _cannot_write(path, error) from error
 
 
 def load_variables(workdir: Path, like: Any) -> Any:
@@ -47,3 +66,227 @@ def load_variables(workdir: Path, like: Any) -> Any:
             f"cannot read the variables in {path}: {error}; they are damaged or belong "
             "to another model: train again in another folder"
         ) from error
+
+
+class Checkpoints:
+    """The checkpoints of a run: the last few, and the best on the test set.
+
+    Writing goes on in the background; a checkpoint has its name only when it is whole.
+
+    Args:
+      workdir: the run's directory.
+      identity: what decides the run's numbers, as JSON values: config, data, key. A
+        checkpoint of another identity is refused.
+    """
+
+    def __init__(self, workdir: Path, identity: Mapping[str, Any]) -> None:
+        import orbax.checkpoint as ocp
+
+        policies = ocp.checkpoint_managers
+        self._ocp = ocp
+        self._identity = dict(identity)
+        self._path = (workdir / CHECKPOINTS).absolute()
+        options = ocp.CheckpointManagerOptions(
+            create=False,
+            preservation_policy=policies.AnyPreservationPolicy(
+                [
+                    policies.LatestN(n=NUM_LATEST),
+                    policies.BestN(
+                        get_metric_fn=lambda metrics: metrics["test_accuracy"],
+                        n=1,
+                        keep_checkpoints_without_metrics=False,
+                    ),
+                ]
+            ),
+            cleanup_tmp_directories=True,
+            multiprocessing_options=_primary_alone(),
+        )
+        try:
+            self._path.mkdir(exist_ok=True)
+            self._manager = ocp.CheckpointManager(
+                self._path,
+                options=options,
+                item_handlers={
+                    "arrays": ocp.StandardCheckpointHandler(),
+                    "run": ocp.JsonCheckpointHandler(),
+                },
+            )
+        except (OSError, ValueError) as error:
+            raise _cannot_write(self._path, error) from error
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps at which there is a checkpoint."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, progress: Progress) -> None:
+        """Write a checkpoint of `progress`, unless there is one of its step.
+
+        Raises:
+          RunError: if it, or the one before, cannot be written.
+        """
+        step = len(progress.step_losses)
+        if step in self.steps:
+            return
+        arrays = {
+            "step_losses": progress.step_losses,
+            "step_accuracies": progress.step_accuracies,
+            **_flat(progress.state),
+        }
+        run = {
+            "identity": self._identity,
+            "history": [report._asdict() for report in progress.history],
+            "seconds": progress.seconds,
+        }
+        # Only at the end of an epoch is there an accuracy of this very state.
+        last = progress.history[-1] if progress.history else None
+        metrics = None
+        if last is not None and last.step == step:
+            metrics = {"test_accuracy": last.test_accuracy}
+        args = self._ocp.args
+        try:
+            self._manager.save(
+                step,
+                args=args.Composite(
+                    arrays=args.StandardSave(arrays), run=args.JsonSave(run)
+                ),
+                metrics=metrics,
+                force=True,
+            )
+        except (OSError, ValueError) as error:
+            raise _cannot_write(self._path, error) from error
+
+    def latest(self, like: TrainState) -> Progress | None:
+        """Return the progress of the last whole checkpoint; None if there is none.
+
+        Args:
+          like: a state of the expected structure. The number of moving averages of a
+            layer, the leading axis of its statistics, may be another.
+
+        Raises:
+          RunError: if it is damaged, or of another run.
+        """
+        if not self.steps:
+            return None
+        step = self.steps[-1]
+        path = self._path / str(step)
+        args = self._ocp.args
+        try:
+            saved = self._manager.restore(
+                step,
+                args=args.Composite(
+                    arrays=args.StandardRestore(), run=args.JsonRestore()
+                ),
+            )
+            arrays, run = saved["arrays"], saved["run"]
+            arrays = {name: np.asarray(array) for name, array in arrays.items()}
+            history = tuple(EpochReport(**report) for report in run["history"])
+            identity, seconds = run["identity"], run["seconds"]
+            losses = arrays.pop("step_losses")
+            accuracies = arrays.pop("step_accuracies")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise RunError(
+                f"cannot read the checkpoint {path}: {error}; it is damaged: move it "
+                f"away, and the run goes on from {self._before(step)}"
+            ) from error
+        faults = differences(identity, self._identity)
+        faults += _misfits(arrays, _flat(like))
+        if faults:
+            raise RunError(
+                f"the checkpoint {path} is of another run ({'; '.join(faults)}); give "
+                "another folder with --workdir"
+            )
+        state = serialization.from_state_dict(
+            like, traverse_util.unflatten_dict({**_empty(like), **arrays}, sep="/")
+        )
+        return Progress(state, losses, accuracies, history, seconds)
+
+    def _before(self, step: int) -> str:
+        earlier = [other for other in self.steps if other < step]
+        return f"step {earlier[-1]}" if earlier else "the beginning"
+
+    def close(self) -> None:
+        """Wait until all is written.
+
+        Raises:
+          RunError: if something could not be written.
+        """
+        try:
+            self._manager.wait_until_finished()
+            self._manager.close()
+        except (OSError, ValueError) as error:
+            raise _cannot_write(self._path, error) from error
+
+
+def to_bytes(progress: Progress | None) -> bytes:
+    """Return progress as bytes, to be sent to other processes."""
+    if progress is None:
+        return b""
+    fields = progress._asdict()
+    fields["state"] = serialization.to_state_dict(progress.state)
+    fields["history"] = json.dumps([r._asdict() for r in progress.history])
+    return serialization.msgpack_serialize(fields)
+
+
+def from_bytes(data: bytes, like: TrainState) -> Progress | None:
+    """Return what `to_bytes` was given."""
+    if not data:
+        return None
+    fields = serialization.msgpack_restore(data)
+    fields["state"] = serialization.from_state_dict(like, fields["state"])
+    reports = json.loads(fields["history"])
+    fields["history"] = tuple(EpochReport(**report) for report in reports)
+    return Progress(**fields)
+
+
+def _nodes(state: TrainState) -> dict[str, Any]:
+    """Return a state as a flat dictionary, of arrays and of empty nodes."""
+    nested = serialization.to_state_dict(state)
+    return traverse_util.flatten_dict(nested, sep="/", keep_empty_nodes=True)
+
+
+def _flat(state: TrainState) -> dict[str, np.ndarray]:
+    return {
+        name: np.asarray(value)
+        for name, value in _nodes(state).items()
+        if value is not traverse_util.empty_node
+    }
+
+
+def _empty(state: TrainState) -> dict[str, Any]:
+    nodes = _nodes(state).items()
+    return {name: node for name, node in nodes if node is traverse_util.empty_node}
+
+
+def _misfits(
+    arrays: Mapping[str, np.ndarray], like: Mapping[str, np.ndarray]
+) -> list[str]:
+    """Return what is missing, extra or of another shape or dtype in a checkpoint."""
+
+    def shape(name: str, array: np.ndarray) -> tuple[int, ...]:
+        return array.shape[1:] if name.startswith("batch_stats/") else array.shape
+
+    faults = [f"no {name}" for name in sorted(like.keys() - arrays.keys())]
+    faults += [f"unknown {name}" for name in sorted(arrays.keys() - like.keys())]
+    for name in sorted(like.keys() & arrays.keys()):
+        old, new = arrays[name], like[name]
+        if (shape(name, old), old.dtype) != (shape(name, new), new.dtype):
+            faults.append(
+                f"{name}: {old.dtype}{list(shape(name, old))} there, "
+                f"{new.dtype}{list(shape(name, new))} now"
+            )
+    return faults
+
+
+def _primary_alone() -> Any:
+    """Return Orbax's option for files that process 0 writes, unaided by the others."""
+    import orbax.checkpoint as ocp
+
+    return ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
+
+
+def _cannot_write(path: Path, error: Exception) -> RunError:
+    return RunError(
+        f"cannot write {path}: {error}; what was written before is kept. Make room, or "
+        "the folder writable, and the same command goes on"
+    )

@@ -1,13 +1,15 @@
-"""`TrainConfig`: every choice that decides a run's numbers, as fields and as flags.
+"""What a run is, and how it is carried out, as dataclasses and as flags.
 
-Where the data lie and where results go is not in it: the same config gives the same
-numbers from any folder.
+`TrainConfig` is every choice that decides a run's numbers; `RunOptions` is on which
+devices and in which parts they are computed. Where the data lie and where results go is
+in neither: the same config gives the same numbers from any folder.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,16 +25,30 @@ class ConfigError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class _Range:
-    """What a number may be, in words and as a test."""
+    """What a value may be, in words and as a test."""
 
     words: str
-    holds: Callable[[float], bool]
+    holds: Callable[[Any], bool]
 
 
-_AT_LEAST_1 = _Range("at least 1", lambda v: v >= 1)
-_NOT_NEGATIVE = _Range("0 or greater", lambda v: v >= 0)
-_POSITIVE = _Range("greater than 0 and finite", lambda v: 0 < v < math.inf)
-_SHARE = _Range("in [0, 1]", lambda v: 0 <= v <= 1)
+_AT_LEAST_1 = _Range("a number at least 1", lambda v: v >= 1)
+_NOT_NEGATIVE = _Range("a number 0 or greater", lambda v: v >= 0)
+_POSITIVE = _Range("a number greater than 0 and finite", lambda v: 0 < v < math.inf)
+_SHARE = _Range("a number in [0, 1]", lambda v: 0 <= v <= 1)
+# JAX's keys keep 32 bits of a seed: greater ones would repeat these.
+_SEED = _Range("a number from 0 to 2**32 - 1", lambda v: 0 <= v < 2**32)
+_BATCH_STATS = _Range(
+    "synced, per_device or groups:K with K devices a group, such as groups:2",
+    lambda v: re.fullmatch(r"synced|per_device|groups:[1-9]\d*", v) is not None,
+)
+_DEVICES = _Range(
+    "all, or a number of devices",
+    lambda v: re.fullmatch(r"all|[1-9]\d*", v) is not None,
+)
+_EVERY = _Range(
+    "a number of epochs or steps, such as 1epoch, 2epochs or 500steps, or never",
+    lambda v: re.fullmatch(r"never|[1-9]\d*(epoch|step)s?", v) is not None,
+)
 
 
 def _option(
@@ -104,19 +120,25 @@ class TrainConfig:
     epsilon: float = _option(
         1e-5, "Added to the variance in batch norm.", valid=_POSITIVE
     )
+    batch_stats: str = _option(
+        "synced",
+        "<synced|per_device|groups:K>: on several devices, which of them share the "
+        "statistics of a batch: all, none, or each K neighbours.",
+        valid=_BATCH_STATS,
+    )
+    merged_stats: str = _option(
+        "exact",
+        "What prediction takes of moving averages that differ by device: their exact "
+        "merge, the variance between devices included, or the first device's.",
+        choices=("exact", "first"),
+    )
     seed: int = _option(
-        0, "Decides initial weights and the order of images.", valid=_NOT_NEGATIVE
+        0, "Decides initial weights and the order of images.", valid=_SEED
     )
 
     def __post_init__(self) -> None:
         """Check each field's type and range."""
-        faults = [
-            fault
-            for field in dataclasses.fields(self)
-            if (fault := _fault(field, getattr(self, field.name)))
-        ]
-        if faults:
-            raise ConfigError("; ".join(faults))
+        _check(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a dict that JSON can hold."""
@@ -139,6 +161,68 @@ class TrainConfig:
         return cls(**values)
 
 
+@dataclasses.dataclass(frozen=True)
+class RunOptions:
+    """How a run is carried out; but for rounding, its numbers are the same.
+
+    (With statistics per device or in groups, the number of devices is the number of
+    parts of a batch, and decides the numbers, too.)
+
+    Raises:
+      ConfigError: naming each bad field, its value, and what was expected.
+    """
+
+    devices: str = _option(
+        "all",
+        "<all|N>: how many devices train together, over all processes. On CPU, N "
+        "devices are made of the host's cores; all is one.",
+        valid=_DEVICES,
+    )
+    parallel: str = _option(
+        "pmap",
+        "How several devices are programmed: by pmap, or by jit over a mesh.",
+        choices=("pmap", "jit"),
+    )
+    input: str = _option(
+        "auto",
+        "Where the training images are: in the devices' memory, or streamed to them; "
+        "auto streams what is larger than 1 GB.",
+        choices=("auto", "memory", "stream"),
+    )
+    checkpoint_every: str = _option(
+        "1epoch",
+        "<Nepochs|Nsteps|never>: how often the state is saved, to go on from.",
+        valid=_EVERY,
+    )
+    resume: bool = _option(
+        True, "Go on from the last checkpoint where the folder holds this run."
+    )
+
+    def __post_init__(self) -> None:
+        """Check each field's type and range."""
+        _check(self)
+
+    def checkpoint_steps(self, steps_per_epoch: int) -> int | None:
+        """Return the number of steps from checkpoint to checkpoint; None for never."""
+        if self.checkpoint_every == "never":
+            return None
+        digits = re.match(r"\d+", self.checkpoint_every)
+        assert digits is not None  # __post_init__ has checked
+        steps = int(digits[0])
+        return steps * steps_per_epoch if "epoch" in self.checkpoint_every else steps
+
+
+def _check(config: Any) -> None:
+    """Refuse a dataclass with bad values, naming all of them."""
+    faults = [
+        fault
+        for field in dataclasses.fields(config)
+        if (fault := _fault(field, getattr(config, field.name)))
+    ]
+    if faults:
+        raise ConfigError("; ".join(faults))
+
+
 def _fault(field: dataclasses.Field[Any], value: Any) -> str | None:
     """Return what is wrong with a field's value, or None."""
     choices, valid = field.metadata["choices"], field.metadata["valid"]
@@ -149,29 +233,24 @@ def _fault(field: dataclasses.Field[Any], value: Any) -> str | None:
     if not fits:
         return f"{field.name}={value!r}; expected a value of type {kind.__name__}"
     if valid is not None and not valid.holds(value):
-        return f"{field.name}={value!r}; expected a number {valid.words}"
+        return f"{field.name}={value!r}; expected {valid.words}"
     return None
 
 
-def define_flags(**defaults: Any) -> None:
-    """Define an absl flag for each field of `TrainConfig`.
-
-    Args:
-      **defaults: fields whose default in this entry point differs.
-    """
+def define_flags() -> None:
+    """Define an absl flag for each field of `TrainConfig` and of `RunOptions`."""
     define: dict[type, Callable[..., Any]] = {
         bool: flags.DEFINE_boolean,
         int: flags.DEFINE_integer,
         float: flags.DEFINE_float,
         str: flags.DEFINE_string,
     }
-    for field in dataclasses.fields(TrainConfig):
-        default = defaults.get(field.name, field.default)
+    for field in (*dataclasses.fields(TrainConfig), *dataclasses.fields(RunOptions)):
         choices = field.metadata["choices"]
         help_text = field.metadata["help"]
         if choices is not None:
             help_text = f"<{'|'.join(choices)}>: {help_text}"
-        define[type(field.default)](field.name, default, help_text)
+        define[type(field.default)](field.name, field.default, help_text)
 
 
 def from_flags(
@@ -193,3 +272,18 @@ def from_flags(
         use_default = field.name in defaults and not flag.present
         fields[field.name] = defaults[field.name] if use_default else flag.value
     return TrainConfig(**fields)
+
+
+def options_from_flags(values: flags.FlagValues) -> RunOptions:
+    """Return the options that the parsed flags give.
+
+    Args:
+      values: `flags.FLAGS` after parsing.
+
+    Raises:
+      ConfigError: if a value is out of range.
+    """
+    fields: dict[str, Any] = {
+        field.name: values[field.name].value for field in dataclasses.fields(RunOptions)
+    }
+    return RunOptions(**fields)

@@ -4,25 +4,32 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.sharding import NamedSharding, PartitionSpec
 
 from bn_jax import data as data_lib
 from bn_jax import population
+from bn_jax.training import diagnosis, feed, parallel
 from bn_jax.training import step as step_lib
 from bn_jax.training.config import ConfigError, TrainConfig
+from bn_jax.training.evaluation import BATCH_SIZE, Evaluator
 from bn_jax.training.state import (
     TrainState,
     init_state,
     init_variables,
     make_model,
     make_optimizer,
+    make_schedule,
 )
+
+# Of a data set that is streamed, so many examples give the exact statistics.
+MAX_STREAMED_EXAMPLES = 2**16
 
 
 class EpochReport(NamedTuple):
@@ -36,6 +43,16 @@ class EpochReport(NamedTuple):
     test_accuracy: float  # likewise
     seconds: float  # of training alone, without evaluation or compilation
     examples_per_second: float  # trained, without evaluation or compilation
+
+
+class Progress(NamedTuple):
+    """All that a run has become: training goes on from it as if it never stopped."""
+
+    state: TrainState  # NumPy arrays; statistics have a leading axis, see parallel.py
+    step_losses: np.ndarray  # of each step taken; shape [steps], float32
+    step_accuracies: np.ndarray  # likewise
+    history: tuple[EpochReport, ...]  # of the epochs that are finished
+    seconds: float  # of training in the epoch that is not
 
 
 class Fit(NamedTuple):
@@ -57,80 +74,278 @@ class Score(NamedTuple):
     test_accuracy_exact: float
 
 
+class Trainer:
+    """A run that can be looked at, saved and gone on from between calls.
+
+    The same config and data give the same numbers, bit for bit, on one machine with the
+    same devices, however often the run was stopped.
+
+    Args:
+      config: what to train, and how.
+      data: the images.
+      placement: the devices; by default JAX's first.
+      stream: whether training images are streamed to the devices, which then need not
+        hold all of them.
+      checkpoint_steps: `train` pauses at each multiple of it.
+
+    Raises:
+      ConfigError: if a batch is larger than the training set.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        data: data_lib.ImageData,
+        *,
+        placement: parallel.Placement | None = None,
+        stream: bool = False,
+        checkpoint_steps: int | None = None,
+    ) -> None:
+        check_fits(config, data)
+        placement = placement or parallel.place(config)
+        self.config, self.data, self.placement = config, data, placement
+        self.stream, self._checkpoint_steps = stream, checkpoint_steps
+        num_classes = len(data.class_names)
+        self.model = make_model(config, num_classes=num_classes)
+        init_key, self.order_key = jax.random.split(jax.random.key(config.seed))
+        self._order = feed.Order(
+            self.order_key,
+            num_examples=len(data.train.labels),
+            batch_size=config.batch_size,
+        )
+        self.steps_per_epoch = self._order.steps_per_epoch
+        self._optimizer = make_optimizer(config, steps_per_epoch=self.steps_per_epoch)
+        options = parallel.sharing_options(config, placement)
+        self._steps = parallel.make_steps(
+            placement,
+            step_lib.make_train_step(
+                make_model(config, num_classes=num_classes, **options),
+                self._optimizer,
+                axis_name=parallel.DATA if placement.uses_axis else None,
+            ),
+        )
+        self._evaluate = Evaluator(
+            self.model, data.test, devices=placement.devices, stored=not stream
+        )
+        variables = init_variables(self.model, init_key, data.train.images.shape[1:])
+        state = jax.tree.map(np.asarray, init_state(variables, self._optimizer))
+        self.restore(
+            Progress(
+                _with_copies(state, placement.num_states),
+                step_losses=np.zeros(0, np.float32),
+                step_accuracies=np.zeros(0, np.float32),
+                history=(),
+                seconds=0.0,
+            )
+        )
+
+    @property
+    def step(self) -> int:
+        """Number of steps taken."""
+        return len(self._losses)
+
+    @property
+    def last_loss(self) -> float:
+        """Loss of the last step; NaN before the first."""
+        return self._losses[-1] if self._losses else float("nan")
+
+    @property
+    def num_steps(self) -> int:
+        """Number of steps of the whole run."""
+        return self.config.epochs * self.steps_per_epoch
+
+    @property
+    def compile_seconds(self) -> float:
+        """Time that compilation of steps and evaluation took."""
+        return self._steps.compile_seconds + self._evaluate.compile_seconds
+
+    def restore(self, progress: Progress) -> None:
+        """Go on from `progress`.
+
+        Moving averages of another number of devices are merged by the config's rule.
+        """
+        state = progress.state
+        copies = {len(leaf) for leaf in jax.tree.leaves(state.batch_stats)}
+        if copies - {self.placement.num_states}:
+            merged = parallel.merged(state.batch_stats, self.config.merged_stats)
+            state = _with_copies(
+                state.replace(batch_stats=merged), self.placement.num_states
+            )
+        self._state = self._steps.put_state(state)
+        self._losses = [float(loss) for loss in progress.step_losses]
+        self._accuracies = [float(value) for value in progress.step_accuracies]
+        self.history = list(progress.history)
+        self._seconds = progress.seconds
+
+    def progress(self) -> Progress:
+        """Return what the run has become, on the host."""
+        return Progress(
+            state=self._steps.get_state(self._state),
+            step_losses=np.asarray(self._losses, np.float32),
+            step_accuracies=np.asarray(self._accuracies, np.float32),
+            history=tuple(self.history),
+            seconds=self._seconds,
+        )
+
+    def state(self) -> TrainState:
+        """Return the state on the host, its moving averages merged into one."""
+        state = self._steps.get_state(self._state)
+        merged = parallel.merged(state.batch_stats, self.config.merged_stats)
+        return state.replace(batch_stats=merged)
+
+    def train(self) -> Iterator[EpochReport | None]:
+        """Train to the end, pausing after each call of the compiled loop.
+
+        Yields:
+          The report of the epoch that has ended, or None amid an epoch.
+
+        Raises:
+          FloatingPointError: if the loss, the parameters or the loss on the test set
+            are not finite, saying where; what was trained before is kept.
+        """
+        planned = feed.calls(
+            self.step,
+            self.num_steps,
+            steps_per_epoch=self.steps_per_epoch,
+            checkpoint_steps=self._checkpoint_steps,
+        )
+        sources = self._sources(planned)
+        source = next(sources, None)
+        started = time.perf_counter()
+        compiled = self._steps.compile_seconds
+        for call in planned:
+            epoch, start = divmod(call.first, self.steps_per_epoch)
+            start = 0 if self.stream else start
+            size = call.stop - call.first
+            self._state, metrics = self._steps.run(
+                self._state, source, start, start + size
+            )
+            source = next(sources, None)  # read while the devices work
+            self._take(metrics, size)
+            compiled, before = self._steps.compile_seconds, compiled
+            now = time.perf_counter()
+            self._seconds += now - started - (compiled - before)
+            is_end = call.stop % self.steps_per_epoch == 0
+            yield self._report(epoch) if is_end else None
+            started = time.perf_counter()
+
+    def _sources(self, planned: list[feed.Call]) -> Iterator[Any]:
+        """Yield the source of each call's batches, on the devices."""
+        if self.stream:
+            columns = self._steps.columns(self.config.batch_size)
+            for batches in feed.stream(
+                self.data.train, self._order, planned, columns=columns
+            ):
+                yield self._steps.put_streamed(batches)
+            return
+        data = self._steps.put_data(self.data.train)
+        source, of_epoch = None, -1
+        for call in planned:
+            epoch = call.first // self.steps_per_epoch
+            if epoch != of_epoch:
+                order = self._order.of_epoch(epoch)
+                source, of_epoch = self._steps.put_stored(data, order), epoch
+            yield source
+
+    def _take(self, metrics: step_lib.Metrics, size: int) -> None:
+        """Append the metrics of `size` steps, or say what was not finite in one."""
+        step, metrics = self._steps.get_first((self._state.step, metrics))
+        taken = int(step) - self.step
+        self._losses += metrics.loss[:taken].tolist()
+        self._accuracies += metrics.accuracy[:taken].tolist()
+        if taken < size:
+            self._refuse_step(float(metrics.loss[taken]))
+
+    def _refuse_step(self, loss: float) -> None:
+        """Say what was not finite in the step after the last."""
+        epoch, i = divmod(self.step, self.steps_per_epoch)
+        rows = self._order.of_epoch(epoch)[i]
+        images, labels = (jnp.asarray(array[rows]) for array in self.data.train)
+        batch = step_lib.Batch(images, labels)
+        rate = make_schedule(self.config, steps_per_epoch=self.steps_per_epoch)
+        where = diagnosis.first_not_finite(self.model, self.state(), batch)
+        raise FloatingPointError(
+            f"{'the loss is' if not np.isfinite(loss) else 'parameters are'} not "
+            f"finite at step {self.step + 1} (learning_rate="
+            f"{float(rate(self.step)):.6g}): {where}; try a smaller --learning_rate"
+        )
+
+    def _report(self, epoch: int) -> EpochReport:
+        """Evaluate and return the report of the epoch that has ended."""
+        tested = self._evaluate(self.state().variables)
+        if not np.isfinite(tested.loss):
+            raise FloatingPointError(
+                f"the loss on the test set is not finite after epoch {epoch + 1} "
+                f"(learning_rate={self.config.learning_rate}); try a smaller "
+                "--learning_rate"
+            )
+        steps = slice(self.step - self.steps_per_epoch, self.step)
+        num_examples = self.steps_per_epoch * self.config.batch_size
+        report = EpochReport(
+            epoch=epoch + 1,
+            step=self.step,
+            loss=float(np.mean(self._losses[steps])),
+            train_accuracy=float(np.mean(self._accuracies[steps])),
+            test_loss=tested.loss,
+            test_accuracy=tested.accuracy,
+            seconds=self._seconds,
+            examples_per_second=num_examples / self._seconds,
+        )
+        self._seconds = 0.0
+        self.history.append(report)
+        return report
+
+    def score(self) -> Score:
+        """Evaluate by moving averages and by exact statistics of the training set."""
+        return _score(
+            self.model,
+            self.state().variables,
+            self.data,
+            self._evaluate,
+            devices=self.placement.local_devices,
+            num_examples=MAX_STREAMED_EXAMPLES if self.stream else None,
+        )
+
+
+def _with_copies(state: TrainState, num_copies: int) -> TrainState:
+    """Return a state whose moving averages are stacked copies."""
+
+    def copies(leaf: Any) -> np.ndarray:
+        return np.stack([np.asarray(leaf)] * num_copies)
+
+    return state.replace(batch_stats=jax.tree.map(copies, state.batch_stats))
+
+
 def fit(
     config: TrainConfig,
     data: data_lib.ImageData,
     *,
     on_epoch: Callable[[EpochReport], Any] = lambda report: None,
+    **options: Any,
 ) -> Fit:
-    """Train a model from its initial state.
-
-    The same config and data give the same numbers, bit for bit, on one machine.
+    """Train a model from its initial state to the end.
 
     Args:
       config: what to train, and how.
       data: the images.
       on_epoch: called with each epoch's report.
+      **options: of `Trainer`.
 
     Raises:
       ConfigError: if a batch is larger than the training set.
       FloatingPointError: if the loss is not finite.
     """
-    check_fits(config, data)
-    model = make_model(config, num_classes=len(data.class_names))
-    steps_per_epoch = len(data.train.labels) // config.batch_size
-    optimizer = make_optimizer(config, steps_per_epoch=steps_per_epoch)
-    init_key, order_key = jax.random.split(jax.random.key(config.seed))
-    variables = init_variables(model, init_key, data.train.images.shape[1:])
-    state = init_state(variables, optimizer)
-    train, test = on_device(data.train), on_device(data.test)
-
-    train_step = step_lib.make_train_step(model, optimizer)
-    started = time.perf_counter()
-    train_epoch = (
-        jax.jit(
-            functools.partial(
-                step_lib.train_epoch, train_step, batch_size=config.batch_size
-            ),
-            donate_argnums=0,
-        )
-        .lower(state, train, order_key)
-        .compile()
+    trainer = Trainer(config, data, **options)
+    for report in trainer.train():
+        if report is not None:
+            on_epoch(report)
+    return Fit(
+        trainer.model,
+        trainer.state(),
+        trainer.history,
+        trainer.progress().step_losses,
+        trainer.compile_seconds,
     )
-    evaluate = (
-        jax.jit(functools.partial(step_lib.evaluate, model))
-        .lower(state.variables, test)
-        .compile()
-    )
-    compile_seconds = time.perf_counter() - started
-
-    history, losses = [], []
-    for epoch in range(1, config.epochs + 1):
-        started = time.perf_counter()
-        key = jax.random.fold_in(order_key, epoch)
-        state, metrics = jax.block_until_ready(train_epoch(state, train, key))
-        seconds = time.perf_counter() - started
-        losses.append(np.asarray(metrics.loss))
-        _check_finite(losses, config)
-        tested = evaluate(state.variables, test)
-        if not np.isfinite(tested.loss):
-            raise FloatingPointError(
-                f"the loss on the test set is not finite after epoch {epoch} "
-                f"(learning_rate={config.learning_rate}); try a smaller --learning_rate"
-            )
-        report = EpochReport(
-            epoch=epoch,
-            step=int(state.step),
-            loss=float(metrics.loss.mean()),
-            train_accuracy=float(metrics.accuracy.mean()),
-            test_loss=float(tested.loss),
-            test_accuracy=float(tested.accuracy),
-            seconds=seconds,
-            examples_per_second=steps_per_epoch * config.batch_size / seconds,
-        )
-        history.append(report)
-        on_epoch(report)
-    return Fit(model, state, history, np.concatenate(losses), compile_seconds)
 
 
 def check_fits(config: TrainConfig, data: data_lib.ImageData) -> None:
@@ -155,34 +370,44 @@ def score(model: nn.Module, variables: Any, data: data_lib.ImageData) -> Score:
       variables: its parameters and moving averages.
       data: the training set gives the exact statistics, the test set the accuracy.
     """
-    evaluate = jax.jit(functools.partial(step_lib.evaluate, model))
-    test = on_device(data.test)
+    devices = jax.local_devices()[:1]
+    evaluate = Evaluator(model, data.test, devices=devices)
+    return _score(model, variables, data, evaluate, devices=devices)
+
+
+def _score(
+    model: nn.Module,
+    variables: Any,
+    data: data_lib.ImageData,
+    evaluate: Evaluator,
+    *,
+    devices: Any,
+    num_examples: int | None = None,
+) -> Score:
+    """Evaluate; `devices`, of this process, measure the exact statistics."""
+    images = data.train.images[:num_examples]
+    if len(images) % len(devices):
+        devices = devices[:1]
+    mesh = jax.sharding.Mesh(np.array(devices), (parallel.DATA,))
+    by_example = NamedSharding(mesh, PartitionSpec(parallel.DATA))
     exact = population.exact_statistics(
         functools.partial(step_lib.predict, model),
-        variables,
-        jnp.asarray(data.train.images),
-        batch_size=step_lib.EVAL_BATCH_SIZE,
+        jax.tree.map(
+            lambda v: parallel.put(v, NamedSharding(mesh, PartitionSpec())), variables
+        ),
+        parallel.put(images, by_example),
+        batch_size=BATCH_SIZE * len(devices),
     )
-    by_average = evaluate(variables, test)
-    by_exact = evaluate({**variables, "batch_stats": exact}, test)
+    by_average = evaluate(variables)
+    by_exact = evaluate({**variables, "batch_stats": exact})
     return Score(
-        test_loss=float(by_average.loss),
-        test_accuracy=float(by_average.accuracy),
-        test_loss_exact=float(by_exact.loss),
-        test_accuracy_exact=float(by_exact.accuracy),
+        test_loss=by_average.loss,
+        test_accuracy=by_average.accuracy,
+        test_loss_exact=by_exact.loss,
+        test_accuracy_exact=by_exact.accuracy,
     )
 
 
 def on_device(split: data_lib.Split) -> step_lib.Batch:
     """Return a split as arrays on the default device, images still as bytes."""
     return step_lib.Batch(jnp.asarray(split.images), jnp.asarray(split.labels))
-
-
-def _check_finite(losses: list[np.ndarray], config: TrainConfig) -> None:
-    """Stop at a loss that is not finite, saying where it was."""
-    finite = np.isfinite(np.concatenate(losses))
-    if not finite.all():
-        raise FloatingPointError(
-            f"the loss is not finite at step {int(finite.argmin()) + 1} "
-            f"(learning_rate={config.learning_rate}); try a smaller --learning_rate"
-        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -30,16 +31,34 @@ class TrainState(struct.PyTreeNode):
         return {"params": self.params, "batch_stats": self.batch_stats}
 
 
-def make_model(config: TrainConfig, *, num_classes: int) -> LeNet:
-    """Return the model that `config` names."""
+def make_model(
+    config: TrainConfig,
+    *,
+    num_classes: int,
+    norm_options: Mapping[str, Any] | None = None,
+    ghost_batch_size: int | None = None,
+) -> LeNet:
+    """Return the model that `config` names.
+
+    Args:
+      config: names it.
+      num_classes: of the data set.
+      norm_options: attributes of the norms besides momentum and epsilon, such as the
+        axis that shares statistics.
+      ghost_batch_size: number of examples that share statistics; None for the batch.
+    """
     norm = models.norm_by_name(
-        config.norm, momentum=config.momentum, epsilon=config.epsilon
+        config.norm,
+        momentum=config.momentum,
+        epsilon=config.epsilon,
+        **(norm_options or {}),
     )
     return LeNet(
         norm=norm,
         bias_before_norm=config.bias_before_norm,
         first_padding=config.first_padding,
         num_classes=num_classes,
+        ghost_batch_size=ghost_batch_size,
     )
 
 
@@ -48,12 +67,19 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """Return the optimizer, with its schedule, that `config` names."""
     rate: optax.ScalarOrSchedule = config.learning_rate
-    if config.schedule == "cosine":
-        num_steps = config.epochs * steps_per_epoch
-        rate = optax.cosine_decay_schedule(config.learning_rate, num_steps)
+    if config.schedule != "constant":
+        rate = make_schedule(config, steps_per_epoch=steps_per_epoch)
     if config.optimizer == "momentum":
         return optax.sgd(rate, momentum=config.optimizer_momentum)
     return {"sgd": optax.sgd, "adam": optax.adam}[config.optimizer](rate)
+
+
+def make_schedule(config: TrainConfig, *, steps_per_epoch: int) -> optax.Schedule:
+    """Return the learning rate as a function of the number of steps taken."""
+    if config.schedule == "cosine":
+        num_steps = config.epochs * steps_per_epoch
+        return optax.cosine_decay_schedule(config.learning_rate, num_steps)
+    return optax.constant_schedule(config.learning_rate)
 
 
 def init_variables(
@@ -66,7 +92,7 @@ def init_variables(
       key: decides the parameters.
       images_shape: `[H, W, C]`.
     """
-    images = jnp.zeros((1, *images_shape), jnp.float32)
+    images = jnp.zeros((1, *images_shape))
     variables = jax.jit(model.init, static_argnames="train")(key, images, train=False)
     return {"batch_stats": {}, **variables}
 

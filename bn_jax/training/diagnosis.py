@@ -1,0 +1,65 @@
+"""Where in a model numbers first stop being finite."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from flax import traverse_util
+from jax import Array
+
+from bn_jax.training import step as step_lib
+from bn_jax.training.state import TrainState
+
+
+def first_not_finite(model: nn.Module, state: TrainState, batch: step_lib.Batch) -> str:
+    """Return, in words, what a training step from `state` first makes not finite.
+
+    Args:
+      model: called as `model(images, train=True)`.
+      state: before the step.
+      batch: of the step.
+    """
+    order: list[str] = []  # of the layers' ends
+
+    def forward(params: Any) -> tuple[Array, list[Array]]:
+        finite: list[Array] = []
+        order.clear()
+
+        def note(
+            next_fun: Callable[..., Any],
+            args: tuple[Any, ...],
+            kwargs: dict[str, Any],
+            context: nn.module.InterceptorContext,
+        ) -> Any:
+            y = next_fun(*args, **kwargs)
+            if context.method_name == "__call__" and context.module.path:
+                order.append("/".join(context.module.path))
+                finite.append(jnp.all(jnp.isfinite(y)))
+            return y
+
+        with nn.intercept_methods(note):
+            logits, _ = model.apply(
+                {"params": params, "batch_stats": state.batch_stats},
+                step_lib.to_float(jnp.asarray(batch.images)),
+                train=True,
+                mutable=["batch_stats"],
+            )
+        losses = optax.softmax_cross_entropy_with_integer_labels(
+            logits, jnp.asarray(batch.labels)
+        )
+        return losses.mean(), finite
+
+    gradient_of = jax.jit(jax.value_and_grad(forward, has_aux=True))
+    (_, finite), gradients = gradient_of(state.params)
+    for name, of_layer in zip(order, finite, strict=True):
+        if not of_layer:
+            return f"the first activations that are not finite are those of {name}"
+    for name, gradient in traverse_util.flatten_dict(gradients, sep="/").items():
+        if not jnp.all(jnp.isfinite(gradient)):
+            return f"all activations are finite, but not the gradient of {name}"
+    return "activations and gradients are finite, but not the step that they make"

@@ -1,0 +1,189 @@
+"""Training by several processes, on one machine or many, joined by JAX's runtime.
+
+Each process runs the same program on its own devices. Process 0, the primary, alone
+reads and writes the run's folder; the others learn from it what they need.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+T = TypeVar("T")
+
+# How long processes wait for one another at the start, and until they give up one
+# that has died.
+START_SECONDS = 120
+DEATH_SECONDS = 30
+
+
+class DistributedError(RuntimeError):
+    """Processes that did not come together."""
+
+
+def is_detected(environment: Mapping[str, str] = os.environ) -> bool:
+    """Return whether Slurm, Kubernetes or a TPU pod has started several processes."""
+    tpu_hosts = environment.get("TPU_WORKER_HOSTNAMES", "").split(",")
+    return (
+        int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+        or "JOB_COMPLETION_INDEX" in environment
+        or len(tpu_hosts) > 1
+    )
+
+
+def initialize(
+    coordinator_address: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    *,
+    start_seconds: int = START_SECONDS,
+    death_seconds: int = DEATH_SECONDS,
+) -> None:
+    """Join the processes; call it before JAX is used.
+
+    Without arguments, JAX finds them out where `is_detected`.
+
+    Args:
+      coordinator_address: "host:port" at which process 0 can be reached.
+      num_processes: of the run.
+      process_id: of this process, from 0.
+      start_seconds: how long to wait for the others.
+      death_seconds: after which a process that has died ends the others.
+
+    Raises:
+      DistributedError: if processes have not come in time, naming them.
+    """
+    if coordinator_address is not None:
+        if num_processes is None or process_id is None:
+            raise DistributedError(
+                f"coordinator_address={coordinator_address!r}, num_processes="
+                f"{num_processes}, process_id={process_id}; give all three"
+            )
+        if not 0 <= process_id < num_processes:
+            raise DistributedError(
+                f"process_id={process_id} of {num_processes} processes; expected 0 to "
+                f"{num_processes - 1}"
+            )
+        _meet(coordinator_address, num_processes, process_id, seconds=start_seconds)
+    jax.distributed.initialize(
+        coordinator_address,
+        num_processes,
+        process_id,
+        initialization_timeout=start_seconds,
+        heartbeat_timeout_seconds=death_seconds,
+        shutdown_timeout_seconds=death_seconds,
+    )
+
+
+def _meet(address: str, num_processes: int, process_id: int, *, seconds: int) -> None:
+    """Wait until all processes are there, and say which are not.
+
+    JAX's own start ends without a word of who is missing. Process 0 listens where the
+    coordinator will, takes the others' numbers, and tells all of them who has not come.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise DistributedError(
+            f"coordinator_address={address!r}; expected HOST:PORT, as in 10.0.0.1:1234"
+        )
+    deadline = time.monotonic() + seconds
+    if process_id == 0:
+        missing = _receive_numbers(int(port), num_processes, deadline)
+    else:
+        missing = _send_number(host, int(port), process_id, deadline)
+    if missing:
+        raise DistributedError(
+            f"process {', '.join(map(str, missing))} of {num_processes} has not come "
+            f"to {address} within {seconds} seconds; start all of them with the same "
+            "--coordinator_address and --num_processes, and each with its --process_id"
+        )
+
+
+def _receive_numbers(port: int, num_processes: int, deadline: float) -> list[int]:
+    """Return the processes that have not come, having told it to those that have."""
+    present: dict[int, socket.socket] = {}
+    try:
+        with socket.create_server(("", port), backlog=num_processes) as server:
+            while len(present) < num_processes - 1:
+                server.settimeout(max(0.01, deadline - time.monotonic()))
+                try:
+                    connection, _ = server.accept()
+                    connection.settimeout(5)
+                    present[int(connection.makefile().readline())] = connection
+                except TimeoutError:
+                    break
+                except ValueError:
+                    connection.close()  # something else that knocked
+    except OSError as error:
+        raise DistributedError(
+            f"process 0 cannot listen on port {port}: {error.strerror}; give another "
+            "port in --coordinator_address"
+        ) from error
+    missing = [i for i in range(1, num_processes) if i not in present]
+    for connection in present.values():
+        with connection:
+            connection.sendall(json.dumps(missing).encode() + b"\n")
+    return missing
+
+
+def _send_number(host: str, port: int, process_id: int, deadline: float) -> list[int]:
+    """Return the processes that have not come, as process 0 says."""
+    while time.monotonic() < deadline:
+        try:
+            with socket.create_connection((host, port), timeout=5) as connection:
+                connection.sendall(f"{process_id}\n".encode())
+                connection.settimeout(max(0.01, deadline - time.monotonic()) + 5)
+                answer = connection.makefile().readline()
+                if answer:
+                    missing: list[int] = json.loads(answer)
+                    return missing
+        except OSError:
+            pass
+        time.sleep(0.2)
+    return [0]
+
+
+def is_primary() -> bool:
+    """Return whether this process is the one that reads and writes files."""
+    return jax.process_index() == 0
+
+
+def any_process(flag: bool) -> bool:
+    """Return whether `flag` is true on any process; all of them must ask."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
+
+
+def on_primary(function: Callable[[], bytes]) -> bytes:
+    """Return what `function` returns on the primary, on all processes.
+
+    Raises:
+      DistributedError: on the others, if it raised there.
+    """
+    if jax.process_count() == 1:
+        return function()
+    answer, error = b"", None
+    if is_primary():
+        try:
+            answer = function()
+        except Exception as raised:
+            error = raised
+    size = -1 if error else len(answer)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(size)))
+    if error is not None:
+        raise error
+    if size < 0:
+        raise DistributedError("process 0 has stopped with an error; see its message")
+    if not size:
+        return b""
+    own = np.frombuffer(answer, np.uint8) if is_primary() else np.zeros(size, np.uint8)
+    return bytes(np.asarray(multihost_utils.broadcast_one_to_all(own)))

@@ -1,0 +1,103 @@
+"""Loss and accuracy on a data set, with all devices, each example counted once."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import linen as nn
+from jax.sharding import NamedSharding, PartitionSpec
+
+from bn_jax import data as data_lib
+from bn_jax.training import parallel
+from bn_jax.training import step as step_lib
+
+# Large enough to amortise a step's overhead; activations of 500 images stay in cache.
+BATCH_SIZE = 500
+# What is on the devices at a time of a data set that does not fit.
+_PART_SIZE = 2**16
+
+
+class Evaluation(NamedTuple):
+    """Means over the examples of a data set."""
+
+    loss: float  # cross-entropy in nats
+    accuracy: float  # share of examples whose largest logit is the label's
+
+
+class Evaluator:
+    """Evaluates a model's variables on one data set.
+
+    Args:
+      model: the model.
+      split: the data set, with at least one example.
+      devices: of all processes; each takes an equal part.
+      stored: whether the data set stays in the devices' memory; else it is sent there
+        in parts at each evaluation.
+      batch_size: examples at a time on a device; it does not change the result.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        split: data_lib.Split,
+        *,
+        devices: Sequence[jax.Device],
+        stored: bool = True,
+        batch_size: int = BATCH_SIZE,
+    ) -> None:
+        if not len(split.labels):
+            raise ValueError("there are no examples to evaluate on; give at least one")
+        self.compile_seconds = 0.0
+        self._split, self._num_devices = split, len(devices)
+        self._batch_size = batch_size
+        mesh = jax.sharding.Mesh(np.array(devices), (parallel.DATA,))
+        self._replicated = NamedSharding(mesh, PartitionSpec())
+        self._by_column = NamedSharding(mesh, PartitionSpec(None, parallel.DATA))
+        self._evaluate = jax.jit(
+            functools.partial(step_lib.evaluate, model), out_shardings=self._replicated
+        )
+        self._compiled: Any = None
+        self._stored = list(self._parts()) if stored else None
+
+    def __call__(self, variables: Any) -> Evaluation:
+        """Return mean loss and accuracy over the data set.
+
+        Args:
+          variables: parameters and statistics, on the host or on one device.
+        """
+        placed = jax.tree.map(lambda v: parallel.put(v, self._replicated), variables)
+        loss, correct = 0.0, 0
+        for part in self._parts() if self._stored is None else self._stored:
+            if self._compiled is None:
+                started = time.perf_counter()
+                self._compiled = self._evaluate.lower(placed, *part).compile()
+                self.compile_seconds = time.perf_counter() - started
+            sums = self._compiled(placed, *part)
+            loss += float(sums.loss)
+            correct += int(sums.correct)
+        n = len(self._split.labels)
+        return Evaluation(loss / n, correct / n)
+
+    def _parts(self) -> Iterator[tuple[step_lib.Batch, jax.Array]]:
+        """Yield the data set in equal parts `[T, N, ...]`, the last one padded."""
+        n = len(self._split.labels)
+        size = -(-n // -(-n // _PART_SIZE))
+        num_batches = -(-size // (self._batch_size * self._num_devices))
+        columns = -(-size // (num_batches * self._num_devices)) * self._num_devices
+        padded = num_batches * columns
+
+        def placed(array: np.ndarray) -> jax.Array:
+            filled = np.zeros((padded, *array.shape[1:]), array.dtype)
+            filled[: len(array)] = array
+            batched = filled.reshape(num_batches, columns, *array.shape[1:])
+            return parallel.put(batched, self._by_column)
+
+        for i in range(0, n, size):
+            images, labels = (array[i : i + size] for array in self._split)
+            batch = step_lib.Batch(placed(images), placed(labels))
+            yield batch, placed(np.ones(len(labels), bool))

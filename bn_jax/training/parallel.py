@@ -1,0 +1,403 @@
+"""Training steps on several devices at once: by pmap, or by jit over a mesh.
+
+Both take the same `train_step` and give the same numbers. The devices of one process,
+or of many that `jax.distributed` has joined, form one axis, `DATA`: each takes an equal
+part of every batch. (An ensemble's axis is another, `MODELS`: its members share
+neither statistics nor gradients.)
+
+`Pmap` runs a program per device, in which the norms find the others by the axis name;
+each device has its own copy of the state, and moving averages that differ where
+statistics are not shared. `Mesh` runs one program over arrays that are sharded by the
+compiler; statistics are global by construction, and ghost batches stand for devices
+that do not share theirs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from jax import Array, lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from bn_jax import data as data_lib
+from bn_jax.functional import BatchNormState, merge_states
+from bn_jax.training import step as step_lib
+from bn_jax.training.config import ConfigError, TrainConfig
+from bn_jax.training.state import TrainState
+
+DATA = "data"
+MODELS = "models"
+
+# Steps in one call of the compiled loop: between calls a run can be stopped, so they
+# are few; a call costs less than half a millisecond, so they are not one.
+STEPS_PER_CALL = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """The devices that train together, and how they share statistics.
+
+    Attributes:
+      devices: of all processes, in the order of their parts of a batch.
+      parallel: how they are programmed.
+      group_size: number of neighbouring devices that share statistics; all of them,
+        unless said otherwise.
+    """
+
+    devices: tuple[jax.Device, ...]
+    parallel: Literal["pmap", "jit"]
+    group_size: int
+
+    @property
+    def num_groups(self) -> int:
+        """Number of groups of devices that share statistics."""
+        return len(self.devices) // self.group_size
+
+    @property
+    def local_devices(self) -> tuple[jax.Device, ...]:
+        """The devices of this process."""
+        index = jax.process_index()
+        return tuple(d for d in self.devices if d.process_index == index)
+
+    @property
+    def first_local(self) -> int:
+        """Number of devices before those of this process."""
+        return self.devices.index(self.local_devices[0])
+
+    @property
+    def uses_axis(self) -> bool:
+        """Whether the program is one per device, with a mapped axis."""
+        return self.parallel == "pmap" and len(self.devices) > 1
+
+    @property
+    def num_states(self) -> int:
+        """Number of moving averages that a layer has."""
+        return self.num_groups if self.uses_axis else 1
+
+
+def place(
+    config: TrainConfig, *, devices: str = "1", parallel: str = "pmap"
+) -> Placement:
+    """Return the devices for `config`, of those that JAX sees.
+
+    Args:
+      config: its batch must divide over the devices.
+      devices: "all", or their number as digits, over all processes.
+      parallel: "pmap" or "jit".
+
+    Raises:
+      ConfigError: if there are too few devices, they do not divide the batch, groups
+        do not divide the devices, or the norm cannot share statistics so.
+    """
+    present = jax.devices()
+    num_devices = len(present) if devices == "all" else int(devices)
+    if num_devices > len(present):
+        raise ConfigError(
+            f"devices={num_devices}, but JAX sees {len(present)} "
+            f"({present[0].platform}); give at most {len(present)}, or all"
+        )
+    if jax.process_count() > 1 and num_devices < len(present):
+        raise ConfigError(
+            f"devices={num_devices} of the {len(present)} of {jax.process_count()} "
+            "processes; several processes train with all of their devices: leave out "
+            "--devices, or start fewer processes"
+        )
+    if config.batch_size % num_devices:
+        raise ConfigError(
+            f"batch_size={config.batch_size} does not divide over {num_devices} "
+            f"devices; give a multiple of {num_devices}, or a number of devices that "
+            "divides it"
+        )
+    group_size = _group_size(config.batch_stats, num_devices)
+    placement = Placement(
+        tuple(present[:num_devices]),
+        "pmap" if parallel == "pmap" else "jit",
+        group_size,
+    )
+    if config.norm == "flax" and "ghost_batch_size" in sharing_options(
+        config, placement
+    ):
+        raise ConfigError(
+            f"norm='flax' with batch_stats={config.batch_stats!r} and parallel='jit': "
+            "Flax's layer has no ghost batches; use --parallel=pmap or our norm"
+        )
+    return placement
+
+
+def _group_size(batch_stats: str, num_devices: int) -> int:
+    """Return how many devices share statistics."""
+    if batch_stats == "synced":
+        return num_devices
+    if batch_stats == "per_device":
+        return 1
+    size = int(batch_stats.removeprefix("groups:"))
+    if num_devices % size:
+        raise ConfigError(
+            f"batch_stats={batch_stats!r} does not divide {num_devices} devices into "
+            f"groups of {size}; give a divisor of {num_devices}"
+        )
+    return size
+
+
+def sharing_options(config: TrainConfig, placement: Placement) -> dict[str, Any]:
+    """Return the options of `make_model` by which its norms share statistics."""
+    num_devices, group_size = len(placement.devices), placement.group_size
+    if config.norm == "none" or num_devices == 1:
+        return {}
+    if placement.parallel == "jit":
+        if group_size == num_devices:
+            return {}
+        return {"ghost_batch_size": config.batch_size // placement.num_groups}
+    if group_size == 1:
+        return {}
+    options: dict[str, Any] = {"axis_name": DATA}
+    if group_size < num_devices:
+        groups = np.arange(num_devices).reshape(-1, group_size)
+        options["axis_index_groups"] = groups.tolist()
+    return {"norm_options": options}
+
+
+def merged(batch_stats: Any, rule: str) -> Any:
+    """Return one set of moving averages of those that differ by group of devices.
+
+    Args:
+      batch_stats: collection with a leading axis of groups in each array.
+      rule: "exact" merges means and variances, the variance between groups included
+        (`bn_jax.functional.merge_states`); "first" takes the first group's.
+    """
+
+    def is_layer(node: Any) -> bool:
+        return isinstance(node, dict) and "mean" in node and "var" in node
+
+    def of_layer(layer: Any) -> Any:
+        first = jax.tree.map(lambda leaf: leaf[0], layer)
+        if rule == "first" or not is_layer(layer) or len(layer["mean"]) == 1:
+            return first
+        state = merge_states(BatchNormState(layer["mean"], layer["var"]))
+        mean, var = np.asarray(state.mean), np.asarray(state.var)
+        return {**first, "mean": mean, "var": var}
+
+    return jax.tree.map(of_layer, batch_stats, is_leaf=is_layer)
+
+
+def put(array: np.ndarray | Array, sharding: NamedSharding) -> Array:
+    """Return an array that every process has whole, with `sharding`."""
+    array = np.asarray(array)
+    return jax.make_array_from_callback(array.shape, sharding, lambda i: array[i])
+
+
+class Steps:
+    """A compiled `run_steps` over the devices of a placement; see `Pmap` and `Mesh`.
+
+    A state on the host is a `TrainState` of NumPy arrays whose batch statistics have a
+    leading axis of `placement.num_states`.
+    """
+
+    def __init__(self, placement: Placement, train_step: step_lib.TrainStep) -> None:
+        self.placement = placement
+        self.compile_seconds = 0.0
+        self._run_steps = functools.partial(
+            step_lib.run_steps, train_step, max_steps=STEPS_PER_CALL
+        )
+        self._compiled: dict[type, Callable[..., Any]] = {}
+
+    def columns(self, batch_size: int) -> slice:
+        """Return the part of a batch that this process reads."""
+        of_device = batch_size // len(self.placement.devices)
+        first = self.placement.first_local * of_device
+        return slice(first, first + len(self.placement.local_devices) * of_device)
+
+    def run(
+        self, state: Any, source: Any, start: int, stop: int
+    ) -> tuple[Any, step_lib.Metrics]:
+        """Take steps, as `step.run_steps` does; results may be on their way still.
+
+        Args:
+          state: as `put_state` returns it. It is used up.
+          source: as `put_stored` or `put_streamed` returns it.
+          start: number of the first step in the source.
+          stop: number after the last, at most `STEPS_PER_CALL` later.
+        """
+        first, last = np.int32(start), np.int32(stop)
+        run_steps = self._compiled.get(type(source))
+        if run_steps is None:
+            started = time.perf_counter()
+            run_steps = self._compiled[type(source)] = self._jitted(source)
+            # Without a step to take, only compilation takes time.
+            state, _ = jax.block_until_ready(run_steps(state, source, first, first))
+            self.compile_seconds += time.perf_counter() - started
+        return run_steps(state, source, first, last)
+
+    def _jitted(self, source: Any) -> Any:
+        raise NotImplementedError
+
+    def put_state(self, state: TrainState) -> Any:
+        """Return a host's state on the devices."""
+        raise NotImplementedError
+
+    def get_state(self, state: Any) -> TrainState:
+        """Return a state on the host, the same on all processes."""
+        raise NotImplementedError
+
+    def put_data(self, data: data_lib.Split) -> Any:
+        """Return a whole data set in the memory of each device."""
+        raise NotImplementedError
+
+    def put_stored(self, data: Any, order: np.ndarray) -> Any:
+        """Return a source of batches of what `put_data` returned.
+
+        Args:
+          data: the data set.
+          order: the examples of each step's batch, `[steps, batch_size]`.
+        """
+        raise NotImplementedError
+
+    def put_streamed(self, batches: step_lib.Batch) -> Any:
+        """Return a source of `STEPS_PER_CALL` batches.
+
+        Args:
+          batches: this process's `columns` of them, `[STEPS_PER_CALL, N, ...]`.
+        """
+        raise NotImplementedError
+
+    def get_first(self, tree: Any) -> Any:
+        """Return on the host what is the same on all devices."""
+        raise NotImplementedError
+
+
+class Mesh(Steps):
+    """One program, partitioned by the compiler; also that of a single device."""
+
+    def __init__(self, placement: Placement, train_step: step_lib.TrainStep) -> None:
+        super().__init__(placement, train_step)
+        mesh = jax.sharding.Mesh(np.array(placement.devices), (DATA,))
+        self._replicated = NamedSharding(mesh, PartitionSpec())
+        self._by_column = NamedSharding(mesh, PartitionSpec(None, DATA))
+
+    def _jitted(self, source: Any) -> Any:
+        del source
+        return jax.jit(
+            self._run_steps, donate_argnums=0, out_shardings=self._replicated
+        )
+
+    def put_state(self, state: TrainState) -> Any:
+        state = state.replace(
+            batch_stats=jax.tree.map(lambda leaf: leaf[0], state.batch_stats)
+        )
+        return jax.tree.map(lambda leaf: put(leaf, self._replicated), state)
+
+    def get_state(self, state: Any) -> TrainState:
+        state = self.get_first(state)
+        return state.replace(
+            batch_stats=jax.tree.map(lambda leaf: leaf[None], state.batch_stats)
+        )
+
+    def put_data(self, data: data_lib.Split) -> Any:
+        return step_lib.Batch(*(put(array, self._replicated) for array in data))
+
+    def put_stored(self, data: Any, order: np.ndarray) -> Any:
+        return step_lib.Stored(data, put(order, self._by_column))
+
+    def put_streamed(self, batches: step_lib.Batch) -> Any:
+        return step_lib.Streamed(
+            jax.tree.map(
+                functools.partial(
+                    jax.make_array_from_process_local_data, self._by_column
+                ),
+                batches,
+            )
+        )
+
+    def get_first(self, tree: Any) -> Any:
+        return jax.tree.map(_first_copy, tree)
+
+
+class Pmap(Steps):
+    """A program per device, mapped over the axis `DATA`."""
+
+    def __init__(self, placement: Placement, train_step: step_lib.TrainStep) -> None:
+        super().__init__(placement, train_step)
+        self._devices = placement.local_devices
+        mesh = jax.sharding.Mesh(np.array(self._devices), (DATA,))
+        self._replicated = NamedSharding(mesh, PartitionSpec())
+        self._by_device = NamedSharding(mesh, PartitionSpec(DATA))
+        # pmap takes the devices of one process as a list, those of several unnamed.
+        devices = placement.devices if jax.process_count() == 1 else None
+        self._pmap = functools.partial(jax.pmap, axis_name=DATA, devices=devices)
+        self._gather = self._pmap(lambda tree: lax.all_gather(tree, DATA))
+
+    def _jitted(self, source: Any) -> Any:
+        stored = step_lib.Stored(data=None, order=0)  # type: ignore[arg-type]
+        axes = stored if isinstance(source, step_lib.Stored) else 0
+        return self._pmap(
+            self._run_steps, in_axes=(0, axes, None, None), donate_argnums=0
+        )
+
+    def _put_stacked(self, array: np.ndarray) -> Array:
+        return put(array, self._by_device)
+
+    def put_state(self, state: TrainState) -> Any:
+        own = self.placement.first_local + np.arange(len(self._devices))
+
+        def of_devices(leaf: np.ndarray) -> Array:
+            return self._put_stacked(leaf[own // self.placement.group_size])
+
+        def copies(leaf: np.ndarray) -> Array:
+            stacked = np.broadcast_to(leaf, (len(self._devices), *np.shape(leaf)))
+            return self._put_stacked(stacked)
+
+        batch_stats = jax.tree.map(of_devices, state.batch_stats)
+        placed = jax.tree.map(copies, state.replace(batch_stats={}))
+        return placed.replace(batch_stats=batch_stats)
+
+    def get_state(self, state: Any) -> TrainState:
+        batch_stats = state.batch_stats
+        if jax.tree.leaves(batch_stats):
+            batch_stats = jax.tree.map(
+                lambda leaf: _first_copy(leaf)[0][:: self.placement.group_size],
+                self._gather(batch_stats),
+            )
+        first = self.get_first(state.replace(batch_stats={}))
+        return first.replace(batch_stats=batch_stats)
+
+    def put_data(self, data: data_lib.Split) -> Any:
+        return step_lib.Batch(*(put(array, self._replicated) for array in data))
+
+    def put_stored(self, data: Any, order: np.ndarray) -> Any:
+        own = order[:, self.columns(order.shape[1])]
+        return step_lib.Stored(data, self._put_stacked(self._apart(own)))
+
+    def put_streamed(self, batches: step_lib.Batch) -> Any:
+        return step_lib.Streamed(
+            jax.tree.map(lambda leaf: self._put_stacked(self._apart(leaf)), batches)
+        )
+
+    def _apart(self, columns: np.ndarray) -> np.ndarray:
+        """Return `[steps, N, ...]` as `[devices, steps, N / devices, ...]`."""
+        steps, n, *rest = columns.shape
+        parts = (steps, len(self._devices), n // len(self._devices), *rest)
+        return columns.reshape(parts).swapaxes(0, 1)
+
+    def get_first(self, tree: Any) -> Any:
+        return jax.tree.map(lambda leaf: _first_copy(leaf)[0], tree)
+
+
+def _first_copy(array: Array) -> np.ndarray:
+    """Return what the first device of this process holds of an array."""
+    return np.asarray(array.addressable_data(0))
+
+
+def make_steps(placement: Placement, train_step: step_lib.TrainStep) -> Steps:
+    """Return the compiled loop for a placement.
+
+    Args:
+      placement: of the devices.
+      train_step: made with `axis_name=DATA` if `placement.uses_axis`.
+    """
+    return (Pmap if placement.uses_axis else Mesh)(placement, train_step)

@@ -69,7 +69,13 @@ def locked(workdir: str | Path) -> Iterator[Path]:
         lock.release()
 
 
-def start_run(workdir: Path, config: Mapping[str, Any], *, resume: bool = True) -> None:
+def start_run(
+    workdir: Path,
+    config: Mapping[str, Any],
+    *,
+    resume: bool = True,
+    repeat: bool = False,
+) -> None:
     """Make a working directory that is `locked` ready for a run of `config`.
 
     Nothing that it holds is overwritten, unless it is an unfinished run of the same
@@ -79,6 +85,7 @@ def start_run(workdir: Path, config: Mapping[str, Any], *, resume: bool = True) 
       workdir: the directory.
       config: the run's config, written to config.json.
       resume: whether to go on with an unfinished run; else it is refused.
+      repeat: whether a finished run of the same config may write its results anew.
 
     Raises:
       RunError: if the directory holds another config's run, a finished run, or files of
@@ -101,7 +108,7 @@ def start_run(workdir: Path, config: Mapping[str, Any], *, resume: bool = True) 
                 f"{workdir} holds a run of another config ({'; '.join(faults)}); give "
                 "another folder with --workdir"
             )
-    if RESULTS in present:
+    if RESULTS in present and not repeat:
         raise RunError(
             f"{workdir} holds a finished run of this config; read it with "
             f"--load={workdir}, or give another folder with --workdir"

@@ -23,6 +23,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -337,13 +338,17 @@ CHECKS: dict[str, tuple[str, Callable[[Library], float | None]]] = {
 
 def main(argv: Sequence[str]) -> None:
     launch.check_no_arguments(argv)
-    workdir = launch.workdir()
+    with launch.experiment("conformance", {}) as workdir:
+        compare(workdir)
+
+
+def compare(workdir: Path) -> None:
+    """Measure all libraries, print and write what came out."""
     from bn_jax import results
 
     errors = {name: measure_all(name) for name in LIBRARIES}
     table = markdown(errors)
     print(f"\n{table}")
-    workdir.mkdir(parents=True, exist_ok=True)
     (workdir / "table.md").write_text(table)
     summary = {
         "errors": errors,

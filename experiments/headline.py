@@ -52,24 +52,30 @@ SCORES = (
 
 
 def define_flags() -> None:
-    launch.define_data_flags()
-    launch.define_workdir_flag()
+    launch.define_run_flags()
     flags.DEFINE_string("dataset", "auto", "As in experiments.lenet.")
     flags.DEFINE_integer("seeds", 3, "Number of seeds, from 0.", lower_bound=1)
     flags.DEFINE_integer("epochs", 10, "Epochs of each run.", lower_bound=1)
-    flags.DEFINE_boolean("smoke", False, "The sample, 1 epoch, 1 seed.")
+    flags.DEFINE_boolean("smoke", False, "The sample, 1 epoch, 1 seed, unless given.")
 
 
 def main(argv: Sequence[str]) -> None:
     launch.check_no_arguments(argv)
-    workdir, given = launch.workdir(), flags.FLAGS
+    launch.set_up_devices()
+    smoke = {"dataset": "sample", "epochs": 1, "seeds": 1} if flags.FLAGS.smoke else {}
     base = config_lib.TrainConfig(
-        dataset="sample" if given.smoke else given.dataset,
-        epochs=1 if given.smoke else given.epochs,
+        dataset=launch.given_or("dataset", smoke),
+        epochs=launch.given_or("epochs", smoke),
     )
-    seeds = range(1 if given.smoke else given.seeds)
-    rows = run_all(workdir, base, seeds)
+    seeds = range(launch.given_or("seeds", smoke))
+    with launch.experiment("headline", base.to_dict()) as workdir:
+        rows = run_all(workdir, base, seeds)
+        if rows:
+            write_summary(workdir, rows)
 
+
+def write_summary(workdir: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write and print what the runs have in common."""
     from bn_jax import plots, results
 
     (workdir / "runs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
@@ -90,26 +96,25 @@ def main(argv: Sequence[str]) -> None:
 def run_all(
     workdir: Path, base: config_lib.TrainConfig, seeds: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """Train each arm from each seed, unless that is done; return a row per run."""
-    from bn_jax import results
+    """Train each arm from each seed, unless that is done.
+
+    Returns:
+      A row per run; on processes other than the primary none.
+    """
+    from bn_jax.training import distributed
     from bn_jax.training import run as run_lib
 
     data = launch.load_data(base.dataset)
+    options = config_lib.options_from_flags(flags.FLAGS)
     rows = []
     for seed in seeds:
         for arm, choices in ARMS.items():
             config = dataclasses.replace(base, seed=seed, **choices)
             folder = workdir / f"{arm}-{seed}"
-            if (folder / results.RESULTS).exists():
-                run = run_lib.load(folder)
-                if run.config != config or run.results["data_source"] != data.source:
-                    raise results.RunError(
-                        f"{folder} holds another run ({run.config} on "
-                        f"{run.results['data_source']}); give another --workdir"
-                    )
-            else:
-                print(f"{arm}, seed {seed}", flush=True)
-                run = run_lib.train_into(folder, config, data)
+            print(f"{arm}, seed {seed}", flush=True)
+            run = run_lib.train_or_load(folder, config, data, options)
+            if run is None or not distributed.is_primary():
+                continue
             rows.append(
                 {
                     "arm": arm,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from absl import app, flags, logging
 
@@ -36,9 +37,9 @@ def workdir() -> Path:
     return Path(flags.FLAGS.workdir)
 
 
-def define_training_flags() -> None:
-    """Define the flags of a training run: its config, devices, data and folder."""
-    config_lib.define_flags()
+def define_run_flags() -> None:
+    """Define the flags that say where training takes place: devices, data, folder."""
+    config_lib.define_flags(config_lib.RunOptions)
     define_data_flags()
     define_workdir_flag()
     flags.DEFINE_string(
@@ -124,10 +125,38 @@ def load_data(name: str) -> ImageData:
     return data
 
 
+def given_or(name: str, smoke: Mapping[str, Any]) -> Any:
+    """Return a flag's value: as given, else that of a smoke run, else the default."""
+    flag = flags.FLAGS[name]
+    return flag.value if flag.present else smoke.get(name, flag.value)
+
+
 def check_no_arguments(argv: Sequence[str]) -> None:
     """Refuse arguments that are no flags, such as a forgotten `--`."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; flags begin with --")
+
+
+@contextlib.contextmanager
+def experiment(name: str, config: Mapping[str, Any]) -> Iterator[Path]:
+    """Hold the folder --workdir for an experiment; give its path.
+
+    Run again with the same config, an experiment writes its results anew.
+
+    Args:
+      name: of the experiment.
+      config: what decides its numbers, as JSON values.
+    """
+    from bn_jax import results
+    from bn_jax.training import distributed
+
+    folder = workdir()
+    with contextlib.ExitStack() as stack:
+        if distributed.is_primary():
+            stack.enter_context(results.locked(folder))
+            started = {"experiment": name, **config}
+            results.start_run(folder, started, repeat=True)
+        yield folder
 
 
 def numbers(values: Iterable[float]) -> str:

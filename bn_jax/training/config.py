@@ -237,15 +237,15 @@ def _fault(field: dataclasses.Field[Any], value: Any) -> str | None:
     return None
 
 
-def define_flags() -> None:
-    """Define an absl flag for each field of `TrainConfig` and of `RunOptions`."""
+def define_flags(kind: type[TrainConfig] | type[RunOptions]) -> None:
+    """Define an absl flag for each field of a config."""
     define: dict[type, Callable[..., Any]] = {
         bool: flags.DEFINE_boolean,
         int: flags.DEFINE_integer,
         float: flags.DEFINE_float,
         str: flags.DEFINE_string,
     }
-    for field in (*dataclasses.fields(TrainConfig), *dataclasses.fields(RunOptions)):
+    for field in dataclasses.fields(kind):
         choices = field.metadata["choices"]
         help_text = field.metadata["help"]
         if choices is not None:

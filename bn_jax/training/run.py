@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from bn_jax import data as data_lib
 from bn_jax import plots, results
+from bn_jax.results import RunError
 from bn_jax.training import checkpoint, distributed, interrupt, loop, parallel
 from bn_jax.training.config import RunOptions, TrainConfig
 from bn_jax.training.loop import EpochReport, Progress
@@ -98,6 +99,46 @@ def train_into(
         if files is not None:
             files.finish(run)
         distributed.any_process(False)  # wait for the primary
+    return run
+
+
+def train_or_load(
+    workdir: str | Path,
+    config: TrainConfig,
+    data: data_lib.ImageData,
+    options: RunOptions | None = None,
+) -> Run | None:
+    """Read the finished run in `workdir`, or train it there, or go on with it.
+
+    Args:
+      workdir: as for `train_into`.
+      config: as for `train_into`.
+      data: as for `train_into`.
+      options: as for `train_into`.
+
+    Returns:
+      The run; None on processes other than the primary, where it was read.
+
+    Raises:
+      RunError: if `workdir` holds another run, or as `train_into` says.
+    """
+    workdir = Path(workdir)
+    done = distributed.on_primary(
+        lambda: b"done" if (workdir / results.RESULTS).exists() else b""
+    )
+    if not done:
+        return train_into(workdir, config, data, options)
+    if not distributed.is_primary():
+        return None
+    run = load(workdir)
+    faults = results.differences(
+        {**run.config.to_dict(), "data": run.results["data_source"]},
+        {**config.to_dict(), "data": data.source},
+    )
+    if faults:
+        raise RunError(
+            f"{workdir} holds another run ({'; '.join(faults)}); give another --workdir"
+        )
     return run
 
 

@@ -133,6 +133,31 @@ def arms_by_epoch(
     figure.savefig(path, dpi=DOTS_PER_INCH)
 
 
+def bars(
+    summaries: Mapping[str, Sequence[float]], label: str, note: str, path: Path
+) -> None:
+    """Draw a bar for each median, with a line from the least to the greatest value.
+
+    Args:
+      summaries: (median, least, greatest, ...) by title; in the order of drawing.
+      label: of the axis, with its unit.
+      note: a line above.
+      path: of the image to write.
+    """
+    figure = Figure(figsize=(7, 0.8 + 0.35 * len(summaries)), layout="constrained")
+    axes = figure.subplots()
+    for position, (median, low, high, *_) in enumerate(summaries.values()):
+        axes.barh(position, median, color=BLUE, height=0.6)
+        axes.plot([low, high], [position] * 2, color=ORANGE, linewidth=2)
+        axes.text(high, position, f" {median:.3g}", va="center", fontsize=8)
+    axes.set_yticks(range(len(summaries)), list(summaries), fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel(label)
+    axes.set_title(note, fontsize=8, color=GREY)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=DOTS_PER_INCH)
+
+
 def _size(layer: Mapping[str, Sequence[float]]) -> int:
     return max((len(values) for values in layer.values()), default=0)
 

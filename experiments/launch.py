@@ -112,6 +112,16 @@ def define_data_flags() -> None:
     )
 
 
+def data_arguments() -> list[str]:
+    """Return the data flags as they were given, for another process."""
+    given = flags.FLAGS
+    return [
+        f"--{name}={given[name].value}"
+        for name in ("data_dir", "idx_dir")
+        if given[name].present
+    ]
+
+
 def load_data(name: str) -> ImageData:
     """Return the data set that the flags give, and say where it is from."""
     from bn_jax import data as data_lib

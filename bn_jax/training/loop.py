@@ -87,6 +87,7 @@ class Trainer:
       stream: whether training images are streamed to the devices, which then need not
         hold all of them.
       checkpoint_steps: `train` pauses at each multiple of it.
+      make_train_step: called as `step.make_train_step`, for a step that does more.
 
     Raises:
       ConfigError: if a batch is larger than the training set.
@@ -100,6 +101,7 @@ class Trainer:
         placement: parallel.Placement | None = None,
         stream: bool = False,
         checkpoint_steps: int | None = None,
+        make_train_step: Callable[..., step_lib.TrainStep] = step_lib.make_train_step,
     ) -> None:
         check_fits(config, data)
         placement = placement or parallel.place(config)
@@ -118,7 +120,7 @@ class Trainer:
         options = parallel.sharing_options(config, placement)
         self._steps = parallel.make_steps(
             placement,
-            step_lib.make_train_step(
+            make_train_step(
                 make_model(config, num_classes=num_classes, **options),
                 self._optimizer,
                 axis_name=parallel.DATA if placement.uses_axis else None,

@@ -1,0 +1,1 @@
+"""Timings, side by side in one call: what is fast, and how cost grows."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,8 @@ class LeNet(nn.Module):
         `norm(use_running_average=..., axis=..., name=...)`: `bn_jax.linen.BatchNorm`,
         `flax.linen.BatchNorm` or a `functools.partial` of one; None for no
         normalisation.
+      norm_layers: which of the four have their norm. An array instead of booleans may
+        be traced; then all norms are there, and those that are off are passed by.
       bias_before_norm: whether the layers before a norm have a bias, as the chapter's
         do; batch norm subtracts it again. Without norm they always have one.
       first_padding: pixels of 0 around the images: 0 in the chapter on batch
@@ -41,6 +44,7 @@ class LeNet(nn.Module):
     """
 
     norm: Callable[..., nn.Module] | None = None
+    norm_layers: Sequence[bool] | Array = (True, True, True, True)
     bias_before_norm: bool = True
     first_padding: int = 0
     num_classes: int = 10
@@ -60,19 +64,21 @@ class LeNet(nn.Module):
         """
         layout = self.layout or layers.default_layout()
         xavier = initializers.xavier_uniform()
-        use_bias = self.norm is None or self.bias_before_norm
 
-        def norm_sigmoid(x: Array, axis: int, name: str, batch_axis: int = 0) -> Array:
-            if self.norm is not None:
-                ghosts: dict[str, int] = {}
+        def has_norm(i: int) -> Any:
+            return self.norm is not None and self.norm_layers[i - 1]
+
+        def use_bias(i: int) -> bool:
+            return self.bias_before_norm or has_norm(i) is False
+
+        def norm_sigmoid(x: Array, i: int, axis: int, batch_axis: int) -> Array:
+            if self.norm is not None and has_norm(i) is not False:
+                options: dict[str, Any] = {"axis": axis, "name": f"norm{i}"}
                 if self.ghost_batch_size is not None:
-                    ghosts = {
-                        "ghost_batch_size": self.ghost_batch_size,
-                        "batch_axis": batch_axis,
-                    }
-                x = self.norm(
-                    use_running_average=not train, axis=axis, name=name, **ghosts
-                )(x)
+                    options["ghost_batch_size"] = self.ghost_batch_size
+                    options["batch_axis"] = batch_axis
+                y = self.norm(use_running_average=not train, **options)(x)
+                x = y if has_norm(i) is True else jnp.where(has_norm(i), y, x)
             return jax.nn.sigmoid(x)
 
         p = self.first_padding
@@ -83,19 +89,17 @@ class LeNet(nn.Module):
                 features,
                 (5, 5),
                 layout=layout,
-                use_bias=use_bias,
+                use_bias=use_bias(i),
                 kernel_init=xavier,
                 name=f"conv{i}",
             )
-            x = norm_sigmoid(
-                conv(x), layout.index("C"), f"norm{i}", batch_axis=layout.index("N")
-            )
+            x = norm_sigmoid(conv(x), i, layout.index("C"), layout.index("N"))
             x = layers.avg_pool_2x2(x, layout)
         x = layers.to_nhwc(x, layout)
         x = x.reshape(x.shape[0], -1)
         for i, features in enumerate((120, 84), start=1):
             dense = nn.Dense(
-                features, use_bias=use_bias, kernel_init=xavier, name=f"dense{i}"
+                features, use_bias=use_bias(i + 2), kernel_init=xavier, name=f"dense{i}"
             )
-            x = norm_sigmoid(dense(x), -1, f"norm{i + 2}")
+            x = norm_sigmoid(dense(x), i + 2, -1, 0)
         return nn.Dense(self.num_classes, kernel_init=xavier, name="dense3")(x)

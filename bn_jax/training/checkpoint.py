@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -126,15 +127,12 @@ class Checkpoints:
           RunError: if it, or the one before, cannot be written.
         """
         step = len(progress.step_losses)
-        if step in self.steps:
-            return
         arrays = {
             "step_losses": progress.step_losses,
             "step_accuracies": progress.step_accuracies,
             **_flat(progress.state),
         }
         run = {
-            "identity": self._identity,
             "history": [report._asdict() for report in progress.history],
             "seconds": progress.seconds,
         }
@@ -143,12 +141,29 @@ class Checkpoints:
         metrics = None
         if last is not None and last.step == step:
             metrics = {"test_accuracy": last.test_accuracy}
+        self.save_parts(step, arrays, run, metrics)
+
+    def save_parts(
+        self,
+        step: int,
+        arrays: Mapping[str, np.ndarray],
+        run: Mapping[str, Any],
+        metrics: Mapping[str, float] | None = None,
+    ) -> None:
+        """Write a checkpoint of arrays and JSON values, unless there is one of `step`.
+
+        Raises:
+          RunError: if it, or the one before, cannot be written.
+        """
+        if step in self.steps:
+            return
         args = self._ocp.args
         try:
             self._manager.save(
                 step,
                 args=args.Composite(
-                    arrays=args.StandardSave(arrays), run=args.JsonSave(run)
+                    arrays=args.StandardSave(dict(arrays)),
+                    run=args.JsonSave({"identity": self._identity, **run}),
                 ),
                 metrics=metrics,
                 force=True,
@@ -166,40 +181,61 @@ class Checkpoints:
         Raises:
           RunError: if it is damaged, or of another run.
         """
+        parts = self.latest_parts()
+        if parts is None:
+            return None
+        step, arrays, run = parts
+        with self._reading(step):
+            history = tuple(EpochReport(**report) for report in run["history"])
+            seconds = run["seconds"]
+            losses = arrays.pop("step_losses")
+            accuracies = arrays.pop("step_accuracies")
+        self._refuse(step, _misfits(arrays, _flat(like)))
+        state = serialization.from_state_dict(
+            like, traverse_util.unflatten_dict({**_empty(like), **arrays}, sep="/")
+        )
+        return Progress(state, losses, accuracies, history, seconds)
+
+    def latest_parts(self) -> tuple[int, dict[str, np.ndarray], dict[str, Any]] | None:
+        """Return step, arrays and JSON values of the last whole checkpoint.
+
+        Raises:
+          RunError: if it is damaged, or of another run.
+        """
         if not self.steps:
             return None
         step = self.steps[-1]
-        path = self._path / str(step)
         args = self._ocp.args
-        try:
+        with self._reading(step):
             saved = self._manager.restore(
                 step,
                 args=args.Composite(
                     arrays=args.StandardRestore(), run=args.JsonRestore()
                 ),
             )
-            arrays, run = saved["arrays"], saved["run"]
-            arrays = {name: np.asarray(array) for name, array in arrays.items()}
-            history = tuple(EpochReport(**report) for report in run["history"])
-            identity, seconds = run["identity"], run["seconds"]
-            losses = arrays.pop("step_losses")
-            accuracies = arrays.pop("step_accuracies")
+            arrays = {name: np.asarray(a) for name, a in saved["arrays"].items()}
+            run = saved["run"]
+            identity = run.pop("identity")
+        self._refuse(step, differences(identity, self._identity))
+        return step, arrays, run
+
+    @contextmanager
+    def _reading(self, step: int) -> Iterator[None]:
+        """Turn what goes wrong in reading a damaged checkpoint into our error."""
+        try:
+            yield
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise RunError(
-                f"cannot read the checkpoint {path}: {error}; it is damaged: move it "
-                f"away, and the run goes on from {self._before(step)}"
+                f"cannot read the checkpoint {self._path / str(step)}: {error}; it is "
+                f"damaged: move it away, and the run goes on from {self._before(step)}"
             ) from error
-        faults = differences(identity, self._identity)
-        faults += _misfits(arrays, _flat(like))
+
+    def _refuse(self, step: int, faults: list[str]) -> None:
         if faults:
             raise RunError(
-                f"the checkpoint {path} is of another run ({'; '.join(faults)}); give "
-                "another folder with --workdir"
+                f"the checkpoint {self._path / str(step)} is of another run "
+                f"({'; '.join(faults)}); give another folder with --workdir"
             )
-        state = serialization.from_state_dict(
-            like, traverse_util.unflatten_dict({**_empty(like), **arrays}, sep="/")
-        )
-        return Progress(state, losses, accuracies, history, seconds)
 
     def _before(self, step: int) -> str:
         earlier = [other for other in self.steps if other < step]

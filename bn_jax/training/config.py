@@ -7,6 +7,7 @@ in neither: the same config gives the same numbers from any folder.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import re
@@ -37,6 +38,10 @@ _POSITIVE = _Range("a number greater than 0 and finite", lambda v: 0 < v < math.
 _SHARE = _Range("a number in [0, 1]", lambda v: 0 <= v <= 1)
 # JAX's keys keep 32 bits of a seed: greater ones would repeat these.
 _SEED = _Range("a number from 0 to 2**32 - 1", lambda v: 0 <= v < 2**32)
+_NORM_LAYERS = _Range(
+    "four digits 0 or 1, such as 0011",
+    lambda v: re.fullmatch("[01]{4}", v) is not None,
+)
 _BATCH_STATS = _Range(
     "synced, per_device or groups:K with K devices a group, such as groups:2",
     lambda v: re.fullmatch(r"synced|per_device|groups:[1-9]\d*", v) is not None,
@@ -81,6 +86,14 @@ class TrainConfig:
         "Normalisation before each sigmoid: ours, Flax's own batch norm, or none.",
         choices=("batch_norm", "flax", "none"),
     )
+    norm_layers: str = _option(
+        "1111",
+        "Which of the four layers have the norm, in order: two convolutions, then two "
+        "dense layers; 0011 has it after the dense layers alone.",
+        valid=_NORM_LAYERS,
+    )
+    train_gamma: bool = _option(True, "Whether the norms' gamma learns; else it is 1.")
+    train_beta: bool = _option(True, "Whether the norms' beta learns; else it is 0.")
     bias_before_norm: bool = _option(
         True, "Whether layers before a norm have a bias; batch norm cancels it."
     )
@@ -143,6 +156,13 @@ class TrainConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a dict that JSON can hold."""
         return dataclasses.asdict(self)
+
+    def with_traced(self, values: Mapping[str, Any]) -> TrainConfig:
+        """Return a copy in which fields are traced values, which cannot be checked."""
+        traced = copy.copy(self)
+        for name, value in values.items():
+            object.__setattr__(traced, name, value)
+        return traced
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:

@@ -55,10 +55,12 @@ def first_not_finite(model: nn.Module, state: TrainState, batch: step_lib.Batch)
         return losses.mean(), finite
 
     gradient_of = jax.jit(jax.value_and_grad(forward, has_aux=True))
-    (_, finite), gradients = gradient_of(state.params)
+    (loss, finite), gradients = gradient_of(state.params)
     for name, of_layer in zip(order, finite, strict=True):
         if not of_layer:
             return f"the first activations that are not finite are those of {name}"
+    if not jnp.isfinite(loss):
+        return "all activations are finite, but not the loss that they make"
     for name, gradient in traverse_util.flatten_dict(gradients, sep="/").items():
         if not jnp.all(jnp.isfinite(gradient)):
             return f"all activations are finite, but not the gradient of {name}"

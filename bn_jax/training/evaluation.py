@@ -83,21 +83,40 @@ class Evaluator:
         n = len(self._split.labels)
         return Evaluation(loss / n, correct / n)
 
-    def _parts(self) -> Iterator[tuple[step_lib.Batch, jax.Array]]:
+    def _parts(self) -> Iterator[Any]:
         """Yield the data set in equal parts `[T, N, ...]`, the last one padded."""
         n = len(self._split.labels)
         size = -(-n // -(-n // _PART_SIZE))
         num_batches = -(-size // (self._batch_size * self._num_devices))
         columns = -(-size // (num_batches * self._num_devices)) * self._num_devices
-        padded = num_batches * columns
-
-        def placed(array: np.ndarray) -> jax.Array:
-            filled = np.zeros((padded, *array.shape[1:]), array.dtype)
-            filled[: len(array)] = array
-            batched = filled.reshape(num_batches, columns, *array.shape[1:])
-            return parallel.put(batched, self._by_column)
-
         for i in range(0, n, size):
-            images, labels = (array[i : i + size] for array in self._split)
-            batch = step_lib.Batch(placed(images), placed(labels))
-            yield batch, placed(np.ones(len(labels), bool))
+            part = data_lib.Split(*(array[i : i + size] for array in self._split))
+            batches, counts = batched(part, num_batches, columns)
+            yield jax.tree.map(
+                lambda array: parallel.put(array, self._by_column), (batches, counts)
+            )
+
+
+def batched(
+    split: data_lib.Split, num_batches: int, columns: int
+) -> tuple[step_lib.Batch, np.ndarray]:
+    """Return examples as batches, and which of them count: all but the padding.
+
+    Args:
+      split: at most `num_batches * columns` examples.
+      num_batches: T.
+      columns: N, examples a batch.
+
+    Returns:
+      Images and labels `[T, N, ...]`, and booleans `[T, N]`.
+    """
+
+    def filled(array: np.ndarray) -> np.ndarray:
+        padded = np.zeros((num_batches * columns, *array.shape[1:]), array.dtype)
+        padded[: len(array)] = array
+        return padded.reshape(num_batches, columns, *array.shape[1:])
+
+    counts = filled(np.ones(len(split.labels), bool))
+    images: Any = filled(split.images)
+    labels: Any = filled(split.labels)
+    return step_lib.Batch(images, labels), counts

@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -401,3 +401,55 @@ def make_steps(placement: Placement, train_step: step_lib.TrainStep) -> Steps:
       train_step: made with `axis_name=DATA` if `placement.uses_axis`.
     """
     return (Pmap if placement.uses_axis else Mesh)(placement, train_step)
+
+
+class Members:
+    """Arrays with a leading axis of models, shared out over devices along `MODELS`."""
+
+    def __init__(self, devices: Sequence[jax.Device]) -> None:
+        self._devices = list(devices)
+        mesh = jax.sharding.Mesh(np.array(self._devices), (MODELS,))
+        self._shared = NamedSharding(mesh, PartitionSpec())
+        self._apart = NamedSharding(mesh, PartitionSpec(MODELS))
+
+    def compiled(
+        self,
+        function: Callable[..., Any],
+        *,
+        shared: Sequence[bool],
+        donate: tuple[int, ...],
+    ) -> Callable[..., Any]:
+        """Return `function`, given on each device the members there.
+
+        Args:
+          function: of stacked members.
+          shared: for each argument, whether all members share it.
+          donate: arguments that are used up.
+        """
+        if len(self._devices) == 1:
+            return jax.jit(function, donate_argnums=donate)
+        mapped: Callable[..., Any] = jax.pmap(
+            function,
+            axis_name=MODELS,
+            in_axes=tuple(None if is_shared else 0 for is_shared in shared),
+            donate_argnums=donate,
+            devices=self._devices,
+        )
+        return mapped
+
+    def put(self, stacked: np.ndarray) -> Array:
+        """Return an array of members on the devices, `[D, members / D, ...]`."""
+        if len(self._devices) > 1:
+            stacked = stacked.reshape(len(self._devices), -1, *stacked.shape[1:])
+        return put(stacked, self._apart)
+
+    def put_shared(self, array: np.ndarray) -> Array:
+        """Return an array on each device."""
+        return put(array, self._shared)
+
+    def get(self, array: Array) -> np.ndarray:
+        """Return an array of members on the host."""
+        stacked = np.asarray(array)
+        if len(self._devices) > 1:
+            stacked = stacked.reshape(-1, *stacked.shape[2:])
+        return stacked

@@ -53,8 +53,12 @@ def make_model(
         epsilon=config.epsilon,
         **(norm_options or {}),
     )
+    layers: Any = config.norm_layers
+    if isinstance(layers, str):
+        layers = tuple(digit == "1" for digit in layers)
     return LeNet(
         norm=norm,
+        norm_layers=layers,
         bias_before_norm=config.bias_before_norm,
         first_padding=config.first_padding,
         num_classes=num_classes,
@@ -70,8 +74,27 @@ def make_optimizer(
     if config.schedule != "constant":
         rate = make_schedule(config, steps_per_epoch=steps_per_epoch)
     if config.optimizer == "momentum":
-        return optax.sgd(rate, momentum=config.optimizer_momentum)
-    return {"sgd": optax.sgd, "adam": optax.adam}[config.optimizer](rate)
+        optimizer = optax.sgd(rate, momentum=config.optimizer_momentum)
+    else:
+        optimizer = {"sgd": optax.sgd, "adam": optax.adam}[config.optimizer](rate)
+    if config.train_gamma is True and config.train_beta is True:
+        return optimizer
+    return optax.chain(optimizer, _frozen_norms(config))
+
+
+def _frozen_norms(config: TrainConfig) -> optax.GradientTransformation:
+    """Return what drops the updates of gamma or beta where these do not learn."""
+
+    def update(path: tuple[Any, ...], value: Array) -> Array:
+        layer, name = path[-2].key, path[-1].key
+        if not layer.startswith("norm"):
+            return value
+        learns = config.train_gamma if name == "scale" else config.train_beta
+        return jnp.where(learns, value, 0)
+
+    return optax.stateless(
+        lambda updates, _: jax.tree_util.tree_map_with_path(update, updates)
+    )
 
 
 def make_schedule(config: TrainConfig, *, steps_per_epoch: int) -> optax.Schedule:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -133,6 +134,33 @@ def arms_by_epoch(
     figure.savefig(path, dpi=DOTS_PER_INCH)
 
 
+def members_by_epoch(
+    rows: Sequence[Mapping[str, Any]], labels: Sequence[str], path: Path
+) -> None:
+    """Draw training loss and test accuracy by epoch, a line for each member of a sweep.
+
+    Args:
+      rows: with the per-epoch lists `loss` and `test_accuracy`, None after divergence.
+      labels: of the rows.
+      path: of the image to write.
+    """
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    panels = {"loss": "training loss [nats]", "test_accuracy": "test accuracy"}
+    colours = colormaps["viridis"]
+    for axes, (name, label) in zip(figure.subplots(1, 2), panels.items(), strict=True):
+        for i, row in enumerate(rows):
+            values = [float("nan") if v is None else v for v in row[name]]
+            colour = colours(i / max(len(rows) - 1, 1) * 0.9)
+            epochs = range(1, len(values) + 1)
+            axes.plot(epochs, values, ".-", color=colour, label=labels[i], lw=1)
+        _finish(axes, "epoch", label)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if len(rows) <= 12:
+        figure.axes[0].legend(fontsize=7, frameon=False)
+    figure.axes[1].set_title(f"{len(rows)} members", fontsize=8, color=GREY)
+    figure.savefig(path, dpi=DOTS_PER_INCH)
+
+
 def bars(
     summaries: Mapping[str, Sequence[float]], label: str, note: str, path: Path
 ) -> None:
@@ -167,3 +195,69 @@ def _finish(axes: Axes, x_label: str, y_label: str) -> None:
     axes.set_ylabel(y_label)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", linewidth=0.4, color="#dddddd")
+
+
+def bar_panels(
+    panels: Mapping[str, Mapping[str, Sequence[float]]],
+    label: str,
+    note: str,
+    path: Path,
+) -> None:
+    """Draw the same bars in several panels, as `bars` does in one.
+
+    Args:
+      panels: for each panel's title, (median, least, greatest, ...) by bar; the bars
+        of all panels have the same titles.
+      label: of the axes, with its unit.
+      note: a line above.
+      path: of the image to write.
+    """
+    num_bars = max(map(len, panels.values()))
+    size = (2.5 + 2.5 * len(panels), 1.2 + 0.3 * num_bars)
+    figure = Figure(figsize=size, layout="constrained")
+    figure.suptitle(note, fontsize=8, color=GREY)
+    grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)
+    for axes, (title, summaries) in zip(grid[0], panels.items(), strict=True):
+        for position, (median, low, high, *_) in enumerate(summaries.values()):
+            axes.barh(position, median, color=BLUE, height=0.6)
+            axes.plot([low, high], [position] * 2, color=ORANGE, linewidth=2)
+            axes.text(high, position, f" {median:.3g}", va="center", fontsize=8)
+        axes.set_yticks(range(len(summaries)), list(summaries), fontsize=8)
+        axes.set_xlabel(label)
+        axes.set_title(title, fontsize=9)
+        axes.spines[["top", "right"]].set_visible(False)
+    grid[0][0].invert_yaxis()  # of all: they share it
+    figure.savefig(path, dpi=DOTS_PER_INCH)
+
+
+def growth(
+    series: Mapping[str, Mapping[float, Sequence[float]]],
+    x_label: str,
+    y_label: str,
+    note: str,
+    path: Path,
+) -> None:
+    """Draw how a cost grows, on logarithmic axes: medians, from least to greatest.
+
+    Args:
+      series: for each line's title, (median, least, greatest, ...) by size.
+      x_label: of the sizes.
+      y_label: of the cost, with its unit.
+      note: a line above.
+      path: of the image to write.
+    """
+    figure = Figure(figsize=(5, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for (title, by_size), colour, (style, width) in zip(
+        series.items(), ARM_COLOURS, ARM_LINES, strict=False
+    ):
+        median, low, high = list(zip(*by_size.values(), strict=True))[:3]
+        sizes = list(by_size)
+        axes.fill_between(sizes, low, high, color=colour, alpha=0.2, lw=0)
+        axes.plot(sizes, median, style, color=colour, lw=width, label=title, marker=".")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    _finish(axes, x_label, y_label)
+    axes.set_title(note, fontsize=8, color=GREY)
+    axes.legend(fontsize=8, frameon=False)
+    figure.savefig(path, dpi=DOTS_PER_INCH)

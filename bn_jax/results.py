@@ -224,9 +224,34 @@ def read_object(path: Path) -> dict[str, Any]:
     return value
 
 
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write a file of JSON lines, whole or not at all.
+
+    Raises:
+      RunError: if it cannot be written.
+    """
+    _write(path, "".join(_line(row) for row in rows))
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a file of JSON lines.
+
+    Raises:
+      RunError: if the file is missing or damaged.
+    """
+    if not path.is_file():
+        raise RunError(
+            f"there is no {path.name} in {path.parent}; expected a run's directory"
+        )
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines()]
+    except json.JSONDecodeError as error:
+        raise RunError(f"{path} is damaged: it does not hold JSON ({error})") from None
+
+
 def write_metrics(workdir: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write metrics.jsonl anew with these rows, whole or not at all."""
-    _write(workdir / METRICS, "".join(_line(row) for row in rows))
+    write_rows(workdir / METRICS, rows)
 
 
 def append_metrics(workdir: Path, row: Mapping[str, Any]) -> None:
@@ -245,12 +270,4 @@ def read_metrics(workdir: Path) -> list[dict[str, Any]]:
     Raises:
       RunError: if the file is missing or damaged.
     """
-    path = workdir / METRICS
-    if not path.is_file():
-        raise RunError(
-            f"there is no {METRICS} in {workdir}; expected a run's directory"
-        )
-    try:
-        return [json.loads(line) for line in path.read_text().splitlines()]
-    except json.JSONDecodeError as error:
-        raise RunError(f"{path} is damaged: it does not hold JSON ({error})") from None
+    return read_rows(workdir / METRICS)

@@ -9,6 +9,8 @@ batch norm before each sigmoid, plain SGD with learning rate 1.0, batches of 256
   python -m experiments.lenet --workdir=runs/none --norm=none --learning_rate=0.9
   python -m experiments.lenet --workdir=runs/smoke --smoke     a try in seconds
   python -m experiments.lenet --load=runs/lenet                evaluate it again
+  python -m experiments.lenet --workdir=runs/rates --devices=2 \
+    --sweep="learning_rate=0.1,0.3,1.0;seed=0..2"              nine runs in one program
 
 The folder --workdir receives config.json, environment.json, metrics.jsonl (a line per
 epoch), results.json, the trained variables, curves.png and gamma_beta.png.
@@ -40,6 +42,12 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "load", None, "Folder of a finished run to evaluate again, instead of training."
     )
+    flags.DEFINE_string(
+        "sweep",
+        None,
+        "Train all combinations in one program, as in "
+        "'learning_rate=0.01,0.1,1.0;seed=0..4'.",
+    )
 
 
 def main(argv: Sequence[str]) -> None:
@@ -61,7 +69,11 @@ def main(argv: Sequence[str]) -> None:
         return
     launch.set_up_devices()
     smoke = {"dataset": "sample", "epochs": 1} if given.smoke else {}
-    train(given.workdir, config_lib.from_flags(given, defaults=smoke))
+    config = config_lib.from_flags(given, defaults=smoke)
+    if given.sweep is not None:
+        train_sweep(given.workdir, given.sweep, config)
+    else:
+        train(given.workdir, config)
 
 
 def train(workdir: str, config: config_lib.TrainConfig) -> None:
@@ -89,6 +101,30 @@ def train(workdir: str, config: config_lib.TrainConfig) -> None:
     names = sorted(path.name for path in Path(workdir).glob("[!.]*"))
     print(f"data: {data.source}")
     print(f"written to {workdir}: {', '.join(names)}")
+
+
+def train_sweep(workdir: str, spec: str, base: config_lib.TrainConfig) -> None:
+    """Train the members of a sweep into `workdir` and print a line for each."""
+    from bn_jax.training import sweep, sweep_run
+
+    configs = sweep.parse(spec, base)
+    data = launch.load_data(base.dataset)
+    print(f"{len(configs)} members of the sweep", flush=True)
+    options = config_lib.options_from_flags(flags.FLAGS)
+    rows = sweep_run.sweep_into(workdir, configs, data, options)
+    names = [part.partition("=")[0].strip() for part in spec.split(";")]
+    for row in rows:
+        member = "  ".join(f"{name} {row['config'][name]!s:6}" for name in names)
+        if row["diverged_at_step"] is not None:
+            print(f"{member}  diverged at step {row['diverged_at_step']}")
+            continue
+        print(
+            f"{member}  loss {row['loss'][-1]:.3f}  "
+            f"train accuracy {row['train_accuracy'][-1]:.3f}  "
+            f"test accuracy {row['test_accuracy'][-1]:.3f}, "
+            f"{row['test_accuracy_exact']:.3f} by exact statistics"
+        )
+    print(f"written to {workdir}")
 
 
 def evaluate_again(workdir: str) -> None:

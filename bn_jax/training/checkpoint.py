@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,19 @@ def load_variables(workdir: Path, like: Any) -> Any:
         ) from error
 
 
+class _LatestAndBest:
+    """Orbax's policy of what is kept: the last checkpoints, and the best."""
+
+    best: int | None = None  # its step
+
+    def should_preserve(
+        self, checkpoints: Sequence[Any], *, context: Any
+    ) -> list[bool]:
+        del context
+        latest = sorted(info.step for info in checkpoints)[-NUM_LATEST:]
+        return [info.step in (*latest, self.best) for info in checkpoints]
+
+
 class Checkpoints:
     """The checkpoints of a run: the last few, and the best on the test set.
 
@@ -83,22 +96,13 @@ class Checkpoints:
     def __init__(self, workdir: Path, identity: Mapping[str, Any]) -> None:
         import orbax.checkpoint as ocp
 
-        policies = ocp.checkpoint_managers
         self._ocp = ocp
+        self._kept = _LatestAndBest()
         self._identity = dict(identity)
         self._path = (workdir / CHECKPOINTS).absolute()
         options = ocp.CheckpointManagerOptions(
             create=False,
-            preservation_policy=policies.AnyPreservationPolicy(
-                [
-                    policies.LatestN(n=NUM_LATEST),
-                    policies.BestN(
-                        get_metric_fn=lambda metrics: metrics["test_accuracy"],
-                        n=1,
-                        keep_checkpoints_without_metrics=False,
-                    ),
-                ]
-            ),
+            preservation_policy=self._kept,
             cleanup_tmp_directories=True,
             multiprocessing_options=_primary_alone(),
         )
@@ -130,25 +134,23 @@ class Checkpoints:
         arrays = {
             "step_losses": progress.step_losses,
             "step_accuracies": progress.step_accuracies,
-            **_flat(progress.state),
+            **flat(progress.state),
         }
         run = {
             "history": [report._asdict() for report in progress.history],
             "seconds": progress.seconds,
         }
-        # Only at the end of an epoch is there an accuracy of this very state.
-        last = progress.history[-1] if progress.history else None
-        metrics = None
-        if last is not None and last.step == step:
-            metrics = {"test_accuracy": last.test_accuracy}
-        self.save_parts(step, arrays, run, metrics)
+        # Orbax would forget at a restart which was the best; the history knows.
+        accuracies = {r.step: r.test_accuracy for r in progress.history}
+        present = accuracies.keys() & {*self.steps, step}
+        self._kept.best = max(present, key=lambda s: (accuracies[s], s), default=None)
+        self.save_parts(step, arrays, run)
 
     def save_parts(
         self,
         step: int,
         arrays: Mapping[str, np.ndarray],
         run: Mapping[str, Any],
-        metrics: Mapping[str, float] | None = None,
     ) -> None:
         """Write a checkpoint of arrays and JSON values, unless there is one of `step`.
 
@@ -165,7 +167,6 @@ class Checkpoints:
                     arrays=args.StandardSave(dict(arrays)),
                     run=args.JsonSave({"identity": self._identity, **run}),
                 ),
-                metrics=metrics,
                 force=True,
             )
         except (OSError, ValueError) as error:
@@ -190,11 +191,28 @@ class Checkpoints:
             seconds = run["seconds"]
             losses = arrays.pop("step_losses")
             accuracies = arrays.pop("step_accuracies")
-        self._refuse(step, _misfits(arrays, _flat(like)))
-        state = serialization.from_state_dict(
-            like, traverse_util.unflatten_dict({**_empty(like), **arrays}, sep="/")
-        )
+        state = self.unflat(step, arrays, like)
         return Progress(state, losses, accuracies, history, seconds)
+
+    def unflat(
+        self, step: int, arrays: Mapping[str, np.ndarray], like: TrainState
+    ) -> TrainState:
+        """Return the state of which `flat` made these arrays of a checkpoint.
+
+        Args:
+          step: of the checkpoint.
+          arrays: all those of the state.
+          like: as for `latest`.
+
+        Raises:
+          RunError: if arrays are missing, unknown or of another shape.
+        """
+        self._refuse(step, _misfits(arrays, flat(like)))
+        nodes = {**_empty(like), **arrays}
+        state: TrainState = serialization.from_state_dict(
+            like, traverse_util.unflatten_dict(nodes, sep="/")
+        )
+        return state
 
     def latest_parts(self) -> tuple[int, dict[str, np.ndarray], dict[str, Any]] | None:
         """Return step, arrays and JSON values of the last whole checkpoint.
@@ -281,7 +299,8 @@ def _nodes(state: TrainState) -> dict[str, Any]:
     return traverse_util.flatten_dict(nested, sep="/", keep_empty_nodes=True)
 
 
-def _flat(state: TrainState) -> dict[str, np.ndarray]:
+def flat(state: TrainState) -> dict[str, np.ndarray]:
+    """Return the arrays of a state by name."""
     return {
         name: np.asarray(value)
         for name, value in _nodes(state).items()

@@ -105,7 +105,7 @@ class Progress(NamedTuple):
     state: TrainState  # NumPy arrays with a leading axis of members
     step_losses: np.ndarray  # shape [members, steps], float32; NaN after divergence
     step_accuracies: np.ndarray  # likewise
-    test_losses: np.ndarray  # shape [members, epochs]; NaN after divergence
+    test_losses: np.ndarray  # shape [members, epochs]; NaN before, or once diverged
     test_accuracies: np.ndarray  # likewise
     seconds: float  # of training, all members together
 
@@ -167,8 +167,9 @@ class Sweep:
             evaluation.batched(data.test, num_batches, columns)
         )
         state = _init_members(self._members, data.train.images.shape[1:], self)
-        empty = np.zeros((len(configs), 0), np.float32)
-        self.restore(Progress(state, empty, empty, empty, empty, 0.0))
+        no_steps = np.zeros((len(configs), 0), np.float32)
+        untested = np.full((len(configs), self._base.epochs), np.nan, np.float32)
+        self.restore(Progress(state, no_steps, no_steps, untested, untested, 0.0))
 
     def _order_of(self, seed: int) -> feed.Order:
         _, key = jax.random.split(jax.random.key(seed))
@@ -254,7 +255,7 @@ class Sweep:
             sums = self._map.get(
                 self._evaluate(values, self._state.variables, *self._test)
             )
-            self._add_tested(sums)
+            self._set_tested(epoch, sums)
             yield epoch + 1
 
     def _take(self, metrics: step_lib.Metrics, size: int) -> None:
@@ -267,16 +268,17 @@ class Sweep:
             old = getattr(self, of_calls)
             setattr(self, of_calls, np.append(old, new.astype(np.float32), axis=1))
 
-    def _add_tested(self, sums: step_lib.Sums) -> None:
-        n = len(self.configs)
-        count = len(self.data.test.labels)
-        alive = np.isfinite(self._losses[:, -1:])
+    def _set_tested(self, epoch: int, sums: step_lib.Sums) -> None:
+        """Keep what an evaluation at an epoch's end has found."""
+        n, count = len(self.configs), len(self.data.test.labels)
+        alive = np.isfinite(self._losses[:, -1])
+        of_epoch = np.arange(self._base.epochs) == epoch
         for values, name in (
             (sums.loss, "_test_losses"),
             (sums.correct, "_test_accuracies"),
         ):
-            new = np.where(alive, values[:n, None] / count, np.nan).astype(np.float32)
-            setattr(self, name, np.append(getattr(self, name), new, axis=1))
+            new = np.where(alive, values[:n] / count, np.nan).astype(np.float32)
+            setattr(self, name, np.where(of_epoch, new[:, None], getattr(self, name)))
 
     def rows(self, *, exact: bool = True) -> list[dict[str, Any]]:
         """Return a row for each member, of values that JSON can hold.
@@ -441,6 +443,11 @@ def _init_members(
     )
 
 
+def takes_turns(devices: Sequence[jax.Device]) -> bool:
+    """Return whether members that share a device are faster one after another."""
+    return devices[0].platform == "cpu"
+
+
 class _Mapped:
     """Functions of one member, mapped over the members and over devices."""
 
@@ -462,7 +469,7 @@ class _Mapped:
           shared: for each argument, whether all members share it.
           donate: arguments that are used up.
         """
-        in_turns = self._devices[0].platform == "cpu"
+        in_turns = takes_turns(self._devices)
 
         def of_members(*arguments: Any) -> Any:
             if not in_turns:

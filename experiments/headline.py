@@ -61,7 +61,7 @@ def define_flags() -> None:
 
 def main(argv: Sequence[str]) -> None:
     launch.check_no_arguments(argv)
-    launch.set_up_devices()
+    launch.set_up_jax()
     smoke = {"dataset": "sample", "epochs": 1, "seeds": 1} if flags.FLAGS.smoke else {}
     base = config_lib.TrainConfig(
         dataset=launch.given_or("dataset", smoke),

@@ -67,7 +67,7 @@ def main(argv: Sequence[str]) -> None:
             )
         evaluate_again(given.load)
         return
-    launch.set_up_devices()
+    launch.set_up_jax()
     smoke = {"dataset": "sample", "epochs": 1} if given.smoke else {}
     config = config_lib.from_flags(given, defaults=smoke)
     if given.sweep is not None:

@@ -14,7 +14,7 @@ from flax import traverse_util
 from tqdm import tqdm
 
 from bn_jax import data as data_lib
-from bn_jax import plots, results
+from bn_jax import results
 from bn_jax.results import RunError
 from bn_jax.training import checkpoint, distributed, interrupt, loop, parallel
 from bn_jax.training.config import RunOptions, TrainConfig
@@ -249,6 +249,8 @@ class _Files:
 
     def finish(self, run: Run) -> None:
         """Write the results, last of all their file."""
+        from bn_jax import plots  # here, so that training starts sooner
+
         checkpoint.save_variables(self._workdir, run.variables)
         plots.curves(run.metrics, run.results, self._workdir / "curves.png")
         if run.results["gamma_beta"]:

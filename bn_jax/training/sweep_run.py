@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from bn_jax import data as data_lib
-from bn_jax import plots, results
+from bn_jax import results
 from bn_jax.training import checkpoint, interrupt
 from bn_jax.training.config import ConfigError, RunOptions, TrainConfig
 from bn_jax.training.sweep import SWEPT, Progress, Sweep
@@ -61,6 +61,8 @@ def sweep_into(
         with contextlib.closing(checkpoint.Checkpoints(workdir, config)) as checkpoints:
             _restore(sweep, checkpoints)
             _train(sweep, checkpoints, request, checkpoint_steps)
+        from bn_jax import plots  # here, so that training starts sooner
+
         rows = sweep.rows(exact=exact)
         progress = sweep.progress()
         checkpoint.save_variables(workdir, progress.state.variables)

@@ -11,6 +11,7 @@ $$y = \gamma \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta$$
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 import warnings
@@ -109,23 +110,48 @@ def normalize(
     x = jnp.asarray(x)
     moments_lib.check_input(x, feature_axis)
     _check_features(x, feature_axis, mean=mean, var=var, scale=scale, bias=bias)
-    if not isinstance(epsilon, jax.Array) and not epsilon > 0:
-        raise ValueError(f"epsilon={epsilon!r}; expected a number greater than 0")
+    _check_epsilon(epsilon)
     axes = moments_lib.reduction_axes(x.ndim, feature_axis)
 
-    def spread(per_feature: Array) -> Array:
-        return jnp.expand_dims(per_feature, axes)
-
-    # x - mean first: folding the mean into the shift would cancel digits where it is
-    # large beside the deviation.
-    y = x.astype(moments_lib.statistics_dtype(x.dtype)) - spread(mean)
     multiplier = lax.rsqrt(var + epsilon)
     if scale is not None:
         multiplier = multiplier * scale
+    spread = functools.partial(jnp.expand_dims, axis=axes)
+    # x - mean first: folding the mean into the shift would cancel digits where it is
+    # large beside the deviation.
+    y = x.astype(moments_lib.statistics_dtype(x.dtype)) - spread(mean)
     y = y * spread(multiplier)
     if bias is not None:
         y = y + spread(bias)
     return y.astype(x.dtype)
+
+
+def _normalize_about(
+    x: Array,
+    centre: Array,
+    mean: Array,
+    var: Array,
+    params: BatchNormParams,
+    *,
+    epsilon: float,
+    axes: tuple[int, ...],
+) -> Array:
+    """Return `normalize(x, mean, var, params)`, for a mean that is near to `centre`.
+
+    With mean - centre of the size of a deviation, it can be folded into the shift and
+    cost no digit. Then x - centre, which `measure` has computed for the moments, is
+    all that is read of x, in the gradient too: with the mean subtracted here, XLA would
+    write x - mean to memory besides.
+    """
+    scale, bias = params
+    spread = functools.partial(jnp.expand_dims, axis=axes)
+    multiplier = lax.rsqrt(var + epsilon)
+    if scale is not None:
+        multiplier = multiplier * scale
+    shift = (centre - mean) * multiplier
+    if bias is not None:
+        shift = shift + bias
+    return (x - spread(centre)) * spread(multiplier) + spread(shift)
 
 
 def update_average(
@@ -305,9 +331,10 @@ def batch_norm(
       ([-1.0, 1.0], [0.20000000298023224])
     """
     _check_static(train=train, update_state=update_state)
+    _check_epsilon(epsilon)
     x = jnp.asarray(x)
     moments_lib.check_input(x, feature_axis)
-    _check_features(x, feature_axis, mean=state.mean, var=state.var)
+    _check_features(x, feature_axis, **params._asdict(), **state._asdict())
     _check_state(state)
     update_state = train if update_state is None else update_state
     by_batch = train and statistics is None
@@ -346,6 +373,20 @@ def batch_norm(
 
     def normalized_by_itself(x: Array, weights: Array | None) -> tuple[Array, Moments]:
         moments = measured(x, weights)
+        if weights is None:
+            wide = x.astype(moments.mean.dtype)
+            axes = moments_lib.reduction_axes(x.ndim, feature_axis)
+            centre = moments_lib.rough_mean(wide, axes)
+            y = _normalize_about(
+                wide,
+                centre,
+                moments.mean,
+                moments.var,
+                params,
+                epsilon=epsilon,
+                axes=axes,
+            )
+            return y.astype(x.dtype), moments
         present = moments.count > 0
         mean = jnp.where(present, moments.mean, state.mean)
         var = jnp.where(present, moments.var, state.var)
@@ -366,6 +407,12 @@ def batch_norm(
     if not update_state:
         return y, state
     return y, update_average(state, moments, momentum=momentum)
+
+
+def _check_epsilon(epsilon: float | Array) -> None:
+    """Refuse a known number that is not positive."""
+    if not isinstance(epsilon, jax.Array) and not epsilon > 0:
+        raise ValueError(f"epsilon={epsilon!r}; expected a number greater than 0")
 
 
 def _split(x: Array, axis: int, size: int) -> Array:

@@ -151,7 +151,7 @@ def measure(
         weighted = values if w is None else w * values
         return jnp.sum(weighted, axes) / jnp.where(n > 0, n, 1)
 
-    c = lax.stop_gradient(mean_of(x))
+    c = rough_mean(x, axes) if w is None else lax.stop_gradient(mean_of(x))
     x_c = x - jnp.expand_dims(c, axes)
     delta = mean_of(x_c)
     # Of numbers beyond the square root of the largest both terms are infinite, and so
@@ -170,6 +170,20 @@ def measure(
             "axis_name is None; give the axis's name too"
         )
     return moments
+
+
+def rough_mean(x: Array, axes: tuple[int, ...]) -> Array:
+    """Return the mean over a sixteenth of the values or more, without a gradient.
+
+    Moments may be taken about any number c. With var = E[(x - c)^2] - (E[x - c])^2,
+    rounding grows with ((mean - c) / deviation)^2. The mean of a share s of the values
+    is at most sqrt(1 / s) deviations away (by Cauchy and Schwarz), whichever they are:
+    for 16 times the rounding at worst, it spares one pass over memory.
+    """
+    first = axes[0]
+    share = lax.slice_in_dim(x, 0, -(-x.shape[first] // 16), axis=first)
+    n = max(1, math.prod(share.shape[a] for a in axes))
+    return lax.stop_gradient(jnp.sum(share, axes) / n)
 
 
 def merge(a: Moments, b: Moments) -> Moments:

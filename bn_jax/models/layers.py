@@ -128,14 +128,23 @@ def conv2d_by_blocks(x: Array, kernel: Array) -> Array:
     kernels = kernels.reshape(b * b, taps_h, b, taps_w, b, c_in, c_out)
     kernels = kernels.transpose(6, 0, 1, 3, 5, 2, 4)  # C_out, b*b, taps, C_in, b, b
 
-    # The batch stays an axis of its own, so that it can be sharded over devices.
-    y = jnp.tensordot(
-        kernels.reshape(c_out * b * b, -1),
-        patches.reshape(-1, blocks_h, blocks_w, n),
-        axes=1,
-    )
+    kernels = kernels.reshape(c_out * b * b, -1)
+    if _batch_may_be_sharded():
+        # The batch has to stay an axis of its own, or all devices would get all of it.
+        y = jnp.tensordot(kernels, patches.reshape(-1, blocks_h, blocks_w, n), axes=1)
+    else:
+        y = kernels @ patches.reshape(-1, blocks_h * blocks_w * n)  # a tenth faster
     y = y.reshape(c_out, b, b, blocks_h, blocks_w, n).transpose(0, 3, 1, 4, 2, 5)
     return y.reshape(c_out, blocks_h * b, blocks_w * b, n)[:, :out_h, :out_w]
+
+
+def _batch_may_be_sharded() -> bool:
+    """Return whether the program is traced for a mesh that the compiler partitions."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return any(
+        size > 1 and kind != jax.sharding.AxisType.Manual
+        for size, kind in zip(mesh.axis_sizes, mesh.axis_types, strict=True)
+    )
 
 
 def avg_pool_2x2(x: Array, layout: Layout) -> Array:

@@ -8,7 +8,10 @@ machine that slows down slows all of them.
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
+import importlib.util
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -40,8 +43,53 @@ def ratios(values: Sequence[float], reference: Sequence[float]) -> Summary:
     return summarize([v / r for v, r in zip(values, reference, strict=True)])
 
 
+def slope(x: Sequence[float], y: Sequence[float]) -> float:
+    r"""Return the slope of log y against log x by least squares: p of $y = c x^p$."""
+    log_x, log_y = [[math.log(v) for v in values] for values in (x, y)]
+    return statistics.linear_regression(log_x, log_y).slope
+
+
+def largest_differences(
+    series: Mapping[str, Sequence[float]], reference: Sequence[float]
+) -> dict[str, float]:
+    """Return how far each series is from the reference, at its worst value.
+
+    NaN, of a series that has one, counts as infinitely far.
+    """
+    return {
+        name: max(
+            math.inf if math.isnan(a - b) else abs(a - b)
+            for a, b in zip(values, reference, strict=True)
+        )
+        for name, values in series.items()
+    }
+
+
+def missing(needed: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """Return which arms cannot run here, with the reason.
+
+    Args:
+      needed: names of the modules that each arm imports.
+    """
+    reasons = {}
+    for arm, modules in needed.items():
+        absent = [m for m in modules if importlib.util.find_spec(m) is None]
+        if absent:
+            reasons[arm] = f"{', '.join(absent)} is not installed"
+    return reasons
+
+
+def versions(packages: Sequence[str]) -> dict[str, str]:
+    """Return the versions of those packages that are installed."""
+    found = {}
+    for package in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
 class ArmError(RuntimeError):
-    """An arm that failed, with what it wrote."""
+    """An arm that failed; what it wrote is on stderr."""
 
 
 class _Arm:
@@ -68,15 +116,17 @@ class _Arm:
     def measure(self) -> Measurement:
         """Have it measure once."""
         assert self._process.stdin is not None
-        self._process.stdin.write("go\n")
-        self._process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # reading says how it ended
+            self._process.stdin.write("go\n")
+            self._process.stdin.flush()
         measurement: Measurement = self.read()
         return measurement
 
     def stop(self) -> None:
         """End the process."""
         self._process.kill()
-        self._process.wait()
+        with contextlib.suppress(BrokenPipeError):  # of a "go" that was not read
+            self._process.communicate()
 
 
 def interleaved(

@@ -1,0 +1,356 @@
+import itertools
+import math
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments.benchmarks import batch_norm, lenet, population, start_up, timing
+
+# An arm that tells the time by a counter in a file that all arms share.
+MADE_UP = """
+import os, pathlib, sys
+from experiments.benchmarks import timing
+
+(arm,) = [a.removeprefix("--arm=") for a in sys.argv if a.startswith("--arm=")]
+clock = pathlib.Path([a for a in sys.argv if a.endswith("clock")][0])
+
+def measure():
+    if arm == "broken" and clock.read_text():
+        sys.exit(3)
+    clock.write_text(clock.read_text() + ".")
+    return {"at": len(clock.read_text())}
+
+print("something that is no measurement")
+timing.serve({"env": os.environ.get("GIVEN", "")}, measure)
+"""
+
+
+@pytest.fixture
+def made_up(tmp_path):
+    """Return environment variables by which Python finds `made_up`, and its clock."""
+    (tmp_path / "made_up.py").write_text(MADE_UP)
+    clock = tmp_path / "clock"
+    clock.write_text("")
+    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])
+    return {"PYTHONPATH": path}, str(clock)
+
+
+def test_arms_are_measured_in_turns_after_a_round_that_warms_them_up(made_up):
+    env, clock = made_up
+    about, measured = timing.interleaved(
+        "made_up",
+        {"a": env, "b": {**env, "GIVEN": "yes"}},
+        rounds=2,
+        arguments=[clock],
+    )
+    # The rounds are at 1, 2; 3, 4; 5, 6; the first is left out.
+    assert timing.values(measured, "at") == {"a": [3, 5], "b": [4, 6]}
+    assert [about[arm]["env"] for arm in "ab"] == ["", "yes"]
+
+
+def test_arm_that_fails_is_named(made_up):
+    env, clock = made_up
+    with pytest.raises(timing.ArmError, match="arm broken ended with status 3"):
+        timing.interleaved(
+            "made_up", {"a": env, "broken": env}, rounds=1, arguments=[clock]
+        )
+
+
+def test_arm_that_cannot_start_is_named(made_up):
+    env, clock = made_up
+    with pytest.raises(timing.ArmError, match="arm a ended with status 1"):
+        timing.interleaved("no_such_module", {"a": env}, rounds=1, arguments=[clock])
+
+
+def test_summary_is_median_and_spread():
+    assert timing.summarize([4.0, 1.0, 2.0]) == (2.0, 1.0, 4.0, 3)
+
+
+def test_ratios_are_paired_by_round():
+    # 2 / 1, 6 / 2 and 4 / 4
+    assert timing.ratios([2.0, 6.0, 4.0], [1.0, 2.0, 4.0]) == (2.0, 1.0, 3.0, 3)
+    with pytest.raises(ValueError, match="argument 2 is shorter"):
+        timing.ratios([1.0, 2.0], [1.0])
+
+
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0, 2.0])
+def test_slope_is_the_power(power):
+    x = [1_000.0, 4_000.0, 16_000.0, 60_000.0]
+    assert timing.slope(x, [3 * v**power for v in x]) == pytest.approx(power)
+
+
+def test_slope_is_least_squares_on_logarithms():
+    # log2: x 0, 1, 2 and y 0, 0, 3: sum (x - 1) (y - 1) / sum (x - 1)^2 = 3 / 2.
+    assert timing.slope([1, 2, 4], [1, 1, 8]) == pytest.approx(1.5)
+
+
+def test_differences_are_the_largest_and_nan_is_infinite():
+    series = {"a": [1.0, 2.0], "b": [1.5, 1.75], "c": [1.0, math.nan]}
+    apart = timing.largest_differences(series, [1.0, 2.0])
+    assert apart == {"a": 0.0, "b": 0.5, "c": math.inf}
+
+
+def test_table_and_interval_read_as_they_should():
+    rows = [["arm", "ratio"], ["a", timing.interval(timing.summarize([1.0, 2.0, 4.0]))]]
+    assert timing.table(rows) == "| arm | ratio |\n|---|---|\n| a | 2 (1-4) |\n"
+
+
+def test_arm_of_a_missing_library_is_left_out_with_the_reason():
+    needed = {"a": ["math"], "b": [], "c": ["math", "no_such_library"]}
+    assert timing.missing(needed) == {"c": "no_such_library is not installed"}
+
+
+def test_versions_are_of_what_is_installed():
+    assert timing.versions(["numpy", "no-such-library"]) == {"numpy": np.__version__}
+
+
+def test_lenet_refuses_an_unknown_arm_and_reports_a_missing_library(
+    monkeypatch, capsys
+):
+    with pytest.raises(lenet.config_lib.ConfigError, match="arms=tensorflow; expected"):
+        lenet.choose_arms(["ours", "tensorflow"])
+    missing = {**lenet.ARMS, "torch": lenet.Arm("PyTorch", needs=["no_such_library"])}
+    monkeypatch.setattr(lenet, "ARMS", missing)
+    arms, skipped = lenet.choose_arms(["ours", "torch"])
+    assert list(arms) == ["ours"]
+    assert skipped == {"torch": "no_such_library is not installed"}
+    assert (
+        "left out: torch (no_such_library is not installed)" in capsys.readouterr()[0]
+    )
+
+
+def test_lenet_refuses_arms_that_train_differently():
+    losses = {"torch": [2.0, 1.0], "ours": [2.0, 1.0005]}
+    assert lenet.check_losses(losses)["torch"] == pytest.approx(5e-4)
+    with pytest.raises(FloatingPointError, match="of ours by .*'flax': 0.5"):
+        lenet.check_losses({**losses, "flax": [2.0, 1.5005]})
+    with pytest.raises(FloatingPointError):
+        lenet.check_losses({**losses, "flax": [2.0, math.nan]})
+
+
+def lenet_params():
+    """Return numbered parameters of the shapes that LeNet has."""
+    kernels = {
+        "conv1": (5, 5, 1, 6),
+        "conv2": (5, 5, 6, 16),
+        "dense1": (256, 120),
+        "dense2": (120, 84),
+        "dense3": (84, 10),
+    }
+    params = {}
+    for i, (name, shape) in enumerate(kernels.items(), start=1):
+        params[f"{name}/kernel"] = np.arange(np.prod(shape), dtype=float).reshape(shape)
+        params[f"{name}/bias"] = np.full(shape[-1], float(i))
+        params[f"norm{i}/scale"] = np.full(shape[-1], 10.0 + i)
+        params[f"norm{i}/bias"] = np.full(shape[-1], 20.0 + i)
+    return params
+
+
+def test_torch_parameters_compute_what_ours_do():
+    params = lenet_params()
+    listed = lenet.torch_params(params)
+    assert [p.shape for p in listed[:4]] == [(6, 1, 5, 5), (6,), (6,), (6,)]
+    assert [p.shape for p in listed[4:9]] == [(16, 6, 5, 5), *[(16,)] * 3, (120, 256)]
+    assert [p.shape for p in listed[9:]] == [
+        *[(120,)] * 3,
+        (84, 120),
+        *[(84,)] * 3,
+        (10, 84),
+        (10,),
+    ]
+    np.testing.assert_array_equal(
+        listed[4][3, 2, 1, 4], params["conv2/kernel"][1, 4, 2, 3]
+    )
+    # The features are flattened pixels first in ours, channels first there.
+    features = np.random.default_rng(0).normal(size=(4, 4, 16))
+    ours = features.reshape(-1) @ params["dense1/kernel"]
+    theirs = listed[8] @ features.transpose(2, 0, 1).reshape(-1)
+    np.testing.assert_allclose(theirs, ours, rtol=1e-12)
+
+
+def test_torch_networks_agree_with_each_other():
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(0)
+    params = {k: 0.1 * rng.normal(size=v.shape) for k, v in lenet_params().items()}
+    x = torch.tensor(rng.normal(size=(8, 1, 28, 28)), dtype=torch.float32)
+    outputs, moved = [], []
+    for from_scratch in (False, True):
+        net = lenet.torch_lenet(from_scratch)
+        lenet.load_into_torch(net, params)
+        outputs.append(net(x).detach())
+        moved.append(list(net.buffers())[0])
+        outputs.append(net.eval()(x).detach())
+    nn_train, nn_predict, own_train, own_predict = outputs
+    torch.testing.assert_close(nn_train, own_train, rtol=1e-4, atol=1e-5)
+    # PyTorch's average is of variances over n - 1: 4,608 values here, but 8 in layer 3.
+    torch.testing.assert_close(moved[0], moved[1])
+    assert (nn_predict - own_predict).abs().max() < 0.1
+
+
+def test_least_of_the_repeats_counts():
+    ticks = itertools.count()
+    assert lenet.seconds_of(lambda: next(ticks)) >= 0
+    assert next(ticks) == 4  # one that warms up and three
+
+
+def test_reference_gradients_are_those_of_the_formula():
+    case = batch_norm.make_case((4, 3, 2, 5))
+    wide = batch_norm.Case(*(a.astype(float) for a in case))
+    true = batch_norm.reference(wide)
+    rng = np.random.default_rng(1)
+    step = 1e-6
+    for i, name in enumerate(("x", "gamma", "beta")):
+        # Along a random direction d: (f(v + h d) - f(v - h d)) / 2h = gradient . d.
+        value = getattr(wide, name)
+        d = rng.normal(size=value.shape)
+        up, down = (
+            (
+                batch_norm.reference(wide._replace(**{name: value + s * d})).y * wide.dy
+            ).sum()
+            for s in (step, -step)
+        )
+        gradient = true[1 + i]
+        assert (up - down) / (2 * step) == pytest.approx((gradient * d).sum(), rel=1e-6)
+    x_hat = (true.y - wide.beta) / wide.gamma
+    np.testing.assert_allclose(x_hat.mean((0, 1, 2)), 0, atol=1e-12)
+
+
+IN_PROCESS = [
+    "ours",
+    "ours_chwn",
+    "ours_linen",
+    "ours_nnx",
+    "one_pass",
+    "flax_linen",
+    "flax_nnx",
+]
+
+
+@pytest.mark.parametrize("name", IN_PROCESS)
+def test_batch_norm_arm_computes_the_reference(name):
+    case = batch_norm.make_case((4, 3, 2, 5))
+    call = batch_norm.ARMS[name].make(case)
+    errors = batch_norm.errors(call.result(), batch_norm.reference(case))
+    assert max(errors.values()) < 1e-5
+    assert batch_norm.check_errors({name: {"errors": {"4x3x2x5": errors}}}) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["haiku", "torch", "torch_channels_last"])
+def test_batch_norm_peer_computes_the_reference(name):
+    arm = batch_norm.ARMS[name]
+    for module in arm.needs:
+        pytest.importorskip(module)
+    case = batch_norm.make_case((4, 3, 2, 5))
+    errors = batch_norm.errors(arm.make(case).result(), batch_norm.reference(case))
+    assert max(errors.values()) < 1e-5
+
+
+def test_batch_norm_refuses_a_wrong_result():
+    said = {"ours": {"errors": {"2x2x2x2": {"y": 1e-6, "dx": 1e-3}}}}
+    with pytest.raises(FloatingPointError, match="ours at 2x2x2x2, dx"):
+        batch_norm.check_errors(said)
+    said["ours"]["errors"]["2x2x2x2"]["dx"] = math.nan
+    with pytest.raises(FloatingPointError):
+        batch_norm.check_errors(said)
+
+
+def test_floor_is_eight_passes_of_which_two_were_measured():
+    assert batch_norm.floors([1.0, 2.5]) == [4.0, 10.0]
+
+
+def test_times_are_compared_to_the_floor_and_the_fastest_peer():
+    compared = batch_norm.compare(
+        {
+            batch_norm.FLOOR: [1.0, 2.0, 1.0],
+            "ours": [2.0, 3.0, 2.0],
+            "one_pass": [4.0, 3.0, 4.0],
+            "haiku": [4.0, 6.0, 4.0],
+            "torch": [9.0, 1.0, 9.0],
+        }
+    )
+    assert compared.to_floor["ours"] == (2.0, 1.5, 2.0, 3)
+    assert compared.best_peer == "haiku"  # by its median, not by one lucky round
+    assert compared.to_best_peer == {"ours": (0.5, 0.5, 0.5, 3)}
+    assert compared.to_one_pass == {"ours": (0.5, 0.5, 1.0, 3)}
+
+
+def test_times_without_peers_are_compared_to_the_floor_alone():
+    compared = batch_norm.compare({batch_norm.FLOOR: [1.0], "ours": [2.0]})
+    assert compared.best_peer is None
+    assert compared.to_best_peer == compared.to_one_pass == {}
+
+
+def test_shapes_have_names():
+    assert batch_norm.parse_shape(batch_norm.shape_name((64, 56, 56, 64))) == (
+        64,
+        56,
+        56,
+        64,
+    )
+    for wrong in ("64x56", "axbxcxd", "1x2x3x0", "1x2x3x-4"):
+        with pytest.raises(batch_norm.config_lib.ConfigError, match="expected such as"):
+            batch_norm.parse_shape(wrong)
+
+
+def test_population_sizes_are_at_most_all_examples():
+    assert population.sizes_of(["4000", "1000", "60000"], 6_000) == [
+        1_000,
+        4_000,
+        6_000,
+    ]
+    assert population.sizes_of(["16000", "60000"], 6_000) == [6_000]
+    with pytest.raises(population.config_lib.ConfigError, match="expected such as"):
+        population.sizes_of(["1e3"], 6_000)
+
+
+def test_population_refuses_ways_that_measure_differently():
+    about = {
+        "layerwise": {"first_layer": [0.5, 1.0]},
+        "one_pass": {"first_layer": [0.5, 1.000001]},
+    }
+    assert population.check_first_layer(about) == pytest.approx(1e-6)
+    about["one_pass"]["first_layer"][0] = 0.6
+    with pytest.raises(FloatingPointError, match="differ by 0.1"):
+        population.check_first_layer(about)
+
+
+def test_start_up_reads_line_status_and_memory_of_one_process():
+    ran = start_up.run(
+        ["-c", "print('a'); x = b'x' * 300_000_000; print('epoch 1/2')"],
+        wait_for="epoch 1/",
+    )
+    assert 0 < ran.first_line_seconds <= ran.seconds
+    small = start_up.run(["-c", "pass"])
+    assert math.isnan(small.first_line_seconds)
+    # Its own peak, though this process and a child that came before are larger.
+    assert small.peak_bytes < 250_000_000 < ran.peak_bytes
+
+
+def test_start_up_refuses_a_process_that_fails_or_says_nothing():
+    with pytest.raises(timing.ArmError, match="ended with status 5"):
+        start_up.run(["-c", "import sys; sys.exit(5)"])
+    with pytest.raises(timing.ArmError, match="printed no line 'epoch 1/'"):
+        start_up.run(["-c", "print('epoch 2/2')"], wait_for="epoch 1/")
+
+
+def test_start_up_refuses_a_cache_that_changes_the_result():
+    same = {"loss_cold": 0.5, "loss_warm": 0.5}
+    start_up.check_losses([same, same])
+    with pytest.raises(FloatingPointError, match="jobs of one config"):
+        start_up.check_losses([same, {"loss_cold": 0.5, "loss_warm": 0.25}])
+
+
+@pytest.mark.parametrize("name", ["lenet", "batch_norm", "population", "start_up"])
+def test_benchmark_explains_itself(name):
+    run = start_up.subprocess.run(
+        [sys.executable, "-m", f"experiments.benchmarks.{name}", "--help"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    )
+    assert f"python -m experiments.benchmarks.{name} --workdir=" in run.stdout
+    for flag in ("workdir", "rounds", "smoke"):
+        assert f"--{flag}:" in run.stdout or f"--[no]{flag}:" in run.stdout

@@ -16,6 +16,8 @@ refused.
 from __future__ import annotations
 
 import functools
+import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -34,6 +36,9 @@ from bn_jax.moments import (
     merge,
     statistics_dtype,
 )
+
+# What a layer is given is kept from one pass to the next up to this size.
+_MAX_KEPT_BYTES = 2**28
 
 Path = tuple[str, ...]
 Predict = Callable[[Any, Array], Any]
@@ -86,28 +91,24 @@ def exact_statistics(
     if mode not in ("layerwise", "one_pass"):
         raise ValueError(f"mode={mode!r}; expected layerwise or one_pass")
     inputs, weights = _check_data(inputs, weights, batch_size, num_examples)
-    paths = [call.path for call in layer_calls(predict, variables, inputs[:batch_size])]
+    calls = layer_calls(predict, variables, inputs[:batch_size])
+    paths = [call.path for call in calls]
     _check_all_called(variables, paths)
-
-    def measured(variables: Any) -> list[Moments]:
-        return _pooled_moments(
-            predict,
-            variables,
-            inputs,
-            weights,
-            batch_size=batch_size,
-            by_batch=mode == "one_pass",
-        )
-
+    pooled = functools.partial(
+        _pooled_moments, predict, inputs=inputs, weights=weights, batch_size=batch_size
+    )
     if mode == "one_pass":
-        moments = _by_layer(paths, measured(variables))
+        of_calls, _ = pooled(variables)
+        moments = _by_layer(paths, of_calls)
         return with_statistics(variables, moments)["batch_stats"]
-    # All calls are measured in each pass, though one is of use, so that all passes are
-    # one compiled program.
-    of_calls: list[Moments] = []
-    current = variables
-    for call in range(len(paths)):
-        of_calls.append(measured(current)[call])
+    # A pass measures one call. What that call is given is kept, if memory allows, so
+    # that the next pass starts from there; what a pass does not need, XLA leaves out.
+    of_calls, kept, current = [], None, variables
+    for number, call in enumerate(calls):
+        size = math.prod(call.shape) / min(batch_size, len(inputs)) * len(inputs)
+        keep = number + 1 < len(calls) and 4 * size <= _MAX_KEPT_BYTES
+        (moments_of_call,), kept = pooled(current, kept=kept, number=number, keep=keep)
+        of_calls.append(moments_of_call)
         current = with_statistics(variables, _by_layer(paths, of_calls))
     return with_statistics(current, {})["batch_stats"]
 
@@ -131,10 +132,10 @@ def batch_moments(
     """
     paths = [call.path for call in layer_calls(predict, variables, inputs)]
     _check_all_called(variables, paths)
-    outputs, moments = _apply_and_measure(
+    outputs, measured = _apply_and_measure(
         predict, variables, inputs, None, by_batch=True
     )
-    return outputs, _by_layer(paths, moments)
+    return outputs, _by_layer(paths, [call.moments for call in measured])
 
 
 def with_statistics(variables: Any, moments: Mapping[Path, Moments]) -> dict[str, Any]:
@@ -231,28 +232,55 @@ def _by_layer(paths: Sequence[Path], moments: Sequence[Moments]) -> dict[Path, M
     return pooled
 
 
-@functools.partial(jax.jit, static_argnames=("predict", "batch_size", "by_batch"))
+@functools.partial(jax.jit, static_argnames=("predict", "batch_size", "number", "keep"))
 def _pooled_moments(
     predict: Predict,
     variables: Any,
+    *,
     inputs: Array,
     weights: Array | None,
-    *,
     batch_size: int,
-    by_batch: bool,
-) -> list[Moments]:
-    """Return the moments of what each call is given over the data set."""
-    Data = tuple[Array, Array | None]
+    number: int | None = None,
+    kept: Any = None,
+    keep: bool = False,
+) -> tuple[list[Moments], Any]:
+    """Return the moments of what calls are given over the data set.
 
-    def of_batch(batch: Data) -> list[Moments]:
-        return _apply_and_measure(predict, variables, *batch, by_batch=by_batch)[1]
+    Args:
+      predict: as for `exact_statistics`.
+      variables: as for `exact_statistics`.
+      inputs: as for `exact_statistics`.
+      weights: as for `exact_statistics`.
+      batch_size: as for `exact_statistics`.
+      number: of the call that is measured; None measures all, each call normalising by
+        its own batch.
+      kept: what the call before was given, as the last pass returned it, or None.
+      keep: whether to return what this call is given.
 
-    def add(total: list[Moments], batch: Data) -> tuple[list[Moments], None]:
-        return list(map(merge, total, of_batch(batch))), None
-
-    data = (inputs, weights)
+    Returns:
+      The moments, and what the call was given, or None.
+    """
     num_whole = len(inputs) // batch_size
     size = num_whole * batch_size
+
+    def of_batch(batch: Any) -> tuple[list[Moments], Any]:
+        (inputs, weights), given = batch
+        _, measured = _apply_and_measure(
+            predict,
+            variables,
+            inputs,
+            weights,
+            by_batch=number is None,
+            given={} if given is None or number is None else {number - 1: given},
+        )
+        if number is None:
+            return [call.moments for call in measured], None
+        call = measured[number]
+        return [call.moments], call.x if keep else None
+
+    def add(total: list[Moments], batch: Any) -> tuple[list[Moments], Any]:
+        moments, x = of_batch(batch)
+        return list(map(merge, total, moments)), x
 
     def cut(a: Array) -> Array:
         # Every num_whole-th example to a batch: of data sharded in contiguous parts,
@@ -260,14 +288,26 @@ def _pooled_moments(
         # examples would lie on one device each, and all be sent to all.
         return a[:size].reshape(batch_size, num_whole, *a.shape[1:]).swapaxes(0, 1)
 
-    rest = jax.tree.map(lambda a: a[size:], data)
+    kept_of_whole, kept_of_rest = (None, None) if kept is None else kept
+    rest = (jax.tree.map(lambda a: a[size:], (inputs, weights)), kept_of_rest)
     if not num_whole:
-        return of_batch(rest)
-    whole = jax.tree.map(cut, data)
-    first = jax.eval_shape(of_batch, jax.tree.map(lambda a: a[0], whole))
+        moments, x = of_batch(rest)
+        return moments, (None, x)
+    whole = (jax.tree.map(cut, (inputs, weights)), kept_of_whole)
+    first, _ = jax.eval_shape(of_batch, jax.tree.map(lambda a: a[0], whole))
     zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), first)
-    total, _ = lax.scan(add, zero, whole)
-    return add(total, rest)[0] if size < len(inputs) else total
+    total, xs = lax.scan(add, zero, whole)
+    if size == len(inputs):
+        return total, (xs, None)
+    total, x = add(total, rest)
+    return total, (xs, x)
+
+
+class _Measured(NamedTuple):
+    """What a call of a batch norm layer was given."""
+
+    moments: Moments
+    x: Array
 
 
 def _apply_and_measure(
@@ -277,12 +317,14 @@ def _apply_and_measure(
     weights: Array | None,
     *,
     by_batch: bool,
-) -> tuple[Any, list[Moments]]:
+    given: Mapping[int, Array] | None = None,
+) -> tuple[Any, list[_Measured]]:
     """Apply a model and measure what each call of a batch norm layer is given.
 
     With `by_batch` each call is normalised by its own moments. Weights, of the
     examples, lie along that axis of a layer's input which has the batch's size; which
-    one is found by tracing the model with another batch size.
+    one is found by tracing the model with another batch size. `given` are known inputs
+    of calls, by their number.
     """
     larger: list[LayerCall] = []
     if weights is not None:
@@ -290,7 +332,7 @@ def _apply_and_measure(
         larger = layer_calls(
             predict, variables, jax.ShapeDtypeStruct(one_more, inputs.dtype)
         )
-    measured: list[Moments] = []
+    measured: list[_Measured] = []
 
     def each_call(module: Any, x: Array, own_weights: Array | None) -> Any:
         w = own_weights
@@ -299,10 +341,10 @@ def _apply_and_measure(
             w = w if own_weights is None else w * own_weights
         wide = x.astype(statistics_dtype(x.dtype))  # layers take integers, too
         moments = measure(wide, feature_axis=module.axis, weights=w)
-        measured.append(moments)
+        measured.append(_Measured(moments, x))
         return _normalized(module, variables, x, moments) if by_batch else None
 
-    outputs = _intercepted(predict, variables, inputs, each_call)
+    outputs = _intercepted(predict, variables, inputs, each_call, given or {})
     return outputs, measured
 
 
@@ -366,12 +408,15 @@ def _intercepted(
     variables: Any,
     inputs: Array,
     each_call: Callable[[Any, Array, Array | None], Any],
+    given: Mapping[int, Array] | None = None,
 ) -> Any:
     """Apply a model, showing `each_call` the layers, their inputs and weights.
 
-    What `each_call` returns, unless None, replaces the layer's output.
+    What `each_call` returns, unless None, replaces the layer's output; `given` replaces
+    inputs, by the number of the call.
     """
     layers = _layers(variables)
+    numbers = itertools.count()
 
     def intercept(
         next_fun: Callable[..., Any],
@@ -383,8 +428,12 @@ def _intercepted(
         if context.method_name != "__call__" or module.path not in layers:
             return next_fun(*args, **kwargs)
         x = args[0] if args else kwargs["x"]
+        x = (given or {}).get(next(numbers), x)
         y = each_call(module, x, _own_weights(module, x, kwargs))
-        return next_fun(*args, **kwargs) if y is None else y
+        if y is not None:
+            return y
+        others = {name: value for name, value in kwargs.items() if name != "x"}
+        return next_fun(x, *args[1:], **others)
 
     with nn.intercept_methods(intercept):
         return predict(variables, inputs)

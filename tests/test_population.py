@@ -303,6 +303,17 @@ def test_data_sharded_over_devices_give_the_same(mode, devices):
     )
 
 
+@pytest.mark.parametrize("max_kept", [0, 2**28])
+def test_what_is_kept_between_passes_changes_no_number(max_kept, monkeypatch):
+    monkeypatch.setattr(population, "_MAX_KEPT_BYTES", max_kept)
+    model, variables, x = mlp()
+    function = functools.partial(predict, model)
+    got = exact_statistics(function, variables, x, batch_size=7)
+    # One batch of all examples, layer after layer.
+    one_batch = exact_statistics(function, variables, x, batch_size=len(x))
+    chex.assert_trees_all_close(got, one_batch, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("mode", ["layerwise", "one_pass"])
 def test_each_device_works_on_its_own_examples(mode, devices):
     model, variables, x = mlp()
@@ -311,10 +322,11 @@ def test_each_device_works_on_its_own_examples(mode, devices):
     program = population._pooled_moments.lower(
         functools.partial(predict, model),
         jax.device_put(variables, NamedSharding(mesh, PartitionSpec())),
-        sharded,
-        None,
+        inputs=sharded,
+        weights=None,
         batch_size=8,
-        by_batch=mode == "one_pass",
+        number=None if mode == "one_pass" else 0,
+        keep=mode == "layerwise",
     ).compile()
     text = program.as_text()
     assert "all-reduce(" in text

@@ -56,6 +56,7 @@ class Evaluator:
         self._split, self._num_devices = split, len(devices)
         self._batch_size = batch_size
         mesh = jax.sharding.Mesh(np.array(devices), (parallel.DATA,))
+        self._mesh = mesh
         self._replicated = NamedSharding(mesh, PartitionSpec())
         self._by_column = NamedSharding(mesh, PartitionSpec(None, parallel.DATA))
         self._evaluate = jax.jit(
@@ -75,7 +76,8 @@ class Evaluator:
         for part in self._parts() if self._stored is None else self._stored:
             if self._compiled is None:
                 started = time.perf_counter()
-                self._compiled = self._evaluate.lower(placed, *part).compile()
+                with jax.set_mesh(self._mesh):  # convolutions look at it
+                    self._compiled = self._evaluate.lower(placed, *part).compile()
                 self.compile_seconds = time.perf_counter() - started
             sums = self._compiled(placed, *part)
             loss += float(sums.loss)

@@ -392,14 +392,14 @@ def _score(
         devices = devices[:1]
     mesh = jax.sharding.Mesh(np.array(devices), (parallel.DATA,))
     by_example = NamedSharding(mesh, PartitionSpec(parallel.DATA))
-    exact = population.exact_statistics(
-        functools.partial(step_lib.predict, model),
-        jax.tree.map(
-            lambda v: parallel.put(v, NamedSharding(mesh, PartitionSpec())), variables
-        ),
-        parallel.put(images, by_example),
-        batch_size=BATCH_SIZE * len(devices),
-    )
+    replicated = NamedSharding(mesh, PartitionSpec())
+    with jax.set_mesh(mesh):  # convolutions look at it
+        exact = population.exact_statistics(
+            functools.partial(step_lib.predict, model),
+            jax.tree.map(lambda v: parallel.put(v, replicated), variables),
+            parallel.put(images, by_example),
+            batch_size=BATCH_SIZE * len(devices),
+        )
     by_average = evaluate(variables)
     by_exact = evaluate({**variables, "batch_stats": exact})
     return Score(

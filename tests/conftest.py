@@ -12,9 +12,12 @@ import pytest
 NUM_DEVICES = 8
 jax.config.update("jax_num_cpu_devices", NUM_DEVICES)
 
-# Many tests train the same small LeNet; each compiles it once in a session.
-COMPILED = tempfile.TemporaryDirectory(prefix="bn_jax-compiled-")
-jax.config.update("jax_compilation_cache_dir", COMPILED.name)
+# Many tests train the same small LeNet; it is compiled once in a session, whose worker
+# processes find the folder in the environment.
+if "BN_JAX_TESTS_COMPILED" not in os.environ:
+    COMPILED = tempfile.TemporaryDirectory(prefix="bn_jax-compiled-")
+    os.environ["BN_JAX_TESTS_COMPILED"] = COMPILED.name
+jax.config.update("jax_compilation_cache_dir", os.environ["BN_JAX_TESTS_COMPILED"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 

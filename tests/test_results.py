@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 
 import jax
 import pytest
@@ -9,8 +11,14 @@ from bn_jax.results import RunError
 CONFIG = {"norm": "batch_norm", "epochs": 3}
 
 
+def start(workdir, config=CONFIG, **options):
+    with results.locked(workdir):
+        results.start_run(workdir, config, **options)
+    return workdir
+
+
 def test_start_writes_config_and_environment(tmp_path):
-    workdir = results.start_run(tmp_path / "new" / "folder", CONFIG)
+    workdir = start(tmp_path / "new" / "folder")
     assert results.read_json(workdir / "config.json") == CONFIG
     environment = results.read_json(workdir / "environment.json")
     assert environment["jax"] == jax.__version__
@@ -20,14 +28,81 @@ def test_start_writes_config_and_environment(tmp_path):
 def test_folder_of_something_else_is_refused_and_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("precious")
     with pytest.raises(RunError, match="thesis.tex but no config.json.*new folder"):
-        results.start_run(tmp_path, CONFIG)
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+        start(tmp_path)
+    names = [path.name for path in tmp_path.iterdir() if path.name != ".lock"]
+    assert names == ["thesis.tex"]
 
 
-def test_workdir_that_is_a_file_is_refused(tmp_path):
+def test_unfinished_run_of_the_same_config_is_gone_on_with(tmp_path):
+    start(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"epoch": 1}\n')
+    start(tmp_path)
+    assert results.read_metrics(tmp_path) == [{"epoch": 1}]
+    with pytest.raises(RunError, match="unfinished run of this config; .*--resume"):
+        start(tmp_path, resume=False)
+
+
+def test_run_of_another_config_is_refused_and_the_differences_named(tmp_path):
+    start(tmp_path)
+    message = r"\(epochs: 3 there, 5 now; lr: None there, 0.1 now\)"
+    with pytest.raises(RunError, match=f"holds a run of another config {message}"):
+        start(tmp_path, {**CONFIG, "epochs": 5, "lr": 0.1})
+    assert results.read_json(tmp_path / "config.json") == CONFIG
+
+
+def test_finished_run_is_refused_unless_it_may_be_repeated(tmp_path):
+    start(tmp_path)
+    results.write_json(tmp_path / "results.json", {"loss": 1.0})
+    with pytest.raises(RunError, match="finished run of this config; read it with --l"):
+        start(tmp_path)
+    start(tmp_path, repeat=True)
+    assert results.read_json(tmp_path / "results.json") == {"loss": 1.0}
+
+
+def test_start_that_was_killed_before_the_config_was_whole_is_begun_anew(tmp_path):
+    (tmp_path / "config.json.unfinished").write_text('{"norm": ')
+    start(tmp_path)
+    assert results.read_json(tmp_path / "config.json") == CONFIG
+
+
+@pytest.mark.parametrize("content", ["", '{"norm": ', "[1, 2]", "null"])
+def test_damaged_config_is_named_and_left_alone(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(RunError, match="config.json is damaged: it .*holds? "):
+        start(tmp_path)
+    assert (tmp_path / "config.json").read_text() == content
+
+
+@pytest.mark.parametrize("parent", ["file", "/proc"])
+def test_folder_that_cannot_be_made_is_refused(tmp_path, parent):
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match="cannot make the working directory"):
-        results.start_run(tmp_path / "file" / "run", CONFIG)
+    workdir = tmp_path / parent / "run"  # an absolute parent replaces tmp_path
+    message = f"cannot write to the working directory {workdir}: .*writable, or give"
+    with pytest.raises(RunError, match=message), results.locked(workdir):
+        pass
+
+
+HOLD = """
+import sys, time
+from bn_jax import results
+with results.locked(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_folder_is_held_against_other_processes_until_this_one_ends(tmp_path):
+    command = [sys.executable, "-c", HOLD, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"held\n"
+        message = f"another process is at work in {tmp_path}; wait for it, or give"
+        try:
+            with pytest.raises(RunError, match=message):
+                start(tmp_path)
+            assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+        finally:
+            other.kill()
+    start(tmp_path)
 
 
 def test_number_that_json_cannot_hold_leaves_the_old_file_whole(tmp_path):
@@ -42,3 +117,47 @@ def test_metrics_come_back_in_order(tmp_path):
     for epoch in (1, 2):
         results.append_metrics(tmp_path, {"epoch": epoch})
     assert results.read_metrics(tmp_path) == [{"epoch": 1}, {"epoch": 2}]
+
+
+def test_metrics_that_are_written_anew_leave_no_line_of_the_old_ones(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"epoch": 1}\n{"epoch": 2}\n{"epo')
+    with pytest.raises(RunError, match="metrics.jsonl is damaged"):
+        results.read_metrics(tmp_path)
+    results.write_metrics(tmp_path, [{"epoch": 1}])
+    results.append_metrics(tmp_path, {"epoch": 2})
+    assert results.read_metrics(tmp_path) == [{"epoch": 1}, {"epoch": 2}]
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+# As if the disk were full; in a process of its own, which can write no file then.
+FULL_DISK = """
+import resource, sys
+from pathlib import Path
+from bn_jax import results
+folder = Path(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_FSIZE, (20, -1))
+for write in (
+    lambda: results.write_json(folder / "a.json", {"loss": [2.0] * 100}),
+    lambda: results.append_metrics(folder, {"epoch": 2, "loss": [2.0] * 100}),
+):
+    try:
+        write()
+    except results.RunError as error:
+        print(error)
+"""
+
+
+def test_full_disk_is_named_and_files_are_left_whole(tmp_path):
+    results.write_json(tmp_path / "a.json", {"loss": 1.0})
+    ran = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for name, message in zip(
+        ("a.json", "metrics.jsonl"), ran.stdout.splitlines(), strict=True
+    ):
+        expected = f"cannot write {tmp_path / name}: File too large; what was written"
+        assert message.startswith(expected)
+    assert results.read_json(tmp_path / "a.json") == {"loss": 1.0}

@@ -33,7 +33,7 @@ def save_variables(workdir: Path, variables: Any) -> None:
     path = (workdir / VARIABLES).absolute()
     try:
         with ocp.StandardCheckpointer(
-            multiprocessing_options=_primary_alone()
+            multiprocessing_options=_primary_alone(), async_options=_folders_first()
         ) as checkpointer:
             checkpointer.save(path, variables, force=True)
     except (OSError, ValueError) as error:
@@ -105,6 +105,7 @@ class Checkpoints:
             preservation_policy=self._kept,
             cleanup_tmp_directories=True,
             multiprocessing_options=_primary_alone(),
+            async_options=_folders_first(),
         )
         try:
             self._path.mkdir(exist_ok=True)
@@ -338,6 +339,16 @@ def _primary_alone() -> Any:
     import orbax.checkpoint as ocp
 
     return ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
+
+
+def _folders_first() -> Any:
+    """Return Orbax's option to make a checkpoint's folders before its threads start.
+
+    They would wait for 20 minutes for a folder that a full disk has refused.
+    """
+    import orbax.checkpoint as ocp
+
+    return ocp.AsyncOptions(create_directories_asynchronously=False)
 
 
 def _cannot_write(path: Path, error: Exception) -> RunError:

@@ -6,12 +6,15 @@ reads and writes the run's folder; the others learn from it what they need.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
+import selectors
 import socket
 import time
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import jax
 import numpy as np
@@ -59,7 +62,8 @@ def initialize(
       death_seconds: after which a process that has died ends the others.
 
     Raises:
-      DistributedError: if processes have not come in time, naming them.
+      DistributedError: if processes have not come in time, naming them; or if JAX does
+        not find them out.
     """
     if coordinator_address is not None:
         if num_processes is None or process_id is None:
@@ -73,14 +77,20 @@ def initialize(
                 f"{num_processes - 1}"
             )
         _meet(coordinator_address, num_processes, process_id, seconds=start_seconds)
-    jax.distributed.initialize(
-        coordinator_address,
-        num_processes,
-        process_id,
-        initialization_timeout=start_seconds,
-        heartbeat_timeout_seconds=death_seconds,
-        shutdown_timeout_seconds=death_seconds,
-    )
+    try:
+        jax.distributed.initialize(
+            coordinator_address,
+            num_processes,
+            process_id,
+            initialization_timeout=start_seconds,
+            heartbeat_timeout_seconds=death_seconds,
+            shutdown_timeout_seconds=death_seconds,
+        )
+    except ValueError as error:
+        raise DistributedError(
+            f"JAX does not find out what processes to join ({error}); give "
+            "--coordinator_address, --num_processes and --process_id"
+        ) from error
 
 
 def _meet(address: str, num_processes: int, process_id: int, *, seconds: int) -> None:
@@ -109,44 +119,56 @@ def _meet(address: str, num_processes: int, process_id: int, *, seconds: int) ->
 
 def _receive_numbers(port: int, num_processes: int, deadline: float) -> list[int]:
     """Return the processes that have not come, having told it to those that have."""
-    present: dict[int, socket.socket] = {}
     try:
-        with socket.create_server(("", port), backlog=num_processes) as server:
-            while len(present) < num_processes - 1:
-                server.settimeout(max(0.01, deadline - time.monotonic()))
-                try:
-                    connection, _ = server.accept()
-                    connection.settimeout(5)
-                    present[int(connection.makefile().readline())] = connection
-                except TimeoutError:
-                    break
-                except ValueError:
-                    connection.close()  # something else that knocked
+        server = socket.create_server(("", port), backlog=num_processes)
     except OSError as error:
         raise DistributedError(
             f"process 0 cannot listen on port {port}: {error.strerror}; give another "
             "port in --coordinator_address"
         ) from error
-    missing = [i for i in range(1, num_processes) if i not in present]
-    for connection in present.values():
-        with connection:
-            connection.sendall(json.dumps(missing).encode() + b"\n")
+    lines: dict[socket.socket, bytes] = {}  # what each that has knocked has said
+    with contextlib.ExitStack() as stack:
+        selector = stack.enter_context(selectors.DefaultSelector())
+        selector.register(stack.enter_context(server), selectors.EVENT_READ)
+        while True:
+            present = {int(line) for line in lines.values() if line.endswith(b"\n")}
+            missing = [i for i in range(1, num_processes) if i not in present]
+            seconds = deadline - time.monotonic()
+            if not missing or seconds <= 0:
+                break
+            for key, _ in selector.select(seconds):
+                if key.fileobj is server:
+                    connection = stack.enter_context(server.accept()[0])
+                    selector.register(connection, selectors.EVENT_READ)
+                    lines[connection] = b""
+                    continue
+                connection = cast(socket.socket, key.fileobj)
+                received = b""
+                with contextlib.suppress(OSError):
+                    received = connection.recv(16)
+                lines[connection] += received
+                # It has gone, or is something else.
+                if not received or not re.fullmatch(rb"\d{1,9}\n?", lines[connection]):
+                    del lines[connection]
+                    selector.unregister(connection)
+                    connection.close()
+        for connection in lines:
+            with contextlib.suppress(OSError):
+                connection.sendall(json.dumps(missing).encode() + b"\n")
     return missing
 
 
 def _send_number(host: str, port: int, process_id: int, deadline: float) -> list[int]:
     """Return the processes that have not come, as process 0 says."""
     while time.monotonic() < deadline:
-        try:
+        # What answers may be something else.
+        with contextlib.suppress(OSError, ValueError):
             with socket.create_connection((host, port), timeout=5) as connection:
                 connection.sendall(f"{process_id}\n".encode())
                 connection.settimeout(max(0.01, deadline - time.monotonic()) + 5)
-                answer = connection.makefile().readline()
-                if answer:
-                    missing: list[int] = json.loads(answer)
+                missing = json.loads(connection.makefile().readline())
+                if isinstance(missing, list):
                     return missing
-        except OSError:
-            pass
         time.sleep(0.2)
     return [0]
 

@@ -14,6 +14,7 @@ that do not share theirs.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import time
@@ -225,14 +226,25 @@ class Steps:
           stop: number after the last, at most `STEPS_PER_CALL` later.
         """
         first, last = np.int32(start), np.int32(stop)
-        run_steps = self._compiled.get(type(source))
-        if run_steps is None:
-            started = time.perf_counter()
-            run_steps = self._compiled[type(source)] = self._jitted(source)
-            # Without a step to take, only compilation takes time.
-            state, _ = jax.block_until_ready(run_steps(state, source, first, first))
-            self.compile_seconds += time.perf_counter() - started
-        return run_steps(state, source, first, last)
+        with self._tracing():
+            run_steps = self._compiled.get(type(source))
+            if run_steps is None:
+                started = time.perf_counter()
+                run_steps = self._compiled[type(source)] = self._jitted(source)
+                # Without a step to take, only compilation takes time.
+                state, _ = jax.block_until_ready(run_steps(state, source, first, first))
+                self.compile_seconds += time.perf_counter() - started
+            return run_steps(state, source, first, last)
+
+    def lower(self, state: Any, source: Any) -> Any:
+        """Return the loop lowered for these arguments, to be looked at."""
+        first = np.int32(0)
+        with self._tracing():
+            return self._jitted(source).lower(state, source, first, first)
+
+    def _tracing(self) -> contextlib.AbstractContextManager[Any]:
+        """Return what the loop is traced in."""
+        return contextlib.nullcontext()
 
     def _jitted(self, source: Any) -> Any:
         raise NotImplementedError
@@ -277,6 +289,7 @@ class Mesh(Steps):
     def __init__(self, placement: Placement, train_step: step_lib.TrainStep) -> None:
         super().__init__(placement, train_step)
         mesh = jax.sharding.Mesh(np.array(placement.devices), (DATA,))
+        self._mesh = mesh
         self._replicated = NamedSharding(mesh, PartitionSpec())
         self._by_column = NamedSharding(mesh, PartitionSpec(None, DATA))
 
@@ -285,6 +298,9 @@ class Mesh(Steps):
         return jax.jit(
             self._run_steps, donate_argnums=0, out_shardings=self._replicated
         )
+
+    def _tracing(self) -> contextlib.AbstractContextManager[Any]:
+        return jax.set_mesh(self._mesh)  # convolutions look at it
 
     def put_state(self, state: TrainState) -> Any:
         state = state.replace(

@@ -19,7 +19,7 @@ from bn_jax.results import RunError
 from bn_jax.training import checkpoint, distributed, interrupt, loop, parallel
 from bn_jax.training.config import RunOptions, TrainConfig
 from bn_jax.training.loop import EpochReport, Progress
-from bn_jax.training.state import init_variables, make_model
+from bn_jax.training.state import TrainState, init_variables, make_model
 
 # Training images that take more than this are streamed by default.
 MAX_STORED_BYTES = 10**9
@@ -74,6 +74,7 @@ def train_into(
     )
     with contextlib.ExitStack() as stack:
         request = stack.enter_context(interrupt.listening())
+        like = trainer.progress().state  # all processes take part
         files = None
         if distributed.is_primary():
             files = _Files(Path(workdir), config, data, trainer)
@@ -81,10 +82,10 @@ def train_into(
         def start() -> bytes:
             assert files is not None  # this is called on the primary alone
             stack.enter_context(results.locked(workdir))
-            return checkpoint.to_bytes(files.start(resume=options.resume))
+            return checkpoint.to_bytes(files.start(like, resume=options.resume))
 
         started = distributed.on_primary(start)
-        progress = checkpoint.from_bytes(started, trainer.progress().state)
+        progress = checkpoint.from_bytes(started, like)
         if progress is not None:
             trainer.restore(progress)
         if files is not None:
@@ -191,12 +192,12 @@ class _Files:
             total=trainer.num_steps, unit="step", disable=None, leave=False
         )
 
-    def start(self, *, resume: bool) -> Progress | None:
+    def start(self, like: TrainState, *, resume: bool) -> Progress | None:
         """Make the directory ready; return what there is to go on from."""
         results.start_run(self._workdir, self._config.to_dict(), resume=resume)
         progress = None
         if (self._workdir / checkpoint.CHECKPOINTS).exists():
-            progress = self._open().latest(self._trainer.progress().state)
+            progress = self._open().latest(like)
         history = () if progress is None else progress.history
         results.write_metrics(self._workdir, (r._asdict() for r in history))
         return progress

@@ -1,29 +1,56 @@
+import contextlib
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 
+import chex
+import jax
+import numpy as np
 import pytest
 
 from bn_jax import results
+from bn_jax.training import run as run_lib
+
+MODULE = ("-m", "experiments.lenet")
 
 
-def lenet(*arguments, cwd):
-    """Run the experiment as a user does, in another folder than the checkout's."""
-    return subprocess.run(
-        [sys.executable, "-m", "experiments.lenet", *arguments],
-        capture_output=True,
+def start(*arguments, cwd, program=MODULE):
+    """Start the experiment as a user does, in another folder than the checkout's."""
+    return subprocess.Popen(
+        [sys.executable, *program, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
         cwd=cwd,
-        env={**os.environ, "TFDS_DATA_DIR": str(cwd / "no-tfds-here")},
+        env={
+            **os.environ,
+            "TFDS_DATA_DIR": str(cwd / "no-tfds-here"),
+            "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+        },
     )
+
+
+def ended(process):
+    """What a process said, and how it ended."""
+    with process:
+        stdout, stderr = process.communicate(timeout=300)
+    return subprocess.CompletedProcess((), process.returncode, stdout, stderr)
+
+
+def lenet(*arguments, cwd, program=MODULE):
+    return ended(start(*arguments, cwd=cwd, program=program))
 
 
 def test_help_explains_itself_to_a_newcomer(tmp_path):
     shown = lenet("--help", cwd=tmp_path)
     assert "python -m experiments.lenet --workdir=" in shown.stdout
     flags = "norm epochs batch_size learning_rate momentum epsilon seed dataset smoke"
-    for flag in [*flags.split(), "data_dir", "idx_dir", "workdir", "load"]:
+    flags += " data_dir idx_dir workdir load batch_stats merged_stats devices parallel"
+    flags += " input checkpoint_every resume coordinator_address num_processes"
+    for flag in flags.split():
         assert f"--{flag}:" in shown.stdout or f"--[no]{flag}:" in shown.stdout
 
 
@@ -38,7 +65,7 @@ def test_smoke_run_trains_reports_and_reads_back(tmp_path):
     assert said[2].startswith("norm1 gamma") and len(said[2].split()) == 8
     assert said[3].startswith("norm1 beta") and len(said[3].split()) == 8
     assert "by exact statistics" in said[4]
-    assert "written to run: config.json, curves.png" in said[-1]
+    assert "written to run: checkpoints, config.json, curves.png" in said[-1]
     assert ran.stderr == ""
     # One epoch of 23 steps on 6,000 images: far from trained, far from chance.
     assert results.read_json(tmp_path / "run/results.json")["train_accuracy"] > 0.3
@@ -46,6 +73,45 @@ def test_smoke_run_trains_reports_and_reads_back(tmp_path):
     read = lenet("--load=run", cwd=tmp_path)
     assert read.returncode == 0, read.stderr
     assert "the same numbers as in run/results.json" in read.stdout
+
+    config = contents(tmp_path)
+    again = lenet("--workdir=run", "--smoke", cwd=tmp_path)
+    assert again.returncode == 1
+    message = "error: run holds a finished run of this config; read it with --load=run"
+    assert again.stderr.startswith(message) and again.stderr.count("\n") == 1
+    assert contents(tmp_path) == config
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_flags_reach_the_devices_the_input_and_the_checkpoints(tmp_path):
+    ran = lenet(
+        "--workdir=run",
+        "--smoke",
+        "--batch_size=600",
+        "--devices=2",
+        "--parallel=jit",
+        "--batch_stats=per_device",
+        "--input=stream",
+        "--checkpoint_every=4steps",
+        cwd=tmp_path,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.splitlines()[1:3] == [
+        "2 devices of 1 process(es) by jit, 300 of 600 images each, statistics "
+        "per_device",
+        "training images are streamed to the devices",
+    ]
+    summary = results.read_json(tmp_path / "run" / "results.json")
+    assert (summary["num_devices"], summary["num_processes"]) == (2, 1)
+    assert steps_in(tmp_path / "run") == [4, 8, 10]
+
+
+def steps_in(workdir):
+    names = (path.name for path in (workdir / "checkpoints").iterdir())
+    return sorted(int(name) for name in names)
 
 
 @pytest.mark.parametrize(
@@ -68,6 +134,22 @@ def test_smoke_run_trains_reports_and_reads_back(tmp_path):
             "nowhere is not a folder; expected a folder with the four IDX files",
         ),
         (["--load=nowhere"], "no config.json in nowhere"),
+        (["--load=a", "--norm=none"], "so leave out --norm"),
+        (["--workdir=a", "--devices=0"], "devices='0'; expected all, or a number"),
+        (["--workdir=a", "--checkpoint_every=5"], "such as 1epoch, 2epochs or 500st"),
+        (["--workdir=a", "--seed=4294967296"], r"a number from 0 to 2\*\*32 - 1"),
+        (
+            ["--workdir=a", "--smoke", "--devices=3"],
+            "batch_size=256 does not divide over 3 devices; give a multiple of 3",
+        ),
+        (
+            ["--workdir=/proc/a", "--smoke"],
+            "cannot write to the working directory /proc/a: .*--workdir",
+        ),
+        (
+            ["--workdir=/dev/null/a", "--smoke"],
+            "cannot write to the working directory /dev/null/a: .*--workdir",
+        ),
         (
             ["--workdir=a", "--smoke", "--batch_size=6001"],
             "batch_size=6001 is larger than the training set of 6000 images",
@@ -80,3 +162,131 @@ def test_mistake_ends_in_a_line_that_says_the_mend(tmp_path, arguments, message)
     assert re.search(message, ran.stderr)
     assert "Traceback" not in ran.stderr
     assert not any(tmp_path.iterdir())
+
+
+TIMES = ("seconds", "examples_per_second", "compile_seconds")
+
+
+def assert_same_run(a, b):
+    """Two folders hold the same run, bit for bit, but for the times that it took."""
+
+    def without_times(values):
+        return {name: value for name, value in values.items() if name not in TIMES}
+
+    a, b = run_lib.load(a), run_lib.load(b)
+    chex.assert_trees_all_equal(a.variables, b.variables)
+    assert list(map(without_times, a.metrics)) == list(map(without_times, b.metrics))
+    assert without_times(a.results) == without_times(b.results)
+
+
+# Four epochs of 100 steps.
+RUN = ("--dataset=sample", "--epochs=4", "--batch_size=60")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """The folder of a run that was never stopped, nor wrote a checkpoint."""
+    folder = tmp_path_factory.mktemp("runs")
+    ran = lenet("--workdir=run", *RUN, "--checkpoint_every=never", cwd=folder)
+    assert ran.returncode == 0, ran.stderr
+    assert not (folder / "run" / "checkpoints").exists()
+    return folder / "run"
+
+
+def wait_for(process, condition):
+    """Wait until a condition holds or the process has ended."""
+    while process.poll() is None and not condition():
+        time.sleep(0.005)
+
+
+def test_run_that_is_told_to_stop_ends_in_a_line_and_goes_on(tmp_path, uninterrupted):
+    workdir = tmp_path / "run"
+    arguments = ("--workdir=run", *RUN, "--checkpoint_every=2epochs")
+    stops = []
+    for number, signum in enumerate((signal.SIGTERM, signal.SIGINT), start=1):
+        process = start(*arguments, cwd=tmp_path)
+
+        def has_epoch(number=number):
+            path = workdir / "metrics.jsonl"
+            return path.exists() and path.read_text().count("\n") >= number
+
+        wait_for(process, has_epoch)
+        process.send_signal(signum)
+        stopped = ended(process)
+        assert stopped.returncode == 128 + signum
+        said = r"stopped at step (\d+) of 400; the same command goes on from there\n"
+        stops.append(int(re.fullmatch(said, stopped.stderr)[1]))
+        assert steps_in(workdir)[-1] == stops[-1]
+    assert 0 < stops[0] < stops[1] < 400
+    assert f"going on from step {stops[0]} of 400" in stopped.stdout
+    finished = lenet(*arguments, cwd=tmp_path)
+    assert finished.returncode == 0, finished.stderr
+    assert f"going on from step {stops[1]} of 400" in finished.stdout
+    assert_same_run(workdir, uninterrupted)
+
+
+NUM_KILLS = 20
+
+
+def test_run_that_is_killed_again_and_again_ends_as_if_it_never_was(
+    tmp_path, uninterrupted
+):
+    rng = np.random.default_rng(0)
+    workdir = tmp_path / "run"
+    arguments = ("--workdir=run", *RUN, "--checkpoint_every=2steps")
+    killed = killed_in_writing = 0
+    for _ in range(NUM_KILLS):
+        started = time.time()
+        process = start(*arguments, cwd=tmp_path)
+
+        def has_begun_a_checkpoint(since=started):
+            with contextlib.suppress(FileNotFoundError):  # removed as we looked at it
+                checkpoints = (workdir / "checkpoints").iterdir()
+                return any(path.stat().st_mtime > since for path in checkpoints)
+            return False
+
+        wait_for(process, has_begun_a_checkpoint)
+        time.sleep(rng.uniform(0, 0.3))
+        process.kill()
+        killed += ended(process).returncode == -signal.SIGKILL
+        halves = list((workdir / "checkpoints").glob("*.orbax-checkpoint-tmp"))
+        killed_in_writing += bool(halves)
+    # Checkpoints are being written most of the time, so that the moments are of all
+    # kinds; on a fast machine the last kills may have come after the end.
+    assert killed >= NUM_KILLS // 2 and killed_in_writing >= 1
+    if not (workdir / "results.json").exists():
+        finished = lenet("--workdir=run", *RUN, cwd=tmp_path)
+        assert finished.returncode == 0, finished.stderr
+    assert [row["epoch"] for row in results.read_metrics(workdir)] == [1, 2, 3, 4]
+    assert_same_run(workdir, uninterrupted)
+
+
+# From step 6 on no file can grow beyond a kilobyte, as if the disk were full.
+FULL_DISK = """
+import resource, runpy
+from bn_jax.training import run as run_lib
+
+save = run_lib._Files.save
+
+def save_on_a_full_disk(files, progress):
+    if len(progress.step_losses) == 6:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, -1))
+    save(files, progress)
+
+run_lib._Files.save = save_on_a_full_disk
+runpy.run_module("experiments.lenet", run_name="__main__", alter_sys=True)
+"""
+
+
+def test_full_disk_ends_in_a_line_and_with_room_the_run_goes_on(
+    tmp_path, uninterrupted
+):
+    arguments = ("--workdir=run", *RUN, "--checkpoint_every=2steps")
+    failed = lenet(*arguments, cwd=tmp_path, program=("-c", FULL_DISK))
+    assert failed.returncode == 1
+    message = f"error: cannot write {tmp_path}/run/checkpoints: "
+    assert any(line.startswith(message) for line in failed.stderr.splitlines())
+    # Checkpoints are written in the background: the one before may have failed, too.
+    went_on = lenet("--workdir=run", *RUN, cwd=tmp_path)
+    assert re.search("going on from step [24] of 400", went_on.stdout), went_on.stderr
+    assert_same_run(tmp_path / "run", uninterrupted)

@@ -1,9 +1,11 @@
 import dataclasses
+import os
 
 import numpy as np
 import pytest
 
 from bn_jax import data as data_lib
+from bn_jax.training import loop
 from bn_jax.training.config import TrainConfig
 
 
@@ -28,7 +30,25 @@ def tiny_data():
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_config():
     """Two epochs of five steps, and twenty images an epoch left over."""
     return dataclasses.replace(TrainConfig(), epochs=2, batch_size=30)
+
+
+@pytest.fixture
+def signal_at():
+    """Lets a test send its own process a signal in a step of a run."""
+
+    def signal_at(step, signum, monkeypatch):
+        train = loop.Trainer.train
+
+        def signalled(trainer):
+            for report in train(trainer):
+                if trainer.step == step:
+                    os.kill(os.getpid(), signum)
+                yield report
+
+        monkeypatch.setattr(loop.Trainer, "train", signalled)
+
+    return signal_at

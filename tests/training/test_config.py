@@ -7,7 +7,7 @@ from absl import flags
 from bn_jax import data as data_lib
 from bn_jax import models
 from bn_jax.training import config as config_lib
-from bn_jax.training.config import ConfigError, TrainConfig
+from bn_jax.training.config import ConfigError, RunOptions, TrainConfig
 
 
 def test_defaults_are_the_chapters():
@@ -45,13 +45,49 @@ def test_json_holds_a_config():
         ("momentum", -0.1, r"in \[0, 1\]"),
         ("optimizer_momentum", 2.0, r"in \[0, 1\]"),
         ("epsilon", 0.0, "greater than 0"),
-        ("seed", -1, "0 or greater"),
+        ("first_padding", -1, "0 or greater"),
+        ("seed", -1, r"from 0 to 2\*\*32 - 1"),
+        ("seed", 2**32, r"from 0 to 2\*\*32 - 1"),
+        ("batch_stats", "groups:0", "synced, per_device or groups:K"),
+        ("batch_stats", "groups", "synced, per_device or groups:K"),
+        ("merged_stats", "mean", "one of exact, first"),
         ("bias_before_norm", 1, "of type bool"),
     ],
 )
 def test_value_out_of_range_is_named_with_what_was_expected(field, value, expected):
     with pytest.raises(ConfigError, match=f"{field}={value!r}; expected .*{expected}"):
         TrainConfig(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("devices", "0", "all, or a number of devices"),
+        ("devices", 2, "of type str"),
+        ("parallel", "pjit", "one of pmap, jit"),
+        ("input", "disk", "one of auto, memory, stream"),
+        ("checkpoint_every", "0steps", "such as 1epoch, 2epochs or 500steps, or never"),
+        ("checkpoint_every", "5", "such as 1epoch, 2epochs or 500steps, or never"),
+        ("resume", "yes", "of type bool"),
+    ],
+)
+def test_option_out_of_range_is_named_with_what_was_expected(field, value, expected):
+    with pytest.raises(ConfigError, match=f"{field}={value!r}; expected .*{expected}"):
+        RunOptions(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("every", "steps"),
+    [
+        ("never", None),
+        ("1epoch", 23),
+        ("2epochs", 46),
+        ("1step", 1),
+        ("500steps", 500),
+    ],
+)
+def test_checkpoints_are_counted_in_steps_of_an_epochs_number(every, steps):
+    assert RunOptions(checkpoint_every=every).checkpoint_steps(23) == steps
 
 
 def test_all_bad_values_are_named_at_once():
@@ -72,7 +108,8 @@ def test_missing_and_unknown_fields_are_named():
 def flag_values():
     """The program's flags, with ours defined for this test alone."""
     before = set(flags.FLAGS)
-    config_lib.define_flags()
+    config_lib.define_flags(TrainConfig)
+    config_lib.define_flags(RunOptions)
     yield flags.FLAGS
     for name in set(flags.FLAGS) - before:
         delattr(flags.FLAGS, name)
@@ -88,6 +125,13 @@ def test_flags_override_the_entry_points_defaults_which_override_the_configs(
     assert config == expected
 
 
+def test_flags_give_the_options_of_a_run(flag_values):
+    flag_values(["program", "--devices=4", "--input=stream", "--noresume"])
+    options = config_lib.options_from_flags(flag_values)
+    assert options == RunOptions(devices="4", input="stream", resume=False)
+
+
 def test_every_field_has_a_flag_with_help(flag_values):
-    for field in dataclasses.fields(TrainConfig):
-        assert field.metadata["help"] in flag_values[field.name].help
+    for kind in (TrainConfig, RunOptions):
+        for field in dataclasses.fields(kind):
+            assert field.metadata["help"] in flag_values[field.name].help

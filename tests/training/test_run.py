@@ -1,33 +1,44 @@
 import dataclasses
+import functools
 import json
+import re
 import shutil
+import signal
+import subprocess
+import sys
 
 import chex
 import numpy as np
 import pytest
 from PIL import Image
 
+from bn_jax import data as data_lib
 from bn_jax import results
 from bn_jax.results import RunError
-from bn_jax.training import loop
+from bn_jax.training import feed, loop
 from bn_jax.training import run as run_lib
+from bn_jax.training.config import RunOptions
+from bn_jax.training.interrupt import Interrupted
+
+# A checkpoint amid an epoch of five steps, one before its end, and none at it.
+OPTIONS = RunOptions(devices="1", checkpoint_every="2steps")
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, request):
+def finished(tmp_path_factory):
     return tmp_path_factory.mktemp("runs") / "finished"
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def run(finished, tiny_config, tiny_data):
-    """A finished run; trained once for this file."""
-    if finished.exists():
-        return run_lib.load(finished)
-    return run_lib.train_into(finished, tiny_config, tiny_data)
+    """A run that was never stopped."""
+    return run_lib.train_into(finished, tiny_config, tiny_data, OPTIONS)
 
 
 def test_run_leaves_all_its_files(run, finished):
     assert sorted(path.name for path in finished.iterdir()) == [
+        ".lock",
+        "checkpoints",
         "config.json",
         "curves.png",
         "environment.json",
@@ -79,15 +90,229 @@ def test_finished_run_is_not_overwritten(run, finished, tiny_config, tiny_data):
     assert before == {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
 
 
-def test_interrupted_run_of_the_same_config_is_started_over(
+TIMES = ("seconds", "examples_per_second", "compile_seconds")
+
+
+def without_times(values):
+    return {name: value for name, value in values.items() if name not in TIMES}
+
+
+def assert_same_run(a, b):
+    """Two runs are the same, bit for bit, but for the times that they took."""
+    chex.assert_trees_all_equal(a.variables, b.variables)
+    assert list(map(without_times, a.metrics)) == list(map(without_times, b.metrics))
+    assert without_times(a.results) == without_times(b.results)
+
+
+def steps_in(workdir):
+    names = (path.name for path in (workdir / "checkpoints").iterdir())
+    return sorted(int(name) for name in names)
+
+
+def test_read_run_is_the_trained_run(run, finished):
+    assert_same_run(run_lib.load(finished), run)
+    assert results.read_metrics(finished) == run.metrics
+    assert steps_in(finished) == [6, 8, 10]
+
+
+@pytest.mark.parametrize(
+    ("where", "step", "signum"),
+    [
+        ("memory", 3, signal.SIGTERM),
+        ("memory", 5, signal.SIGINT),
+        ("memory", 8, signal.SIGTERM),
+        ("stream", 3, signal.SIGTERM),
+    ],
+)
+def test_run_that_was_told_to_stop_goes_on_bit_for_bit(
+    where, step, signum, run, signal_at, tmp_path, tiny_config, tiny_data, monkeypatch
+):
+    monkeypatch.setattr(feed, "STEPS_PER_CALL", 1)  # to stop between checkpoints
+    train = functools.partial(
+        run_lib.train_into,
+        tmp_path,
+        tiny_config,
+        tiny_data,
+        dataclasses.replace(OPTIONS, input=where),
+    )
+    with monkeypatch.context() as patch, pytest.raises(Interrupted) as raised:
+        signal_at(step, signum, patch)
+        train()
+    assert raised.value.signum == signum
+    assert str(raised.value) == (
+        f"stopped at step {step} of 10; the same command goes on from there"
+    )
+    assert steps_in(tmp_path)[-1] == step
+    assert len(results.read_metrics(tmp_path)) == step // 5
+    assert not (tmp_path / "results.json").exists()
+    monkeypatch.undo()
+    assert_same_run(train(), run)
+    assert_same_run(run_lib.load(tmp_path), run)
+    assert [row["epoch"] for row in results.read_metrics(tmp_path)] == [1, 2]
+
+
+def test_signal_in_the_last_step_lets_the_run_finish(
+    run, signal_at, tmp_path, tiny_config, tiny_data, monkeypatch
+):
+    signal_at(10, signal.SIGTERM, monkeypatch)
+    assert_same_run(run_lib.train_into(tmp_path, tiny_config, tiny_data), run)
+
+
+@pytest.fixture
+def stopped(finished, run, tmp_path):
+    """A copy of the run, as if stopped after its second epoch and before its end."""
+    copy = tmp_path / "stopped"
+    shutil.copytree(finished, copy)
+    for name in ("results.json", "curves.png", "gamma_beta.png"):
+        (copy / name).unlink()
+    shutil.rmtree(copy / "variables")
+    shutil.rmtree(copy / "checkpoints" / "10")
+    return copy
+
+
+def test_metrics_hold_each_epoch_once_whatever_was_left_of_them(
+    stopped, run, tiny_config, tiny_data
+):
+    # The last checkpoint is of step 8; the second epoch has ended since, and the
+    # process died in writing a line.
+    with open(stopped / "metrics.jsonl", "a") as file:
+        file.write('{"epoch": 2, "step": 10, "loss": 0.5}\n{"epoch": 3, "st')
+    again = run_lib.train_into(stopped, tiny_config, tiny_data, OPTIONS)
+    assert_same_run(again, run)
+    assert_same_run(run_lib.load(stopped), run)
+    # The first epoch was not trained again.
+    assert again.metrics[0] == run.metrics[0]
+
+
+def test_run_without_a_checkpoint_begins_anew(stopped, run, tiny_config, tiny_data):
+    shutil.rmtree(stopped / "checkpoints")
+    assert_same_run(run_lib.train_into(stopped, tiny_config, tiny_data, OPTIONS), run)
+
+
+def test_run_that_was_trained_but_not_scored_is_finished(
+    stopped, finished, run, tiny_config, tiny_data
+):
+    shutil.copytree(finished / "checkpoints" / "10", stopped / "checkpoints" / "10")
+    again = run_lib.train_into(stopped, tiny_config, tiny_data, OPTIONS)
+    assert_same_run(again, run)
+    assert again.metrics == run.metrics
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_unfinished_run_is_refused_if_it_is_not_to_be_gone_on_with(
+    stopped, tiny_config, tiny_data
+):
+    before = contents(stopped)
+    options = dataclasses.replace(OPTIONS, resume=False)
+    with pytest.raises(RunError, match="unfinished run of this config; .*--resume"):
+        run_lib.train_into(stopped, tiny_config, tiny_data, options)
+    assert contents(stopped) == before
+
+
+def test_checkpoint_of_other_data_is_refused(stopped, tiny_config, tiny_data):
+    fewer = data_lib.Split(*(array[:160] for array in tiny_data.train))
+    other = dataclasses.replace(tiny_data, train=fewer)
+    message = "data: 'tiny, 170 images' there, 'tiny, 160 images' now"
+    with pytest.raises(RunError, match=message):
+        run_lib.train_into(stopped, tiny_config, other, OPTIONS)
+
+
+def test_damaged_checkpoint_is_named_and_moved_away_lets_the_run_go_on(
+    stopped, run, tmp_path, tiny_config, tiny_data
+):
+    damaged = stopped / "checkpoints" / "8"
+    (damaged / "run" / "metadata").write_text("{")
+    message = f"{damaged}: .* it is damaged: move it away, .*goes on from step 6"
+    with pytest.raises(RunError, match=message):
+        run_lib.train_into(stopped, tiny_config, tiny_data, OPTIONS)
+    damaged.rename(tmp_path / "away")
+    assert_same_run(run_lib.train_into(stopped, tiny_config, tiny_data, OPTIONS), run)
+
+
+def test_never_writes_a_checkpoint_at_a_signal_alone(
+    run, signal_at, tmp_path, tiny_config, tiny_data, monkeypatch
+):
+    train = functools.partial(
+        run_lib.train_into,
+        tmp_path,
+        tiny_config,
+        tiny_data,
+        dataclasses.replace(OPTIONS, checkpoint_every="never"),
+    )
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        signal_at(5, signal.SIGTERM, patch)
+        train()
+    assert steps_in(tmp_path) == [5]
+    assert_same_run(train(), run)
+    assert steps_in(tmp_path) == [5]
+
+
+def test_checkpoints_are_written_each_epoch_by_default(
+    tmp_path, tiny_config, tiny_data
+):
+    run_lib.train_into(tmp_path, tiny_config, tiny_data)
+    assert steps_in(tmp_path) == [5, 10]
+
+
+def test_loss_that_is_not_finite_leaves_the_last_checkpoint(
+    tmp_path, tiny_config, tiny_data
+):
+    config = dataclasses.replace(tiny_config, norm="none", learning_rate=1e38)
+    options = dataclasses.replace(OPTIONS, checkpoint_every="1step")
+    with pytest.raises(FloatingPointError, match=r"at step \d+ ") as raised:
+        run_lib.train_into(tmp_path, config, tiny_data, options)
+    step = int(re.search(r"at step (\d+) ", str(raised.value))[1])
+    assert steps_in(tmp_path)[-1] == step - 1
+    # The same command comes to the same end.
+    with pytest.raises(FloatingPointError, match=re.escape(str(raised.value))):
+        run_lib.train_into(tmp_path, config, tiny_data, options)
+
+
+def test_folder_in_which_another_process_is_at_work_is_refused(
+    stopped, run, tiny_config, tiny_data
+):
+    hold = (
+        "import sys, time; from bn_jax import results\n"
+        "with results.locked(sys.argv[1]): print('held', flush=True); time.sleep(600)"
+    )
+    before = contents(stopped)
+    with subprocess.Popen(
+        [sys.executable, "-c", hold, str(stopped)], stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout.readline() == b"held\n"
+        message = f"another process is at work in {stopped}"
+        try:
+            with pytest.raises(RunError, match=message):
+                run_lib.train_into(stopped, tiny_config, tiny_data, OPTIONS)
+        finally:
+            other.kill()
+    assert contents(stopped) == before
+    # A process that was killed holds nothing.
+    assert_same_run(run_lib.train_into(stopped, tiny_config, tiny_data, OPTIONS), run)
+
+
+@pytest.mark.parametrize("parent", ["file", "/proc"])
+def test_folder_that_cannot_be_made_is_refused(
+    parent, tmp_path, tiny_config, tiny_data
+):
+    (tmp_path / "file").write_text("")
+    workdir = tmp_path / parent / "run"  # an absolute parent replaces tmp_path
+    with pytest.raises(RunError, match=f"cannot write to .* {workdir}: .*--workdir"):
+        run_lib.train_into(workdir, tiny_config, tiny_data)
+
+
+def test_finished_run_is_read_instead_of_trained(
     run, finished, tmp_path, tiny_config, tiny_data
 ):
-    interrupted = tmp_path / "run"
-    shutil.copytree(finished, interrupted)
-    (interrupted / results.RESULTS).unlink()
-    again = run_lib.train_into(interrupted, tiny_config, tiny_data)
-    assert len(again.metrics) == tiny_config.epochs
-    assert again.results["train_loss"] == run.results["train_loss"]
+    assert_same_run(
+        run_lib.train_or_load(finished, tiny_config, tiny_data, OPTIONS), run
+    )
+    other = dataclasses.replace(tiny_config, seed=3)
+    with pytest.raises(RunError, match=r"another run \(seed: 0 there, 3 now\)"):
+        run_lib.train_or_load(finished, other, tiny_data, OPTIONS)
 
 
 def test_run_without_norm_has_no_gamma_and_no_gap(tmp_path, tiny_config, tiny_data):

@@ -1,4 +1,7 @@
 import functools
+import itertools
+import re
+from typing import NamedTuple
 
 import chex
 import jax
@@ -14,7 +17,6 @@ from bn_jax.training.loop import on_device
 from bn_jax.training.state import (
     init_state,
     init_variables,
-    make_model,
     make_optimizer,
 )
 from bn_jax.training.step import Batch, Metrics
@@ -49,69 +51,167 @@ def test_step_is_gradient_descent_on_the_cross_entropy(tiny_data):
     assert int(new.step) == 1
 
 
-def test_epoch_takes_each_example_once_and_drops_the_remainder():
-    data = Batch(jnp.arange(23)[:, None], jnp.arange(23))
-
-    def count(seen, batch):
-        chex.assert_shape(batch.labels, (5,))
-        np.testing.assert_array_equal(batch.images.shape, (5, 1))
-        return seen.at[batch.labels].add(1), Metrics(batch.labels[0], batch.labels[-1])
-
+@pytest.mark.parametrize(("num_examples", "steps"), [(23, 4), (20, 4), (5, 1)])
+def test_epoch_takes_each_example_at_most_once(num_examples, steps):
     for seed in range(3):
-        seen, metrics = step_lib.train_epoch(
-            count, jnp.zeros(23, int), data, jax.random.key(seed), batch_size=5
+        order = step_lib.epoch_order(
+            jax.random.key(seed), num_examples=num_examples, batch_size=5
         )
-        assert sorted(seen.tolist()) == [0] * 3 + [1] * 20
-        chex.assert_shape(metrics.loss, (4,))
+        chex.assert_shape(order, (steps, 5))
+        taken = np.asarray(order).ravel()
+        assert len(set(taken)) == 5 * steps and set(taken) <= set(range(num_examples))
 
 
-def test_images_and_labels_stay_together_and_the_key_decides_their_order():
+def test_key_decides_the_order():
+    order = functools.partial(step_lib.epoch_order, num_examples=20, batch_size=4)
+    first = order(jax.random.key(0))
+    np.testing.assert_array_equal(order(jax.random.key(0)), first)
+    assert not np.array_equal(order(jax.random.key(1)), first)
+
+
+def run(train_step, state, source, start, stop, max_steps=8):
+    """Take steps as training does, compiled, the bounds no part of the program."""
+    run_steps = jax.jit(
+        functools.partial(step_lib.run_steps, train_step, max_steps=max_steps)
+    )
+    return run_steps(state, source, np.int32(start), np.int32(stop))
+
+
+@pytest.mark.parametrize("kind", ["stored", "streamed"])
+def test_steps_take_their_batches_with_images_and_labels_together(kind):
     data = Batch(jnp.arange(20) * 10, jnp.arange(20))
+    order = step_lib.epoch_order(jax.random.key(0), num_examples=20, batch_size=4)
+    source = step_lib.Stored(data, order)
+    if kind == "streamed":
+        source = step_lib.Streamed(jax.tree.map(lambda leaf: leaf[order], data))
 
-    def first_labels(key):
-        def check(state, batch):
-            together = jnp.all(batch.images == 10 * batch.labels)
-            return state & together, Metrics(batch.labels[0], batch.labels[1])
+    def count(state, batch):
+        seen, together = state
+        together &= jnp.all(batch.images == 10 * batch.labels)
+        seen = seen.at[batch.labels].add(1.0)
+        return Counts(seen, together), Metrics(batch.labels[0], batch.labels[3])
 
-        together, metrics = step_lib.train_epoch(
-            check, jnp.asarray(True), data, key, batch_size=4
+    state = Counts(jnp.zeros(20), jnp.asarray(True))
+    state, metrics = run(count, state, source, 1, 4)
+    assert bool(state.together)
+    expected = np.zeros(20)
+    expected[np.asarray(order[1:4]).ravel()] = 1
+    np.testing.assert_array_equal(state.params, expected)
+    assert metrics.loss.tolist() == [*order[1:4, 0].tolist(), 0, 0, 0, 0, 0]
+    assert metrics.accuracy.tolist() == [*order[1:4, 3].tolist(), 0, 0, 0, 0, 0]
+
+
+class Counts(NamedTuple):
+    """A state whose parameters count how often an example was taken."""
+
+    params: jax.Array
+    together: jax.Array
+
+
+@pytest.fixture(scope="module")
+def linear():
+    """A step of SGD with momentum, its first state, and the source of its batches."""
+    model, optimizer = Linear(), optax.sgd(0.1, momentum=0.9)
+    variables = init_variables(model, jax.random.key(0), (4, 4, 1))
+    data = Batch(
+        jax.random.randint(jax.random.key(1), (70, 4, 4, 1), 0, 256).astype(jnp.uint8),
+        jnp.arange(70) % 10,
+    )
+    order = step_lib.epoch_order(jax.random.key(2), num_examples=70, batch_size=10)
+    train_step = step_lib.make_train_step(model, optimizer)
+    return train_step, init_state(variables, optimizer), step_lib.Stored(data, order)
+
+
+@pytest.mark.parametrize(
+    "cuts", [[0, 1, 2, 3, 4, 5, 6, 7], [0, 3, 7], [0, 6, 7], [0, 2, 2, 5, 7]]
+)
+def test_steps_in_several_calls_give_the_bits_of_one_call(linear, cuts):
+    train_step, state, source = linear
+    whole, of_whole = run(train_step, state, source, 0, 7)
+    losses = []
+    for start, stop in itertools.pairwise(cuts):
+        state, metrics = run(train_step, state, source, start, stop)
+        losses += metrics.loss[: stop - start].tolist()
+    chex.assert_trees_all_equal(state, whole)
+    assert int(state.step) == 7
+    assert losses == of_whole.loss[:7].tolist()
+
+
+def test_bounds_are_no_part_of_the_program(linear):
+    train_step, state, source = linear
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def run_steps(state, source, start, stop):
+        return step_lib.run_steps(train_step, state, source, start, stop, max_steps=8)
+
+    for start, stop in ((0, 7), (2, 5), (6, 6)):
+        run_steps(state, source, np.int32(start), np.int32(stop))
+
+
+@pytest.mark.parametrize("fault", ["loss", "params"])
+@pytest.mark.parametrize("value", [jnp.nan, jnp.inf])
+def test_steps_end_before_the_first_that_is_not_finite(fault, value):
+    def add(state, batch):
+        broken = batch.labels[0] == 13
+        loss, params = jnp.asarray(1.0), state.params + batch.labels[0]
+        if fault == "loss":
+            loss = jnp.where(broken, value, loss)
+        else:
+            params = params.at[1].set(jnp.where(broken, value, params[1]))
+        return Counts(params, state.together), Metrics(loss, jnp.asarray(0.5))
+
+    batches = Batch(jnp.zeros((5, 1)), jnp.array([[10], [11], [12], [13], [14]]))
+    state = Counts(jnp.zeros(2), jnp.asarray(True))
+    state, metrics = run(add, state, step_lib.Streamed(batches), 1, 5)
+    # Steps 1 and 2 add 11 and 12; step 3 leaves its metrics, step 4 nothing.
+    assert state.params.tolist() == [23, 23]
+    of_fault = value if fault == "loss" else 1.0
+    np.testing.assert_array_equal(metrics.loss, [1, 1, of_fault, 0, 0, 0, 0, 0])
+    np.testing.assert_array_equal(metrics.accuracy, [0.5] * 3 + [0] * 5)
+
+
+def test_mean_over_devices_is_one_collective(linear):
+    _, state, source = linear
+    model, optimizer = Linear(), optax.sgd(0.1, momentum=0.9)
+    for axis_name, expected in ((None, 0), ("data", 1)):
+        train_step = step_lib.make_train_step(model, optimizer, axis_name=axis_name)
+        jaxpr = jax.make_jaxpr(train_step, axis_env=[("data", 2)])(
+            state, source.batch(0)
         )
-        assert bool(together)
-        return metrics.loss.tolist()
-
-    assert first_labels(jax.random.key(0)) == first_labels(jax.random.key(0))
-    assert first_labels(jax.random.key(0)) != first_labels(jax.random.key(1))
+        assert (
+            len(re.findall(r"= (psum|all_reduce|pmean)\w*\[", str(jaxpr))) == expected
+        )
 
 
-@pytest.mark.parametrize("batch_size", [37, 10, 100, 1])
-def test_evaluation_counts_every_example_once_whatever_the_batch_size(
-    tiny_data, batch_size
-):
+def test_step_on_parts_of_a_batch_is_the_step_on_the_whole(linear):
+    whole_step, state, source = linear
+    train_step = step_lib.make_train_step(
+        Linear(), optax.sgd(0.1, momentum=0.9), axis_name="data"
+    )
+    batch = source.batch(0)
+    parts = jax.tree.map(lambda leaf: leaf.reshape(2, 5, *leaf.shape[1:]), batch)
+    mapped = jax.jit(jax.vmap(train_step, in_axes=(None, 0), axis_name="data"))
+    of_parts, expected = mapped(state, parts), jax.jit(whole_step)(state, batch)
+    twice = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), expected)
+    chex.assert_trees_all_close(of_parts, twice, rtol=1e-5, atol=1e-6)
+
+
+def test_evaluation_leaves_out_what_does_not_count(tiny_data):
     batch = on_device(tiny_data.test)
     model = Linear()
     variables = init_variables(model, jax.random.key(1), (28, 28, 1))
+    counts = jnp.arange(36) % 3 != 0
+    evaluate = jax.jit(functools.partial(step_lib.evaluate, model))
+    batches = jax.tree.map(lambda leaf: leaf[:36].reshape(4, 9, *leaf.shape[1:]), batch)
+    sums = evaluate(variables, batches, counts.reshape(4, 9))
     logits = np.asarray(step_lib.predict(model, variables, batch.images), np.float64)
     log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
-    labels = np.asarray(batch.labels)
-    evaluate = jax.jit(
-        functools.partial(step_lib.evaluate, model, batch_size=batch_size)
-    )
-    metrics = evaluate(variables, batch)
+    counted, labels = np.flatnonzero(counts), np.asarray(batch.labels)
     np.testing.assert_allclose(
-        metrics.loss, -log_p[np.arange(37), labels].mean(), rtol=1e-5
+        sums.loss, -log_p[counted, labels[counted]].sum(), rtol=1e-5
     )
-    assert float(metrics.accuracy) == pytest.approx(
-        (logits.argmax(1) == labels).mean(), abs=1e-6
-    )
-
-
-def test_evaluation_does_not_move_statistics_or_depend_on_the_other_images(tiny_data):
-    model = make_model(TrainConfig(), num_classes=10)
-    variables = init_variables(model, jax.random.key(1), (28, 28, 1))
-    batch = on_device(tiny_data.test)
-    logits = step_lib.predict(model, variables, batch.images)
-    alone = step_lib.predict(model, variables, batch.images[5:6])
-    np.testing.assert_allclose(alone[0], logits[5], atol=1e-5)
+    assert int(sums.correct) == (logits.argmax(1) == labels)[counted].sum()
 
 
 def updates(config, steps):

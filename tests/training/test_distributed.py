@@ -1,0 +1,540 @@
+"""Several processes train as one, and none waits for ever for another."""
+
+import contextlib
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import chex
+import jax
+import numpy as np
+import pytest
+from training import processes
+
+from bn_jax.training import distributed, feed
+from bn_jax.training.distributed import DistributedError
+
+ROOT = Path(__file__).parents[2]
+# No program takes so long, on the slowest of machines; one that hangs is ended then.
+SECONDS = 120
+CONFIG = {"epochs": 2, "batch_size": 16, "learning_rate": 0.1}  # 10 steps an epoch
+
+
+def free_port():
+    with socket.create_server(("", 0)) as server:
+        return server.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tiny_data):
+    """A folder with the data set, and with what all processes have compiled."""
+    folder = tmp_path_factory.mktemp("processes")
+    np.savez(
+        folder / "data.npz",
+        train_images=tiny_data.train.images,
+        train_labels=tiny_data.train.labels,
+        test_images=tiny_data.test.images,
+        test_labels=tiny_data.test.labels,
+    )
+    return folder
+
+
+class Process:
+    """A process of a test, what it says, and how it ends."""
+
+    def __init__(self, command, output, environment):
+        self._output = output
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
+        with output.open("w") as stdout:
+            self.popen = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env={
+                    **inherited,
+                    "JAX_PLATFORMS": "cpu",
+                    "PYTHONPATH": str(ROOT),
+                    **environment,
+                },
+                stdout=stdout,
+                stderr=subprocess.STDOUT,
+            )
+
+    def said(self):
+        return self._output.read_text()
+
+    def end(self, seconds=SECONDS):
+        """Wait for the end, and return status and output."""
+        try:
+            return self.popen.wait(seconds), self.said()
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"no end in {seconds} seconds; it has said: {self.said()}")
+
+    def wait_for(self, words, seconds=SECONDS):
+        """Wait until it has said some words."""
+        deadline = time.monotonic() + seconds
+        while words not in self.said():
+            assert self.popen.poll() is None, self.said()
+            assert time.monotonic() < deadline, self.said()
+            time.sleep(0.05)
+
+
+@pytest.fixture
+def start(folder, tmp_path):
+    """Start processes; those that are left are killed when the test ends."""
+    with contextlib.ExitStack() as stack:
+        outputs = iter(range(1000))
+
+        def start_command(command, **environment):
+            output = tmp_path / f"output{next(outputs)}"
+            process = Process(command, output, environment)
+            stack.callback(process.popen.wait)
+            stack.callback(process.popen.kill)
+            return process
+
+        def start_program(program, *, environment=None, **arguments):
+            job = {"program": program, "cache": str(folder / "compiled"), **arguments}
+            command = [sys.executable, processes.__file__, json.dumps(job)]
+            return start_command(command, **(environment or {}))
+
+        start_program.command = start_command
+        yield start_program
+
+
+@pytest.fixture
+def start_pair(start):
+    """Start a program in two processes of two devices each."""
+
+    def start_pair(program, *, of_process=lambda index: {}, **arguments):
+        address = f"127.0.0.1:{free_port()}"
+        return [
+            start(
+                program,
+                address=address,
+                count=2,
+                index=index,
+                **arguments,
+                **of_process(index),
+            )
+            for index in (0, 1)
+        ]
+
+    return start_pair
+
+
+def assert_both_end_well(pair):
+    for process in pair:
+        status, said = process.end()
+        assert status == 0, said
+
+
+# Two processes of two devices are one of four.
+
+RUNS = {
+    f"{batch_stats} {program} {'streamed' if stream else 'stored'}": {
+        "config": {**CONFIG, "batch_stats": batch_stats},
+        "program": program,
+        "stream": stream,
+    }
+    for batch_stats, program, stream in (
+        ("synced", "pmap", False),
+        ("synced", "jit", True),
+        ("per_device", "pmap", True),
+        ("groups:2", "pmap", False),
+        ("groups:2", "jit", False),
+    )
+}
+
+
+@pytest.fixture
+def trained(folder, start_pair):
+    """What two processes have written of all runs; they run once for this file."""
+    outs = [folder / f"out{index}" for index in (0, 1)]
+    if not outs[0].with_suffix(".done").exists():
+        pair = start_pair(
+            "train_all",
+            runs=RUNS,
+            data=str(folder / "data.npz"),
+            of_process=lambda index: {"out": str(outs[index])},
+        )
+        assert_both_end_well(pair)
+        outs[0].with_suffix(".done").touch()
+    return {name: [dict(np.load(f"{out}.{name}.npz")) for out in outs] for name in RUNS}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_two_processes_train_as_one(name, trained, folder):
+    data = processes.load_data(folder / "data.npz")
+    expected = processes.numbers(data, devices="4", **RUNS[name])
+    assert len(expected["losses"]) == 20
+    for found in trained[name]:
+        found = {key: value for key, value in found.items() if key != "rows"}
+        assert found.keys() == expected.keys()
+        for key in expected:
+            chex.assert_equal_shape([found[key], expected[key]])
+            np.testing.assert_allclose(
+                found[key], expected[key], atol=1e-5, err_msg=key
+            )
+    chex.assert_trees_all_equal(*({**found, "rows": 0} for found in trained[name]))
+
+
+def test_ways_to_share_statistics_differ_across_processes_too(trained):
+    losses = [found[0]["losses"] for found in trained.values()]
+    apart = [
+        np.abs(losses[i] - losses[j]).max() > 1e-4
+        for i, j in ((0, 2), (0, 3), (2, 3), (0, 4))
+    ]
+    assert all(apart)
+    means = trained["per_device pmap streamed"][0]["batch_stats/norm1/mean"]
+    assert len(np.unique(means.round(4), axis=0)) == 4
+
+
+@pytest.mark.parametrize("name", [name for name in RUNS if RUNS[name]["stream"]])
+def test_process_reads_its_own_columns_alone(name, trained, tiny_data):
+    _, key = jax.random.split(jax.random.key(0))
+    order = feed.Order(key, num_examples=170, batch_size=16)
+    expected = np.concatenate([order.of_epoch(epoch) for epoch in (0, 1)])
+    for index, found in enumerate(trained[name]):
+        # Calls of 10 steps, an epoch, and 10 more of padding that are not taken.
+        chex.assert_shape(found["rows"], (2, 20, 8))
+        taken = found["rows"][:, :10].reshape(20, 8)
+        # Grain's threads may have been in another order.
+        if not np.array_equal(taken[0], expected[0, 8 * index : 8 * (index + 1)]):
+            taken = np.concatenate([taken[10:], taken[:10]])
+        np.testing.assert_array_equal(taken, expected[:, 8 * index : 8 * (index + 1)])
+        padding = found["rows"][:, 10:]
+        assert np.isin(padding, taken).all()
+
+
+# Process 0 writes, and all stop together.
+
+
+def test_processes_write_once_stop_together_and_go_on_bit_for_bit(
+    folder, tmp_path, start_pair
+):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    absent = [tmp_path / "absent" / name for name in ("whole", "stopped")]
+
+    def workdirs(index):
+        return [str(whole), str(stopped)] if index == 0 else [str(w) for w in absent]
+
+    options = {"data": str(folder / "data.npz"), "config": CONFIG}
+    # Steps are taken up to 4, 8, 10, 12, ...; 10 is an epoch's end, without a
+    # checkpoint of its own. Process 1 alone receives SIGTERM.
+    pair = start_pair(
+        "train_into",
+        **options,
+        of_process=lambda index: {
+            "workdirs": workdirs(index),
+            **({"kill_at": 10} if index == 1 else {}),
+        },
+    )
+    assert_both_end_well(pair)
+    for process in pair:
+        assert "stopped at step 10 of 20; the same command goes on" in process.said()
+    steps = {p.name for p in (stopped / "checkpoints").iterdir() if p.name.isdigit()}
+    assert "10" in steps and "12" not in steps
+    assert not (stopped / "results.json").exists()
+
+    pair = start_pair(
+        "train_into",
+        **options,
+        of_process=lambda index: {"workdirs": workdirs(index)[1:]},
+    )
+    assert_both_end_well(pair)
+    assert "going on from step 10 of 20" in pair[0].said()
+    results = [
+        json.loads((workdir / "results.json").read_text())
+        for workdir in (whole, stopped)
+    ]
+    for result in results:
+        assert (result["num_devices"], result["num_processes"]) == (4, 2)
+        for of_time in ("examples_per_second", "compile_seconds"):
+            del result[of_time]
+    assert results[0] == results[1]
+    histories = [
+        [json.loads(line) for line in (w / "metrics.jsonl").read_text().splitlines()]
+        for w in (whole, stopped)
+    ]
+    numbers = ("epoch", "step", "loss", "train_accuracy", "test_loss", "test_accuracy")
+    for one, other in zip(*histories, strict=True):
+        assert [one[name] for name in numbers] == [other[name] for name in numbers]
+    assert len(histories[0]) == 2
+    last = [final_arrays(w / "checkpoints") for w in (whole, stopped)]
+    chex.assert_trees_all_equal(*last)
+    assert len(last[0]["step_losses"]) == 20
+    assert not (tmp_path / "absent").exists()
+
+
+def final_arrays(checkpoints):
+    """The arrays of a finished run's last checkpoint."""
+    import orbax.checkpoint as ocp
+
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore((checkpoints / "20" / "arrays").absolute())
+
+
+# None waits for ever.
+
+
+def test_process_that_never_comes_is_named(start):
+    """Process 0 of 2 is missing; and 2 of 3, for two that are there."""
+    alone, trio = (f"127.0.0.1:{free_port()}" for _ in range(2))
+    started = time.monotonic()
+    options = {"program": "meet", "start_seconds": 3}
+    waiting = [
+        start(**options, address=alone, count=2, index=1),
+        start(**options, address=trio, count=3, index=0),
+        start(**options, address=trio, count=3, index=1),
+    ]
+    missing = [("0 of 2", alone), ("2 of 3", trio), ("2 of 3", trio)]
+    for process, (which, address) in zip(waiting, missing, strict=True):
+        status, said = process.end(40)
+        assert status == 1
+        assert f"error: process {which}" in said
+        assert f"has not come to {address} within 3 seconds; start all of them" in said
+        assert "Traceback" not in said
+    assert time.monotonic() - started < 30  # the start of Python included
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_killed_process_ends_the_others(killed, folder, start_pair):
+    death_seconds = 10
+    pair = start_pair(
+        "train_for_long", data=str(folder / "data.npz"), death_seconds=death_seconds
+    )
+    for process in pair:
+        process.wait_for("step 20\n")
+    pair[killed].popen.kill()
+    started = time.monotonic()
+    status, said = pair[1 - killed].end(60)
+    assert time.monotonic() - started < death_seconds + 20
+    assert status != 0
+    # Process 0 is the one that counts heartbeats, so only of the others it is said who.
+    assert "another task died" in said, said
+    assert killed == 0 or re.search(
+        r"Task 1 heartbeat timeout|unhealthy \(stopped sending heartbeats\):\s+1\s",
+        said,
+    ), said
+
+
+def test_error_on_process_0_alone_ends_the_others(tmp_path, start):
+    occupied = tmp_path / "file"
+    occupied.write_text("no folder\n")
+    port = free_port()
+    pair = [
+        start.command(
+            [
+                sys.executable,
+                *("-m", "experiments.lenet", "--dataset=sample", "--epochs=1"),
+                *("--devices=4", f"--coordinator_address=127.0.0.1:{port}"),
+                *("--num_processes=2", f"--process_id={index}"),
+                f"--workdir={occupied if index == 0 else tmp_path / 'absent'}",
+            ]
+        )
+        for index in (0, 1)
+    ]
+    (status0, said0), (status1, said1) = (process.end() for process in pair)
+    assert (status0, status1) == (1, 1), said0 + said1
+    assert "error: " in said0 and str(occupied) in said0
+    assert "error: process 0 has stopped with an error; see its message" in said1
+    assert "Traceback" not in said0 + said1
+    assert not (tmp_path / "absent").exists()
+    assert occupied.read_text() == "no folder\n"
+
+
+# Meeting.
+
+
+def meet_in_threads(port, indices, *, count, seconds):
+    """What `_meet` says to processes that come at the same time, by number."""
+    outcomes = {}
+
+    def meet(index):
+        try:
+            distributed._meet(f"127.0.0.1:{port}", count, index, seconds=seconds)
+            outcomes[index] = "met"
+        except DistributedError as error:
+            outcomes[index] = str(error)
+
+    threads = [threading.Thread(target=meet, args=(i,), daemon=True) for i in indices]
+    for thread in threads:
+        thread.start()
+    return outcomes, threads
+
+
+def join_all(threads, seconds):
+    deadline = time.monotonic() + seconds
+    for thread in threads:
+        thread.join(max(0, deadline - time.monotonic()))
+        assert not thread.is_alive()
+
+
+def knock(port, seconds=10):
+    """A connection to whoever listens, as soon as it does."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return socket.create_connection(("127.0.0.1", port), timeout=1)
+        except OSError:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [b"", b"GET / HTTP/1.1\r\n\r\n", b"\n", b"\xff\xfe\n", b"7\n", b"1" * 4000, b"1"],
+)
+def test_something_else_that_knocks_does_not_stop_the_meeting(words):
+    port = free_port()
+    outcomes, first = meet_in_threads(port, [0], count=3, seconds=30)
+    # It says something and stays, or says something and is gone.
+    with knock(port) as stranger, knock(port) as hasty:
+        stranger.sendall(words)
+        with contextlib.suppress(OSError):
+            hasty.sendall(words)
+            hasty.setsockopt(  # it resets the connection
+                socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0"
+            )
+            hasty.close()
+        started = time.monotonic()
+        others, rest = meet_in_threads(port, [1, 2], count=3, seconds=30)
+        join_all(first + rest, 10)
+        assert time.monotonic() - started < 5
+    assert {**outcomes, **others} == {0: "met", 1: "met", 2: "met"}
+
+
+def test_process_that_starts_again_before_the_meeting_is_counted_once():
+    port = free_port()
+    outcomes, first = meet_in_threads(port, [0], count=3, seconds=2)
+    with knock(port) as died:
+        died.sendall(b"1\n")
+        time.sleep(0.2)
+    join_all(first, 10)
+    assert "process 1, 2 of 3 has not come" in outcomes[0]
+
+
+def test_something_else_at_the_address_is_not_taken_for_process_0():
+    def answer(server):
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = server.accept()
+                with connection:
+                    connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=answer, args=(server,), daemon=True).start()
+        port = server.getsockname()[1]
+        outcomes, threads = meet_in_threads(port, [1], count=2, seconds=1)
+        join_all(threads, 10)
+        server.shutdown(socket.SHUT_RDWR)
+    assert "process 0 of 2 has not come" in outcomes[1]
+
+
+def test_process_0_says_that_its_port_is_taken():
+    with socket.create_server(("", 0)) as server:
+        port = server.getsockname()[1]
+        message = f"process 0 cannot listen on port {port}: .*; give another port"
+        with pytest.raises(DistributedError, match=message):
+            distributed._meet(f"127.0.0.1:{port}", 2, 0, seconds=1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ("10.0.0.1:1234", 2, None),
+            "num_processes=2, process_id=None; give all three",
+        ),
+        (
+            ("10.0.0.1:1234", None, 0),
+            "num_processes=None, process_id=0; give all three",
+        ),
+        (("10.0.0.1:1234", 2, 2), "process_id=2 of 2 processes; expected 0 to 1"),
+        (("10.0.0.1:1234", 2, -1), "process_id=-1 of 2 processes; expected 0 to 1"),
+        (("10.0.0.1", 2, 0), "coordinator_address='10.0.0.1'; expected HOST:PORT"),
+        ((":1234", 2, 0), "coordinator_address=':1234'; expected HOST:PORT"),
+        (("host:port", 2, 0), "coordinator_address='host:port'; expected HOST:PORT"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(arguments, message):
+    with pytest.raises(DistributedError, match=message):
+        distributed.initialize(*arguments)
+
+
+# Processes that something else has started.
+
+
+@pytest.mark.parametrize(
+    ("environment", "detected"),
+    [
+        ({}, False),
+        ({"SLURM_JOB_ID": "5"}, False),
+        ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "1"}, False),
+        ({"SLURM_STEP_NUM_TASKS": "2"}, True),
+        # In a batch script, outside of srun: many tasks, but this is none of them.
+        ({"SLURM_NTASKS": "8", "SLURM_JOB_ID": "5"}, False),
+        ({"JOB_COMPLETION_INDEX": "0"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
+        ({"TPU_WORKER_HOSTNAMES": "10.0.0.1,10.0.0.2"}, True),
+        ({"TPU_WORKER_HOSTNAMES": ""}, False),
+    ],
+)
+def test_processes_of_a_cluster_are_detected(environment, detected):
+    assert distributed.is_detected(environment) is detected
+
+
+def test_processes_that_slurm_has_started_find_each_other(start):
+    def is_free(job):
+        # As JAX takes the port from the job's number.
+        try:
+            socket.create_server(("", job + 2**16 - 2**12)).close()
+        except OSError:
+            return False
+        return True
+
+    job = next(job for job in range(os.getpid() % 4000, 2**12) if is_free(job))
+    pair = [
+        start(
+            "meet",
+            environment={
+                "SLURM_JOB_ID": str(job),
+                "SLURM_STEP_NODELIST": "localhost",
+                "SLURM_NTASKS": "2",
+                "SLURM_STEP_NUM_TASKS": "2",
+                "SLURM_STEP_NUM_NODES": "1",
+                "SLURM_PROCID": str(index),
+                "SLURM_LOCALID": str(index),
+            },
+        )
+        for index in (0, 1)
+    ]
+    for index, process in enumerate(pair):
+        status, said = process.end()
+        assert status == 0, said
+        assert f"process {index} of 2, 2 of 4 devices, True, from 0" in said
+
+
+def test_no_cluster_is_no_traceback(start):
+    status, said = start("meet").end()
+    assert status == 1
+    assert "error: JAX does not find out what processes to join" in said
+    assert "give --coordinator_address, --num_processes and --process_id" in said
+    assert "Traceback" not in said
+
+
+# One process is all of them.
+
+
+def test_one_process_asks_nobody():
+    assert jax.process_count() == 1
+    assert distributed.is_primary()
+    assert distributed.any_process(True) and not distributed.any_process(False)
+    assert distributed.on_primary(lambda: b"answer") == b"answer"
+    with pytest.raises(KeyError, match="itself"):
+        distributed.on_primary(lambda: {}["itself"])

@@ -48,10 +48,11 @@ def test_variance_holds_where_the_mean_is_large_beside_the_deviation(mean):
 @pytest.mark.parametrize("shape", [(1600, 2), (16, 10, 10, 2)])
 def test_variance_holds_where_the_values_it_is_taken_about_lie_far_off(shape):
     # The first sixteenth, whose mean the moments are taken about, is 1e6 deviations of
-    # the rest away: sqrt(15) deviations of all. A single value would be 1e6 or more.
+    # the rest away: sqrt(15) deviations of all. A sum of 1600 equal squares is rounded
+    # by 2e-5, of which the variance gets 16 times as much at worst.
     x = np.array(normal(shape))
     x[: shape[0] // 16] += 1e6
-    assert_moments_close(measure(jnp.asarray(x)), reference.moments(x), rtol=1e-4)
+    assert_moments_close(measure(jnp.asarray(x)), reference.moments(x), rtol=3e-4)
 
 
 def test_variance_of_a_constant_is_never_negative():

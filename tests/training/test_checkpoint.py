@@ -298,7 +298,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from test_checkpoint import IDENTITY, Checkpoints, RunError, checkpoint, progress, save
 
-for i, num_bytes in enumerate([0, 100, 2000] * 5):
+for i, num_bytes in enumerate([0, 100, 2000]):
     folder = Path(sys.argv[2]) / str(i)
     folder.mkdir()
     save(folder, progress(2))
@@ -327,7 +327,7 @@ def test_full_disk_is_named_and_leaves_what_was_there(tmp_path):
     )
     assert ran.returncode == 0, ran.stderr
     messages = iter(ran.stdout.splitlines())
-    for i in range(15):
+    for i in range(3):
         folder = tmp_path / str(i)
         for name in ("checkpoints", "variables"):
             message = next(messages)

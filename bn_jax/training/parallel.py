@@ -14,6 +14,7 @@ that do not share theirs.
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import dataclasses
 import functools
@@ -193,7 +194,7 @@ def put(array: np.ndarray | Array, sharding: NamedSharding) -> Array:
     return jax.make_array_from_callback(array.shape, sharding, lambda i: array[i])
 
 
-class Steps:
+class Steps(abc.ABC):
     """A compiled `run_steps` over the devices of a placement; see `Pmap` and `Mesh`.
 
     A state on the host is a `TrainState` of NumPy arrays whose batch statistics have a
@@ -246,21 +247,23 @@ class Steps:
         """Return what the loop is traced in."""
         return contextlib.nullcontext()
 
+    @abc.abstractmethod
     def _jitted(self, source: Any) -> Any:
-        raise NotImplementedError
+        """Return the loop, mapped over the devices and compiled when it is called."""
 
+    @abc.abstractmethod
     def put_state(self, state: TrainState) -> Any:
         """Return a host's state on the devices."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def get_state(self, state: Any) -> TrainState:
         """Return a state on the host, the same on all processes."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def put_data(self, data: data_lib.Split) -> Any:
         """Return a whole data set in the memory of each device."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def put_stored(self, data: Any, order: np.ndarray) -> Any:
         """Return a source of batches of what `put_data` returned.
 
@@ -268,19 +271,18 @@ class Steps:
           data: the data set.
           order: the examples of each step's batch, `[steps, batch_size]`.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def put_streamed(self, batches: step_lib.Batch) -> Any:
         """Return a source of `STEPS_PER_CALL` batches.
 
         Args:
           batches: this process's `columns` of them, `[STEPS_PER_CALL, N, ...]`.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def get_first(self, tree: Any) -> Any:
         """Return on the host what is the same on all devices."""
-        raise NotImplementedError
 
 
 class Mesh(Steps):

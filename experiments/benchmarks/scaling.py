@@ -152,11 +152,8 @@ def write(folder: Path, about: Any, measured: Any) -> None:
     """Check that arms train alike; print and write what they took."""
     from bn_jax import plots, results
 
-    losses = {name: about[name]["losses"] for name in ARMS}
-    apart = {
-        name: max(abs(a - b) for a, b in zip(losses[name], losses["one"], strict=True))
-        for name in ("threads", "synced", "jit")
-    }
+    losses = {name: about[name]["losses"] for name in ("threads", "synced", "jit")}
+    apart = timing.largest_differences(losses, about["one"]["losses"])
     if max(apart.values()) > 1e-3:
         raise FloatingPointError(
             f"losses of 20 steps differ from one device's by {apart}; the arms do not "

@@ -14,7 +14,10 @@ from matplotlib.ticker import MaxNLocator
 # Okabe and Ito, 2008: told apart with any colour vision. One meaning, one colour.
 BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 GREY = "#666666"
-ARM_COLOURS = (BLUE, ORANGE, GREEN, PURPLE)
+SKY, AMBER = "#56B4E9", "#E69F00"
+ARM_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY, AMBER, GREY)
+# Arms that several figures have keep their colours.
+COLOURS = {"batch_norm": BLUE, "flax": ORANGE, "none": GREEN, "none_padded": PURPLE}
 # A thick line stays visible under a thin, dashed one that coincides with it.
 ARM_LINES = (("-", 4.0), ("--", 1.5), ("-", 1.5), ("-.", 1.5))
 
@@ -231,8 +234,7 @@ def bar_panels(
 
 
 def growth(
-    series: Mapping[str, Mapping[float, Sequence[float]]],
-    x_label: str,
+    panels: Mapping[str, Mapping[str, Mapping[float, Sequence[float]]]],
     y_label: str,
     note: str,
     path: Path,
@@ -240,24 +242,157 @@ def growth(
     """Draw how a cost grows, on logarithmic axes: medians, from least to greatest.
 
     Args:
-      series: for each line's title, (median, least, greatest, ...) by size.
-      x_label: of the sizes.
+      panels: for each panel's x label and each line's title, (median, least, greatest,
+        ...) by size.
       y_label: of the cost, with its unit.
       note: a line above.
       path: of the image to write.
     """
-    figure = Figure(figsize=(5, 3.6), layout="constrained")
-    axes = figure.subplots()
-    for (title, by_size), colour, (style, width) in zip(
-        series.items(), ARM_COLOURS, ARM_LINES, strict=False
-    ):
-        median, low, high = list(zip(*by_size.values(), strict=True))[:3]
-        sizes = list(by_size)
-        axes.fill_between(sizes, low, high, color=colour, alpha=0.2, lw=0)
-        axes.plot(sizes, median, style, color=colour, lw=width, label=title, marker=".")
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    _finish(axes, x_label, y_label)
-    axes.set_title(note, fontsize=8, color=GREY)
-    axes.legend(fontsize=8, frameon=False)
+    size = (1 + 3.4 * len(panels), 3.6) if len(panels) > 1 else (5, 3.6)
+    figure = Figure(figsize=size, layout="constrained")
+    figure.suptitle(note, fontsize=8, color=GREY)
+    grid = figure.subplots(1, len(panels), squeeze=False)
+    for axes, (x_label, series) in zip(grid[0], panels.items(), strict=True):
+        for (title, by_size), colour, (style, width) in zip(
+            series.items(), ARM_COLOURS, ARM_LINES, strict=False
+        ):
+            median, low, high = list(zip(*by_size.values(), strict=True))[:3]
+            sizes = list(by_size)
+            axes.fill_between(sizes, low, high, color=colour, alpha=0.2, lw=0)
+            axes.plot(
+                sizes, median, style, color=colour, lw=width, label=title, marker="."
+            )
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        _finish(axes, x_label, y_label if axes is grid[0][0] else "")
+    grid[0][0].legend(fontsize=8, frameon=False)
+    figure.savefig(path, dpi=DOTS_PER_INCH)
+
+
+def by_choice(
+    panels: Mapping[str, Mapping[str, Mapping[float, Sequence[float]]]],
+    titles: Mapping[str, str],
+    x_label: str,
+    note: str,
+    path: Path,
+) -> None:
+    """Draw what comes of a choice, such as a rate, on a logarithmic axis.
+
+    Args:
+      panels: for each panel's y label and each arm, (value, low, high, ...) by choice.
+      titles: legend by arm.
+      x_label: of the choices.
+      note: a line above.
+      path: of the image to write.
+    """
+    figure = Figure(figsize=(1 + 3.7 * len(panels), 3.6), layout="constrained")
+    figure.suptitle(note, fontsize=8, color=GREY)
+    grid = figure.subplots(1, len(panels), squeeze=False)
+    for axes, (y_label, arms) in zip(grid[0], panels.items(), strict=True):
+        for i, (arm, by_value) in enumerate(arms.items()):
+            colour = COLOURS.get(arm, ARM_COLOURS[i % len(ARM_COLOURS)])
+            middle, low, high = list(zip(*by_value.values(), strict=True))[:3]
+            choices = list(by_value)
+            axes.fill_between(choices, low, high, color=colour, alpha=0.2, lw=0)
+            axes.plot(choices, middle, ".-", color=colour, label=titles[arm])
+        axes.set_xscale("log")
+        _finish(axes, x_label, y_label)
+    grid[0][0].legend(fontsize=8, frameon=False)
+    figure.savefig(path, dpi=DOTS_PER_INCH)
+
+
+def estimates(
+    panels: Mapping[str, Mapping[str, Sequence[float]]],
+    note: str,
+    path: Path,
+    *,
+    reference: float | None = None,
+) -> None:
+    """Draw a dot for each estimate, with a line over its interval.
+
+    Args:
+      panels: for each panel's x label, (value, low, high, ...) by title; all panels
+        have the same titles.
+      note: a line above.
+      path: of the image to write.
+      reference: a value to mark, such as 0 of a difference.
+    """
+    num_rows = max(map(len, panels.values()))
+    size = (2.5 + 3 * len(panels), 1.2 + 0.27 * num_rows)
+    figure = Figure(figsize=size, layout="constrained")
+    figure.suptitle(note, fontsize=8, color=GREY)
+    grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)
+    for axes, (x_label, rows) in zip(grid[0], panels.items(), strict=True):
+        if reference is not None:
+            axes.axvline(reference, color=GREY, linewidth=0.8, linestyle=":")
+        for position, (value, low, high, *_) in enumerate(rows.values()):
+            axes.plot([low, high], [position] * 2, color=BLUE, linewidth=2, alpha=0.5)
+            axes.plot(value, position, "o", color=BLUE, markersize=4)
+        axes.set_yticks(range(len(rows)), list(rows), fontsize=8)
+        axes.set_xlabel(x_label)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="x", linewidth=0.4, color="#dddddd")
+    grid[0][0].invert_yaxis()  # of all: they share it
+    figure.savefig(path, dpi=DOTS_PER_INCH)
+
+
+def small_multiples(
+    panels: Mapping[str, Mapping[str, Sequence[Sequence[float | None]]]],
+    titles: Mapping[str, str],
+    y_label: str,
+    note: str,
+    path: Path,
+    *,
+    columns: int = 4,
+) -> None:
+    """Draw curves by epoch in many small panels with the same axes.
+
+    Lines are means over runs, bands reach from the least to the greatest; an epoch
+    that a run did not reach is left out of both.
+
+    Args:
+      panels: for each panel's title and each line, a list by epoch for each run. A line
+        is an arm, or "ARM test" for its test curve, which is dashed.
+      titles: legend by line.
+      y_label: of all panels.
+      note: a line above.
+      path: of the image to write.
+      columns: panels side by side.
+    """
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(2.1 * columns, 0.6 + 1.7 * rows), layout="constrained")
+    figure.suptitle(note, fontsize=8, color=GREY)
+    grid = figure.subplots(rows, columns, sharey=True, sharex=True, squeeze=False)
+    for axes, (title, lines) in zip(grid.flat, panels.items(), strict=False):
+        for line, runs in lines.items():
+            arm, _, kind = line.partition(" ")
+            by_epoch = [
+                [v for v in values if v is not None]
+                for values in zip(*runs, strict=True)
+            ]
+            points = [
+                (epoch, sum(values) / len(values), min(values), max(values))
+                for epoch, values in enumerate(by_epoch, start=1)
+                if values
+            ]
+            if not points:
+                continue
+            epochs, mean, low, high = zip(*points, strict=True)
+            style = "--" if kind else "-"
+            axes.fill_between(epochs, low, high, color=COLOURS[arm], alpha=0.15, lw=0)
+            axes.plot(
+                epochs, mean, style, color=COLOURS[arm], label=titles[line], marker="."
+            )
+        axes.set_title(title, fontsize=8)
+        _finish(axes, "", "")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axes in list(grid.flat)[len(panels) :]:
+        axes.set_visible(False)
+    figure.supxlabel("epoch", fontsize=9)
+    figure.supylabel(y_label, fontsize=9)
+    handles, labels = grid[0][0].get_legend_handles_labels()
+    figure.legend(
+        handles, labels, fontsize=8, ncols=2, loc="outside lower center",
+        frameon=False,
+    )  # fmt: skip
     figure.savefig(path, dpi=DOTS_PER_INCH)

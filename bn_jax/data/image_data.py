@@ -46,3 +46,21 @@ class ImageData:
     kind: Kind
     source: str  # one short phrase for logs and results
     fallback_reason: str | None = None  # why "auto" took the sample
+
+    def with_train_examples(self, count: int) -> "ImageData":
+        """Return the data with the first `count` training examples; 0 for all.
+
+        Raises:
+          DataError: if there are fewer.
+        """
+        present = len(self.train.labels)
+        if count in (0, present):
+            return self
+        if count > present:
+            raise DataError(
+                f"train_examples={count} of {self.source}, which has {present}; give "
+                f"at most {present}, or 0 for all"
+            )
+        train = Split(self.train.images[:count], self.train.labels[:count])
+        source = f"{self.source}, the first {count:,} for training"
+        return dataclasses.replace(self, train=train, source=source)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -9,11 +10,17 @@ from typing import Any
 from flax import linen as nn
 
 from bn_jax.linen import BatchNorm
+from bn_jax.variants import linen as variants
 
 NORMS: dict[str, Callable[..., nn.Module] | None] = {
     "batch_norm": BatchNorm,
     "flax": nn.BatchNorm,
     "none": None,
+    "layer": variants.LayerNorm,
+    "group": variants.GroupNorm,
+    "instance": variants.InstanceNorm,
+    "whitening": variants.Whitening,
+    "quantile": variants.QuantileNorm,
 }
 
 
@@ -23,17 +30,48 @@ def norm_by_name(
     """Return the constructor of a normalisation, or None for "none".
 
     Args:
-      name: one of `NORMS`.
-      momentum: weight of the OLD average in the moving averages.
-      epsilon: added to the variance.
+      name: one of `NORMS`, with further attributes if need be, such as
+        "whitening:method=zca,group_size=16".
+      momentum: weight of the OLD average in the moving averages, where there are any.
+      epsilon: added to the variance, where there is one (of quantiles it would be
+        something else).
       **options: further attributes of the layers.
 
     Raises:
-      ValueError: if there is no normalisation of that name.
+      ValueError: if there is no normalisation of that name, or it has no such
+        attribute.
     """
-    if name not in NORMS:
+    kind, _, text = name.partition(":")
+    if kind not in NORMS:
         raise ValueError(f"norm={name!r}; expected one of {', '.join(NORMS)}")
-    norm = NORMS[name]
+    norm = NORMS[kind]
     if norm is None:
         return None
-    return functools.partial(norm, momentum=momentum, epsilon=epsilon, **options)
+    known = set(norm.__dataclass_fields__) - {"name", "parent"}  # type: ignore[attr-defined]
+    usual = {"momentum": momentum}
+    if kind != "quantile":
+        usual["epsilon"] = epsilon
+    attributes = {k: v for k, v in usual.items() if k in known} | options
+    for part in filter(None, text.split(",")):
+        attribute, _, value = part.partition("=")
+        attributes[attribute] = _literal(value)
+    unknown = sorted(attributes.keys() - known)
+    if unknown:
+        raise ValueError(
+            f"norm={name!r} has no {', '.join(unknown)}; its attributes are "
+            f"{', '.join(sorted(known))}"
+        )
+    return functools.partial(norm, **attributes)
+
+
+def is_batch_norm(name: str) -> bool:
+    """Return whether a normalisation, by name, keeps a batch's mean and variance."""
+    return name.partition(":")[0] in ("batch_norm", "flax")
+
+
+def _literal(text: str) -> Any:
+    """Return the number, boolean or None that a text writes, or else the text."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ class LeNet(nn.Module):
     """LeNet of two 5 x 5 convolutions and three dense layers with sigmoids.
 
     Each of the first four is followed by `norm`, when there is one, before its
-    sigmoid. Kernels start from Xavier's uniform distribution, biases from 0.
+    activation. Kernels start from Xavier's uniform distribution, biases from 0.
 
     Attributes:
       norm: constructor of the normalisation, called as
@@ -29,6 +30,13 @@ class LeNet(nn.Module):
         be traced; then all norms are there, and those that are off are passed by.
       bias_before_norm: whether the layers before a norm have a bias, as the chapter's
         do; batch norm subtracts it again. Without norm they always have one.
+      activation: after each of the four layers, and its norm; the chapter's is the
+        sigmoid.
+      dropout_rate: share of values that training sets to 0; what is left is scaled up.
+        It draws from the random stream "dropout".
+      dropout_at: after which activations: "dense", both dense layers', of which the
+        first is followed by a norm; or "last", the second's alone, which no norm
+        follows.
       first_padding: pixels of 0 around the images: 0 in the chapter on batch
         normalisation, 2 in the one that introduces LeNet without it.
       num_classes: number of outputs.
@@ -41,11 +49,16 @@ class LeNet(nn.Module):
       LeCun et al., 1998, "Gradient-based learning applied to document recognition".
       Glorot and Bengio, 2010, "Understanding the difficulty of training deep
       feedforward neural networks".
+      Srivastava et al., 2014, "Dropout: a simple way to prevent neural networks from
+      overfitting".
     """
 
     norm: Callable[..., nn.Module] | None = None
     norm_layers: Sequence[bool] | Array = (True, True, True, True)
     bias_before_norm: bool = True
+    activation: Callable[[Array], Array] = jax.nn.sigmoid
+    dropout_rate: float = 0.0
+    dropout_at: Literal["dense", "last"] = "dense"
     first_padding: int = 0
     num_classes: int = 10
     ghost_batch_size: int | None = None
@@ -57,7 +70,8 @@ class LeNet(nn.Module):
 
         Args:
           x: images `[N, 28, 28, 1]`, pixels in [0, 1].
-          train: whether norms use the batch's statistics and move their averages.
+          train: whether norms use the batch's statistics and move their averages, and
+            dropout drops.
 
         Returns:
           Logits `[N, num_classes]`.
@@ -71,15 +85,16 @@ class LeNet(nn.Module):
         def use_bias(i: int) -> bool:
             return self.bias_before_norm or has_norm(i) is False
 
-        def norm_sigmoid(x: Array, i: int, axis: int, batch_axis: int) -> Array:
+        def norm_activation(x: Array, i: int, axis: int, batch_axis: int) -> Array:
             if self.norm is not None and has_norm(i) is not False:
                 options: dict[str, Any] = {"axis": axis, "name": f"norm{i}"}
+                if _takes_batch_axis(self.norm):
+                    options["batch_axis"] = batch_axis
                 if self.ghost_batch_size is not None:
                     options["ghost_batch_size"] = self.ghost_batch_size
-                    options["batch_axis"] = batch_axis
                 y = self.norm(use_running_average=not train, **options)(x)
                 x = y if has_norm(i) is True else jnp.where(has_norm(i), y, x)
-            return jax.nn.sigmoid(x)
+            return self.activation(x)
 
         p = self.first_padding
         x = jnp.pad(x, ((0, 0), (p, p), (p, p), (0, 0)))
@@ -93,7 +108,7 @@ class LeNet(nn.Module):
                 kernel_init=xavier,
                 name=f"conv{i}",
             )
-            x = norm_sigmoid(conv(x), i, layout.index("C"), layout.index("N"))
+            x = norm_activation(conv(x), i, layout.index("C"), layout.index("N"))
             x = layers.avg_pool_2x2(x, layout)
         x = layers.to_nhwc(x, layout)
         x = x.reshape(x.shape[0], -1)
@@ -101,5 +116,13 @@ class LeNet(nn.Module):
             dense = nn.Dense(
                 features, use_bias=use_bias(i + 2), kernel_init=xavier, name=f"dense{i}"
             )
-            x = norm_sigmoid(dense(x), i + 2, -1, 0)
+            x = norm_activation(dense(x), i + 2, -1, 0)
+            if i == 2 or self.dropout_at == "dense":
+                x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
         return nn.Dense(self.num_classes, kernel_init=xavier, name="dense3")(x)
+
+
+def _takes_batch_axis(norm: Callable[..., nn.Module]) -> bool:
+    """Return whether a norm's constructor, or a partial of it, has that attribute."""
+    module = norm.func if isinstance(norm, functools.partial) else norm
+    return "batch_axis" in getattr(module, "__dataclass_fields__", {})

@@ -35,9 +35,28 @@ class _Range:
 _AT_LEAST_1 = _Range("a number at least 1", lambda v: v >= 1)
 _NOT_NEGATIVE = _Range("a number 0 or greater", lambda v: v >= 0)
 _POSITIVE = _Range("a number greater than 0 and finite", lambda v: 0 < v < math.inf)
+_BELOW_1 = _Range("a number in [0, 1)", lambda v: 0 <= v < 1)
 _SHARE = _Range("a number in [0, 1]", lambda v: 0 <= v <= 1)
 # JAX's keys keep 32 bits of a seed: greater ones would repeat these.
 _SEED = _Range("a number from 0 to 2**32 - 1", lambda v: 0 <= v < 2**32)
+# What the models know by name, without importing them here.
+NORMS = (
+    "batch_norm",
+    "flax",
+    "none",
+    "layer",
+    "group",
+    "instance",
+    "whitening",
+    "quantile",
+)
+_NORM = _Range(
+    f"one of {', '.join(NORMS)}, with attributes if need be, such as "
+    "whitening:method=zca,group_size=16",
+    lambda v: (
+        re.fullmatch(rf"({'|'.join(NORMS)})(:\w+=[^,=]+(,\w+=[^,=]+)*)?", v) is not None
+    ),
+)
 _NORM_LAYERS = _Range(
     "four digits 0 or 1, such as 0011",
     lambda v: re.fullmatch("[01]{4}", v) is not None,
@@ -81,10 +100,17 @@ class TrainConfig:
         "and the embedded sample of it (6,000 + 1,000 images) otherwise.",
         choices=("auto", "fashion_mnist", "mnist", "kmnist", "sample"),
     )
+    train_examples: int = _option(
+        0, "Train on the first N images; 0 for all.", valid=_NOT_NEGATIVE
+    )
+    activation: str = _option(
+        "sigmoid", "After each of the four layers.", choices=("sigmoid", "relu")
+    )
     norm: str = _option(
         "batch_norm",
-        "Normalisation before each sigmoid: ours, Flax's own batch norm, or none.",
-        choices=("batch_norm", "flax", "none"),
+        f"<{'|'.join(NORMS)}>, with attributes as in group:num_groups=2 if need be: "
+        "what normalises before each activation; flax is Flax's own batch norm.",
+        valid=_NORM,
     )
     norm_layers: str = _option(
         "1111",
@@ -94,6 +120,22 @@ class TrainConfig:
     )
     train_gamma: bool = _option(True, "Whether the norms' gamma learns; else it is 1.")
     train_beta: bool = _option(True, "Whether the norms' beta learns; else it is 0.")
+    trained: str = _option(
+        "all",
+        "What learns, the rest staying as initialised: all; the norms' gamma and beta "
+        "alone; these and the last layer; or as many other parameters, chosen at "
+        "random.",
+        choices=("all", "norm", "norm_and_last", "random"),
+    )
+    dropout_rate: float = _option(
+        0.0, "Share of values that training sets to 0.", valid=_BELOW_1
+    )
+    dropout_at: str = _option(
+        "dense",
+        "Where: after both hidden dense layers, the first of which a norm follows; or "
+        "after the last of them alone.",
+        choices=("dense", "last"),
+    )
     bias_before_norm: bool = _option(
         True, "Whether layers before a norm have a bias; batch norm cancels it."
     )

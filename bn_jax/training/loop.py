@@ -21,6 +21,7 @@ from bn_jax.training.config import ConfigError, TrainConfig
 from bn_jax.training.evaluation import BATCH_SIZE, Evaluator
 from bn_jax.training.state import (
     TrainState,
+    dropout_key,
     init_state,
     init_variables,
     make_model,
@@ -103,6 +104,7 @@ class Trainer:
         checkpoint_steps: int | None = None,
         make_train_step: Callable[..., step_lib.TrainStep] = step_lib.make_train_step,
     ) -> None:
+        data = data.with_train_examples(config.train_examples)
         check_fits(config, data)
         placement = placement or parallel.place(config)
         self.config, self.data, self.placement = config, data, placement
@@ -124,6 +126,7 @@ class Trainer:
                 make_model(config, num_classes=num_classes, **options),
                 self._optimizer,
                 axis_name=parallel.DATA if placement.uses_axis else None,
+                dropout_key=dropout_key(config),
             ),
         )
         self._evaluate = Evaluator(

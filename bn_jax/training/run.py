@@ -59,6 +59,7 @@ def train_into(
       Interrupted: on SIGTERM or Ctrl-C, after a checkpoint.
     """
     options = options or RunOptions(devices="1")
+    data = data.with_train_examples(config.train_examples)
     loop.check_fits(config, data)
     placement = parallel.place(
         config, devices=options.devices, parallel=options.parallel
@@ -124,6 +125,7 @@ def train_or_load(
       RunError: if `workdir` holds another run, or as `train_into` says.
     """
     workdir = Path(workdir)
+    data = data.with_train_examples(config.train_examples)
     done = distributed.on_primary(
         lambda: b"done" if (workdir / results.RESULTS).exists() else b""
     )

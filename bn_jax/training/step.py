@@ -66,6 +66,7 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     *,
     axis_name: str | None = None,
+    dropout_key: Array | None = None,
 ) -> TrainStep:
     """Return `train_step(state, batch) -> (state, metrics)`, a pure function.
 
@@ -75,7 +76,17 @@ def make_train_step(
       axis_name: of the mapped axis whose instances each hold an equal part of the
         batch; gradients and metrics are means over all of it. Whether statistics are
         shared, too, is the model's affair.
+      dropout_key: decides what each step drops, on each instance along the axis; None
+        for a model without dropout.
     """
+
+    def random_streams(step: Array) -> dict[str, Array]:
+        if dropout_key is None:
+            return {}
+        key = jax.random.fold_in(dropout_key, step)
+        if axis_name is not None:
+            key = jax.random.fold_in(key, lax.axis_index(axis_name))
+        return {"dropout": key}
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         def loss_of(params: Any) -> tuple[Array, tuple[Any, Array]]:
@@ -84,6 +95,7 @@ def make_train_step(
                 to_float(batch.images),
                 train=True,
                 mutable=["batch_stats"],
+                rngs=random_streams(state.step),
             )
             losses = optax.softmax_cross_entropy_with_integer_labels(
                 logits, batch.labels
@@ -191,6 +203,20 @@ def predict(model: nn.Module, variables: Any, images: Array) -> Array:
     return logits
 
 
+def predict_by_batch(model: nn.Module, variables: Any, images: Array) -> Array:
+    """Return the logits that norms give by the statistics of these images.
+
+    Args:
+      model: without dropout, which training mode would apply.
+      variables: as for `predict`; the moving statistics are not used.
+      images: the batch, as bytes.
+    """
+    logits, _ = model.apply(
+        variables, to_float(images), train=True, mutable=["batch_stats"]
+    )
+    return logits
+
+
 class Sums(NamedTuple):
     """Sums over examples."""
 
@@ -198,14 +224,22 @@ class Sums(NamedTuple):
     correct: Array  # number of examples whose largest logit is the label's; shape []
 
 
-def evaluate(model: nn.Module, variables: Any, batches: Batch, counts: Array) -> Sums:
-    """Return sums over examples in prediction mode.
+def evaluate(
+    model: nn.Module,
+    variables: Any,
+    batches: Batch,
+    counts: Array,
+    *,
+    predict: Callable[[nn.Module, Any, Array], Array] = predict,
+) -> Sums:
+    """Return sums over examples.
 
     Args:
       model: the model.
       variables: its parameters and statistics.
       batches: images and labels with a leading axis of batches, `[T, N, ...]`.
       counts: booleans `[T, N]`; False leaves an example out, such as one of padding.
+      predict: gives the logits of a batch.
     """
 
     def add_batch(total: Sums, batch: tuple[Batch, Array]) -> tuple[Sums, None]:

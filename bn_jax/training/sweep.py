@@ -27,12 +27,13 @@ import numpy as np
 from jax import lax
 
 from bn_jax import data as data_lib
-from bn_jax import population
+from bn_jax import models, population
 from bn_jax.training import evaluation, feed, loop, parallel
 from bn_jax.training import step as step_lib
 from bn_jax.training.config import ConfigError, TrainConfig
 from bn_jax.training.state import (
     TrainState,
+    dropout_key,
     init_state,
     init_variables,
     make_model,
@@ -51,7 +52,7 @@ SWEPT = (
     "seed",
 )
 
-Values = dict[str, Any]  # swept fields but the seed, as arrays
+Values = dict[str, Any]  # fields that differ, and the seed, as arrays
 
 
 def parse(spec: str, base: TrainConfig) -> list[TrainConfig]:
@@ -135,6 +136,7 @@ class Sweep:
         checkpoint_steps: int | None = None,
     ) -> None:
         _check(configs)
+        data = data.with_train_examples(configs[0].train_examples)
         self.configs, self.data = list(configs), data
         self.devices = list(devices or jax.local_devices()[:1])
         self._base, self._checkpoint_steps = configs[0], checkpoint_steps
@@ -155,17 +157,16 @@ class Sweep:
             shared=(False, False, True, False, True, True),
             donate=(1,),
         )  # fmt: skip
-        self._evaluate = self._map.compiled(
-            functools.partial(_evaluate_member, self._base, self.num_classes),
-            shared=(False, False, True, True),
+        self._evaluate, self._evaluate_by_batch = (
+            self._map.compiled(
+                functools.partial(_evaluate_member, self._base, self.num_classes, way),
+                shared=(False, False, True, True),
+            )
+            for way in (step_lib.predict, step_lib.predict_by_batch)
         )
         self.compile_seconds = 0.0
         self._is_compiled = False
-        num_batches = -(-len(data.test.labels) // evaluation.BATCH_SIZE)
-        columns = -(-len(data.test.labels) // num_batches)
-        self._test = self._map.put_shared(
-            evaluation.batched(data.test, num_batches, columns)
-        )
+        self._test = self._batched(data.test)
         state = _init_members(self._members, data.train.images.shape[1:], self)
         no_steps = np.zeros((len(configs), 0), np.float32)
         untested = np.full((len(configs), self._base.epochs), np.nan, np.float32)
@@ -280,18 +281,20 @@ class Sweep:
             new = np.where(alive, values[:n] / count, np.nan).astype(np.float32)
             setattr(self, name, np.where(of_epoch, new[:, None], getattr(self, name)))
 
-    def rows(self, *, exact: bool = True) -> list[dict[str, Any]]:
+    def rows(self, *, exact: bool = True, train: bool = False) -> list[dict[str, Any]]:
         """Return a row for each member, of values that JSON can hold.
 
         Args:
-          exact: whether to measure the accuracy by exact statistics of the training
-            set, too; it takes about half an epoch a member.
+          exact: whether to measure loss and accuracy by exact statistics of the
+            training set, too, where the norm is batch norm; it takes about half an
+            epoch a member.
+          train: whether to evaluate on the training set, too.
         """
         progress = self.progress()
         by_epoch = (len(self.configs), -1, self.steps_per_epoch)
         losses = progress.step_losses.reshape(by_epoch).mean(2)
         accuracies = progress.step_accuracies.reshape(by_epoch).mean(2)
-        scores = self._exact() if exact else {}
+        scores = self._scores(exact=exact, train=train)
         return [
             {
                 "config": config.to_dict(),
@@ -306,8 +309,67 @@ class Sweep:
             for i, config in enumerate(self.configs)
         ]
 
-    def _exact(self) -> dict[str, np.ndarray]:
-        """Return each member's test loss and accuracy by exact statistics."""
+    def _scores(self, *, exact: bool, train: bool) -> dict[str, np.ndarray]:
+        """Return the members' scores at the end, but that on the test set by averages.
+
+        Returns:
+          `SPLIT_loss_STATISTICS` and `SPLIT_accuracy_STATISTICS`, each of shape
+          [members]; statistics are the moving averages, exact ones, or those of each
+          batch (of at most 500 images) itself. With exact ones, also the ratio of the
+          moving variance to the exact one, `LAYER_variance_ratio`, as the median over
+          its features: dropout before a norm moves it from 1 (Li et al., 2018,
+          arXiv:1801.05134).
+        """
+        variables = self._map.get(self._state).variables
+        states = {"average": variables}
+        scores: dict[str, np.ndarray] = {}
+        if exact and models.is_batch_norm(self._base.norm):
+            found = self._exact_statistics()
+            states["exact"] = {**variables, "batch_stats": found}
+            for layer, of_layer in variables["batch_stats"].items():
+                ratio = of_layer["var"] / found[layer]["var"]
+                scores[f"{layer}_variance_ratio"] = np.median(ratio, -1)[
+                    : len(self.configs)
+                ]
+        of_train = self._batched(self.data.train) if train else None
+        wanted = [("test", self._test, name) for name in states if name != "average"]
+        wanted += [("train", of_train, name) for name in states if train]
+        for split, batches, name in wanted:
+            sums = self._sums(self._evaluate, states[name], batches)
+            scores |= self._means(f"{split}_{{}}_{name}", sums, batches)
+        if self._base.norm != "none":
+            sums = self._sums(self._evaluate_by_batch, variables, self._test)
+            scores |= self._means("test_{}_batch", sums, self._test)
+        return scores
+
+    def _sums(self, evaluate: Any, variables: Any, batches: Any) -> step_lib.Sums:
+        placed = self._map.put((self._values, variables))
+        sums: step_lib.Sums = self._map.get(evaluate(*placed, *batches))
+        return sums
+
+    def _means(
+        self, name: str, sums: step_lib.Sums, batches: Any
+    ) -> dict[str, np.ndarray]:
+        """Return mean loss and accuracy of each member, NaN of one that diverged."""
+        n, alive = len(self.configs), np.isfinite(self._losses[:, -1])
+        _, counts = batches
+        count = np.asarray(counts).sum()
+        values = {"loss": sums.loss, "accuracy": sums.correct}
+        return {
+            name.format(kind): np.where(alive, value[:n] / count, np.nan)
+            for kind, value in values.items()
+        }
+
+    def _batched(self, split: data_lib.Split) -> Any:
+        """Return a split in equal batches, on the devices, and which examples count."""
+        n = len(split.labels)
+        num_batches = -(-n // evaluation.BATCH_SIZE)
+        return self._map.put_shared(
+            evaluation.batched(split, num_batches, -(-n // num_batches))
+        )
+
+    def _exact_statistics(self) -> Any:
+        """Return each member's exact statistics of the training set, stacked."""
         inputs = jnp.asarray(self.data.train.images)
         predict = _predict_of(self._base, self.num_classes)
         state, values = self._map.get(self._state), self._values
@@ -323,17 +385,7 @@ class Sweep:
                     batch_size=evaluation.BATCH_SIZE,
                 )
             )
-        stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *stats)
-        variables = {**state.variables, "batch_stats": stacked}
-        sums = self._map.get(
-            self._evaluate(self._map.put(values), self._map.put(variables), *self._test)
-        )
-        alive = np.isfinite(self._losses[:, -1])
-        n, count = len(self.configs), len(self.data.test.labels)
-        return {
-            "test_loss_exact": np.where(alive, sums.loss[:n] / count, np.nan),
-            "test_accuracy_exact": np.where(alive, sums.correct[:n] / count, np.nan),
-        }
+        return jax.tree.map(lambda *leaves: np.stack(leaves), *stats)
 
 
 def _check(configs: Sequence[TrainConfig]) -> None:
@@ -357,14 +409,19 @@ def _check(configs: Sequence[TrainConfig]) -> None:
 
 
 def stack_values(configs: Sequence[TrainConfig]) -> Values:
-    """Return the swept fields of configs as arrays with a leading axis of configs."""
+    """Return the fields that differ as arrays with a leading axis of configs.
+
+    What all configs share stays a constant of the program, which is the faster for it.
+    """
     swept: Values = {}
     for name in SWEPT:
         values = [getattr(config, name) for config in configs]
+        if name != "seed" and len(set(values)) == 1:
+            continue
         if name == "norm_layers":
             swept[name] = np.array([[d == "1" for d in v] for v in values])
-        elif name != "seed":  # it has done its part before the first step
-            kind = jnp.result_type(type(values[0]))
+        else:
+            kind = np.uint32 if name == "seed" else jnp.result_type(type(values[0]))
             swept[name] = np.array(values, kind)
     return swept
 
@@ -385,6 +442,7 @@ def _run_member(
     train_step = step_lib.make_train_step(
         make_model(config, num_classes=num_classes),
         make_optimizer(config, steps_per_epoch=steps_per_epoch),
+        dropout_key=dropout_key(config),
     )
     return step_lib.run_steps(
         train_step,
@@ -399,14 +457,16 @@ def _run_member(
 def _evaluate_member(
     base: TrainConfig,
     num_classes: int,
+    predict: Callable[[Any, Any, Any], Any],
     values: Values,
     variables: Any,
     batches: step_lib.Batch,
     counts: Any,
 ) -> step_lib.Sums:
-    """Evaluate one member."""
-    model = make_model(base.with_traced(values), num_classes=num_classes)
-    return step_lib.evaluate(model, variables, batches, counts)
+    """Evaluate one member, without dropout."""
+    config = base.with_traced({**values, "dropout_rate": 0.0})
+    model = make_model(config, num_classes=num_classes)
+    return step_lib.evaluate(model, variables, batches, counts, predict=predict)
 
 
 @functools.lru_cache(maxsize=8)
@@ -430,11 +490,15 @@ def _init_members(
 ) -> TrainState:
     """Return the members' initial states, stacked; those of `loop.Trainer`."""
     of_seed: dict[int, TrainState] = {}
-    values = stack_values(configs[:1])
-    config = configs[0].with_traced(jax.tree.map(lambda leaf: leaf[0], values))
+    # Values differ, shapes do not.
+    config = configs[0].with_traced(
+        jax.tree.map(lambda leaf: leaf[0], stack_values(configs))
+    )
     model = make_model(config, num_classes=sweep.num_classes)
-    optimizer = make_optimizer(config, steps_per_epoch=sweep.steps_per_epoch)
     for seed in {config.seed for config in configs}:
+        optimizer = make_optimizer(
+            config.with_traced({"seed": seed}), steps_per_epoch=sweep.steps_per_epoch
+        )
         key, _ = jax.random.split(jax.random.key(seed))
         state = init_state(init_variables(model, key, images_shape), optimizer)
         of_seed[seed] = jax.tree.map(np.asarray, state)

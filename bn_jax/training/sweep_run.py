@@ -28,6 +28,7 @@ def sweep_into(
     options: RunOptions | None = None,
     *,
     exact: bool = True,
+    train: bool = False,
 ) -> list[dict[str, Any]]:
     """Train a sweep, and write everything to `workdir`; go on where it was stopped.
 
@@ -37,7 +38,8 @@ def sweep_into(
       configs: of the members.
       data: the images.
       options: how to carry it out; by default on one device.
-      exact: whether to measure exact statistics, too.
+      exact: as for `Sweep.rows`.
+      train: as for `Sweep.rows`.
 
     Returns:
       The rows. Those of a finished sweep are read.
@@ -50,9 +52,10 @@ def sweep_into(
     options = options or RunOptions(devices="1")
     workdir = Path(workdir)
     devices = _devices(options, len(configs))
+    data = data.with_train_examples(configs[0].train_examples)
     steps_per_epoch = len(data.train.labels) // configs[0].batch_size
     checkpoint_steps = options.checkpoint_steps(steps_per_epoch)
-    config = {**_common(configs), "data": data.source, "exact": exact}
+    config = {**_common(configs), "data": data.source, "exact": exact, "train": train}
     with interrupt.listening() as request, results.locked(workdir):
         results.start_run(workdir, config, resume=options.resume, repeat=True)
         if (workdir / results.RESULTS).exists():
@@ -63,7 +66,7 @@ def sweep_into(
             _train(sweep, checkpoints, request, checkpoint_steps)
         from bn_jax import plots  # here, so that training starts sooner
 
-        rows = sweep.rows(exact=exact)
+        rows = sweep.rows(exact=exact, train=train)
         progress = sweep.progress()
         checkpoint.save_variables(workdir, progress.state.variables)
         results.write_rows(workdir / ROWS, rows)

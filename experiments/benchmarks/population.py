@@ -200,8 +200,7 @@ def write(
     (folder / "table.md").write_text(text)
     n = len(epochs)
     plots.growth(
-        {title: ratios[mode] for mode, title in MODES.items()},
-        "N, examples",
+        {"N, examples": {title: ratios[mode] for mode, title in MODES.items()}},
         f"time, to an epoch of {num_examples:,}",
         f"n = {n} rounds; band: least to greatest",
         folder / "population.png",

@@ -111,9 +111,13 @@ def time_arm(arm: Arm, dataset: str) -> None:
     )
     placement = parallel.place(config, devices=str(arm.devices), parallel=arm.parallel)
 
-    def make_train_step(model: Any, optimizer: Any, *, axis_name: str | None) -> Any:
+    def make_train_step(
+        model: Any, optimizer: Any, *, axis_name: str | None, **options: Any
+    ) -> Any:
         axis_name = axis_name if arm.collectives else None
-        return step_lib.make_train_step(model, optimizer, axis_name=axis_name)
+        return step_lib.make_train_step(
+            model, optimizer, axis_name=axis_name, **options
+        )
 
     trainer = loop.Trainer(
         config, data, placement=placement, make_train_step=make_train_step

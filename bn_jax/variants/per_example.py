@@ -1,0 +1,205 @@
+r"""Layer, group and instance norm: each example is normalised by its own moments.
+
+The features are cut into contiguous groups, and the moments taken over the features of
+a group and all positions, for every example n and group g alone:
+
+$$y = \gamma \frac{x - \mu_{ng}}{\sqrt{\sigma_{ng}^2 + \epsilon}} + \beta.$$
+
+One group is layer norm, a group for each feature instance norm. There is no batch in
+it, hence no state, no difference between training and prediction, and no collective.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import jax.numpy as jnp
+from jax import Array
+
+from bn_jax import functional as functional_lib
+from bn_jax import moments as moments_lib
+from bn_jax.functional import BatchNormParams, normalize
+from bn_jax.moments import measure
+
+
+def group_norm(
+    x: Array,
+    params: BatchNormParams,
+    *,
+    num_groups: int,
+    epsilon: float = 1e-5,
+    feature_axis: int = -1,
+    batch_axis: int = 0,
+) -> tuple[Array, tuple[()]]:
+    """Normalise each example by the moments of each group of its features.
+
+    Args:
+      x: batch of shape `[N, C]`, `[N, H, W, C]`, `[C, H, W, N]` or any other of rank 2
+        or more, of dtype float32, bfloat16, float16, float64 or complex.
+      params: gamma and beta, each of shape `[C]` or None.
+      num_groups: number of contiguous groups of C / num_groups features, a divisor of
+        C.
+      epsilon: added to the variance, greater than 0.
+      feature_axis: axis of the features.
+      batch_axis: axis of the examples.
+
+    Returns:
+      `(y, ())`: y of x's shape and dtype, and the state, which is empty.
+
+    Raises:
+      TypeError: if `x` is of neither a floating-point nor a complex dtype.
+      ValueError: on a wrong rank, axis, feature count, number of groups or epsilon.
+
+    References:
+      Wu and He, 2018, "Group Normalization", arXiv:1803.08494.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from bn_jax import init
+      >>> params, _ = init(4)
+      >>> x = jnp.array([[1.0, 3.0, 0.0, 0.0]])
+      >>> group_norm(x, params, num_groups=2)[0].round(3).tolist()
+      [[-1.0, 1.0, 0.0, 0.0]]
+    """
+    x = jnp.asarray(x)
+    moments_lib.check_input(x, feature_axis)
+    feature = single_axis(x, "feature_axis", feature_axis)
+    batch = single_axis(x, "batch_axis", batch_axis)
+    if batch == feature:
+        raise ValueError(
+            f"batch_axis={batch_axis} and feature_axis={feature_axis} are the same "
+            f"axis of x of shape {list(x.shape)}; name the axis of examples"
+        )
+    functional_lib._check_features(x, feature, **params._asdict())
+    num_features = x.shape[feature]
+    if num_groups < 1 or num_features % num_groups:
+        raise ValueError(
+            f"num_groups={num_groups} does not divide the {num_features} features of x "
+            f"of shape {list(x.shape)}; give a divisor of {num_features}"
+        )
+    if x.size == x.shape[batch] * num_groups:
+        warnings.warn(
+            f"x of shape {list(x.shape)} in {num_groups} groups has one value a group: "
+            "y equals beta whatever x is, and nothing before this layer learns; use "
+            "fewer groups",
+            stacklevel=2,
+        )
+
+    split = (num_groups, num_features // num_groups)
+    groups = x.reshape(*x.shape[:feature], *split, *x.shape[feature + 1 :])
+    groups = groups.astype(moments_lib.statistics_dtype(x.dtype))
+    # The axis of groups stands at `feature`, and pushes those behind it by one.
+    kept = (feature, batch if batch < feature else batch + 1)
+    _, mean, var = measure(groups, feature_axis=kept)
+    y = normalize(groups, mean, var, epsilon=epsilon, feature_axis=kept)
+    y = y.reshape(x.shape)
+    others = moments_lib.reduction_axes(x.ndim, feature)
+    scale, bias = params
+    if scale is not None:
+        y = y * jnp.expand_dims(scale, others)
+    if bias is not None:
+        y = y + jnp.expand_dims(bias, others)
+    return y.astype(x.dtype), ()
+
+
+def layer_norm(
+    x: Array,
+    params: BatchNormParams,
+    *,
+    epsilon: float = 1e-5,
+    feature_axis: int = -1,
+    batch_axis: int = 0,
+) -> tuple[Array, tuple[()]]:
+    """Normalise each example by its moments over features and positions.
+
+    This is `group_norm` with one group: over all axes but the batch, with a gamma and
+    a beta for each feature.
+
+    Args:
+      x: as for `group_norm`.
+      params: as for `group_norm`.
+      epsilon: as for `group_norm`.
+      feature_axis: as for `group_norm`.
+      batch_axis: as for `group_norm`.
+
+    Returns:
+      `(y, ())`, as `group_norm`.
+
+    Raises:
+      TypeError: as `group_norm` says.
+      ValueError: as `group_norm` says.
+
+    References:
+      Ba, Kiros and Hinton, 2016, "Layer Normalization", arXiv:1607.06450.
+    """
+    return group_norm(
+        x,
+        params,
+        num_groups=1,
+        epsilon=epsilon,
+        feature_axis=feature_axis,
+        batch_axis=batch_axis,
+    )
+
+
+def instance_norm(
+    x: Array,
+    params: BatchNormParams,
+    *,
+    epsilon: float = 1e-5,
+    feature_axis: int = -1,
+    batch_axis: int = 0,
+) -> tuple[Array, tuple[()]]:
+    """Normalise each feature of each example by its moments over the positions.
+
+    This is `group_norm` with a group for each feature. Of an example `[C]` without
+    positions nothing is left but beta, which is warned of when traced.
+
+    Args:
+      x: as for `group_norm`.
+      params: as for `group_norm`.
+      epsilon: as for `group_norm`.
+      feature_axis: as for `group_norm`.
+      batch_axis: as for `group_norm`.
+
+    Returns:
+      `(y, ())`, as `group_norm`.
+
+    Raises:
+      TypeError: as `group_norm` says.
+      ValueError: as `group_norm` says.
+
+    References:
+      Ulyanov, Vedaldi and Lempitsky, 2016, "Instance Normalization: The Missing
+      Ingredient for Fast Stylization", arXiv:1607.08022.
+    """
+    x = jnp.asarray(x)
+    moments_lib.check_input(x, feature_axis)
+    feature = single_axis(x, "feature_axis", feature_axis)
+    return group_norm(
+        x,
+        params,
+        num_groups=x.shape[feature],
+        epsilon=epsilon,
+        feature_axis=feature_axis,
+        batch_axis=batch_axis,
+    )
+
+
+def single_axis(x: Array, name: str, axis: int) -> int:
+    """Return an axis of `x` as a non-negative integer.
+
+    Args:
+      x: array of any shape.
+      name: of the argument that gave the axis, for the message.
+      axis: one integer, counted from the end where negative.
+
+    Raises:
+      ValueError: if it is not one axis of `x`.
+    """
+    if not isinstance(axis, int) or not -x.ndim <= axis < x.ndim:
+        raise ValueError(
+            f"{name}={axis!r} is not an axis of x of shape {list(x.shape)}; give one "
+            f"integer in [{-x.ndim}, {x.ndim - 1}]"
+        )
+    return axis % x.ndim

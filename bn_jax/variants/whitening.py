@@ -1,0 +1,392 @@
+r"""Whitening: batch norm by the full covariance of the features.
+
+The features are centred and multiplied by a matrix that makes their covariance the
+identity, where batch norm makes the diagonal 1 and leaves the correlations:
+
+$$y = \gamma W (x - \mu) + \beta, \qquad W (\Sigma + \epsilon I) W^T = I.$$
+
+Such a W is fixed up to a rotation, and the methods differ in the rotation (Kessy et
+al.). With $\Sigma + \epsilon I = V \Lambda V^T = L L^T$:
+
+- "zca": $V \Lambda^{-1/2} V^T$, the one that moves x least. It is a smooth function of
+  the covariance, also where eigenvalues repeat.
+- "pca": $\Lambda^{-1/2} V^T$. Eigenvectors turn and swap from batch to batch where
+  eigenvalues are near each other; training suffers from it (Huang et al., 2018).
+- "cholesky": $L^{-1}$, smooth, and dependent on the order of the features.
+- "iternorm": Newton's iteration towards zca, of matrix products alone. After few steps
+  directions of small variance have not reached variance 1, by intent (Huang et al.,
+  2019).
+
+What is averaged for prediction is the covariance, not the matrix W. Training and
+prediction then apply the same function to their moments, so that they agree when the
+batch is the data. An average of W is no function of the average covariance, and of
+pca's W, which jumps from batch to batch, it is no whitening at all.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from bn_jax import functional as functional_lib
+from bn_jax import moments as moments_lib
+from bn_jax.functional import BatchNormParams, BatchNormState, update_average
+from bn_jax.moments import AxisName, Moments, measure
+from bn_jax.variants.per_example import single_axis
+
+Method = Literal["zca", "pca", "cholesky", "iternorm"]
+
+# Of the largest eigenvalue: differences of eigenvalues below it count as none in the
+# derivative of eigenvectors. Ours; a float32 resolves about 1e-7.
+_BROADENING = 1e-4
+
+
+class WhiteningState(NamedTuple):
+    """The moving averages that prediction whitens by."""
+
+    mean: Array  # shape [C], float32 or wider
+    # Average of biased covariances, without epsilon; shape [groups, group_size,
+    # group_size], float32 or wider.
+    covariance: Array
+
+
+def init(
+    num_features: int,
+    *,
+    group_size: int | None = None,
+    scale: bool = True,
+    bias: bool = True,
+    dtype: Any = jnp.float32,
+) -> tuple[BatchNormParams, WhiteningState]:
+    """Return gamma 1, beta 0, moving mean 0 and moving covariance the identity.
+
+    Args:
+      num_features: C.
+      group_size: features whitened together, a divisor of C; None for all C.
+      scale: whether there is a gamma.
+      bias: whether there is a beta.
+      dtype: of the parameters. The state is in float32, or wider where dtype is.
+
+    Raises:
+      ValueError: if the group size does not divide C.
+    """
+    params, (mean, _) = functional_lib.init(
+        num_features, scale=scale, bias=bias, dtype=dtype
+    )
+    groups, size = _split(num_features, group_size)
+    identity = jnp.eye(size, dtype=mean.dtype)
+    return params, WhiteningState(mean, jnp.tile(identity, (groups, 1, 1)))
+
+
+def whiten(
+    x: Array,
+    params: BatchNormParams,
+    state: WhiteningState,
+    *,
+    train: bool,
+    method: Method = "zca",
+    group_size: int | None = None,
+    num_iterations: int = 5,
+    momentum: float | Array = 0.9,
+    epsilon: float = 1e-5,
+    feature_axis: int = -1,
+    axis_name: AxisName | None = None,
+    update_state: bool | None = None,
+) -> tuple[Array, WhiteningState]:
+    """Whiten by the batch in training, by the moving averages in prediction.
+
+    Where the covariance is singular, as with no more values than features, y is finite
+    and of covariance v / (v + epsilon) in a direction of variance v: 0 where x does not
+    vary. "cholesky" alone can fail there, and gives NaN, if rounding in float32 (some
+    1e-7 of the largest variance) exceeds epsilon.
+
+    Args:
+      x: batch of shape `[N, C]`, `[N, H, W, C]`, `[C, H, W, N]` or any other of rank 2
+        or more, of dtype float32, bfloat16, float16 or float64.
+      params: gamma and beta, each of shape `[C]` or None, applied after whitening.
+      state: moving mean and covariance.
+      train: static. True whitens by the moments of `x` and returns updated averages;
+        False whitens by `state` and returns it as it was.
+      method: which of the whitening matrices; see the module.
+      group_size: features whitened together: contiguous groups of C / group_size
+        are whitened each by its own covariance. A divisor of C, with 1 batch norm;
+        None for all C. The covariance of few examples is too noisy for many features.
+      num_iterations: of "iternorm", at least 1; the error falls with each.
+      momentum: weight of the OLD average, in [0, 1].
+      epsilon: added to the diagonal of the covariance, greater than 0.
+      feature_axis: axis of the features; all others are averaged over.
+      axis_name: name (or tuple of names) of the mapped axes whose instances, of one
+        shape, share their moments; None uses those of `x` alone.
+      update_state: static. Whether the averages move by the moments of `x`; by
+        default in training.
+
+    Returns:
+      `(y, state)`: y of x's shape and dtype, and the new state. The biased covariance
+      both whitens and is averaged.
+
+    Raises:
+      TypeError: if `x` is not of a real floating-point dtype, or `train` is traced.
+      ValueError: on a wrong rank, feature count, empty batch, method, group size,
+        momentum, epsilon or axis name; the message says which.
+
+    References:
+      Kessy, Lewin and Strimmer, 2018, "Optimal whitening and decorrelation",
+      arXiv:1512.00809.
+      Huang et al., 2018, "Decorrelated Batch Normalization", arXiv:1804.08450 (zca,
+      groups).
+      Siarohin, Sangineto and Sebe, 2019, "Whitening and Coloring Batch Transform for
+      GANs", arXiv:1806.00420 (cholesky).
+      Huang et al., 2019, "Iterative Normalization: Beyond Standardization towards
+      Efficient Whitening", arXiv:1904.03441.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> params, state = init(2)
+      >>> x = jnp.array([[3.0, 1.0], [-3.0, -1.0], [1.0, 3.0], [-1.0, -3.0]])
+      >>> y, state = whiten(x, params, state, train=True)
+      >>> (y.T @ y / 4).round(3).tolist()
+      [[1.0, 0.0], [0.0, 1.0]]
+    """
+    functional_lib._check_static(train=train, update_state=update_state)
+    functional_lib._check_epsilon(epsilon)
+    functional_lib._check_momentum(momentum)
+    x = jnp.asarray(x)
+    moments_lib.check_input(x, feature_axis)
+    if jnp.iscomplexobj(x):
+        raise TypeError(
+            f"x has dtype {x.dtype}; whitening is of real numbers: whiten "
+            "the real and imaginary parts as features"
+        )
+    axis = single_axis(x, "feature_axis", feature_axis)
+    functional_lib._check_features(x, axis, **params._asdict(), mean=state.mean)
+    groups, size = _split(x.shape[axis], group_size)
+    if state.covariance.shape != (groups, size, size):
+        raise ValueError(
+            f"state.covariance has shape {list(state.covariance.shape)}, but group_size"
+            f"={group_size} of {x.shape[axis]} features needs {[groups, size, size]}; "
+            f"make it with init({x.shape[axis]}, group_size={group_size})"
+        )
+    whitening_matrix = _method(method, num_iterations)
+    update_state = train if update_state is None else update_state
+
+    # Features first and all else in a row: what the products read without a copy. On
+    # CPU those of a single group are four times as fast without its axis.
+    features = (size,) if groups == 1 else (groups, size)
+    moved = jnp.moveaxis(x, axis, 0)
+    rows = moved.reshape(*features, -1)
+    rows = rows.astype(moments_lib.statistics_dtype(x.dtype))
+
+    def spread(per_feature: Array) -> Array:
+        return per_feature.reshape(*features, 1)
+
+    new_state = state
+    if train or update_state:
+        functional_lib._check_not_empty(x)
+        n, mean, _ = measure(x, feature_axis=axis, axis_name=axis_name)
+        centred = rows - spread(mean)
+        covariance = _covariance(centred, axis_name)
+        if update_state:
+            # It averages any two arrays; the covariance stands in the variance's place.
+            stacked = covariance.reshape(groups, size, size)
+            averages = update_average(
+                BatchNormState(*state), Moments(n, mean, stacked), momentum=momentum
+            )
+            new_state = WhiteningState(*averages)
+    if not train:
+        centred = rows - spread(state.mean)
+        covariance = state.covariance.reshape(*features, size)
+
+    w = whitening_matrix(covariance, epsilon)
+    scale, bias = params
+    if scale is not None:
+        w = w * spread(scale)
+    y = _product(w, centred)
+    if bias is not None:
+        y = y + spread(bias)
+    y = jnp.moveaxis(y.astype(x.dtype).reshape(moved.shape), 0, axis)
+    return y, new_state
+
+
+# The products of covariances and their roots: full precision also where the default of
+# the device is less (bfloat16 on TPU, TF32 on GPU).
+_product = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+
+
+def _transpose(matrices: Array) -> Array:
+    """Transpose the last two axes."""
+    return jnp.swapaxes(matrices, -1, -2)
+
+
+def _covariance(centred: Array, axis_name: AxisName | None) -> Array:
+    """Return the biased covariance of centred rows `[..., size, M]`."""
+    covariance = _product(centred, _transpose(centred)) / centred.shape[-1]
+    return covariance if axis_name is None else lax.pmean(covariance, axis_name)
+
+
+def _split(num_features: int, group_size: int | None) -> tuple[int, int]:
+    """Return the number of groups, and of features in each; refuse a remainder."""
+    if group_size is None:
+        return 1, num_features
+    if group_size < 1 or num_features % group_size:
+        raise ValueError(
+            f"group_size={group_size} does not divide the {num_features} features; "
+            f"give a divisor of {num_features}, or None to whiten all together"
+        )
+    return num_features // group_size, group_size
+
+
+def _method(method: str, num_iterations: int) -> Callable[[Array, float], Array]:
+    """Return the function from covariance and epsilon to the whitening matrix."""
+    methods: dict[str, Callable[[Array, float], Array]] = {
+        "zca": inverse_square_root,
+        "pca": _pca_matrix,
+        "cholesky": _cholesky_matrix,
+        "iternorm": functools.partial(_newton_matrix, num_iterations=num_iterations),
+    }
+    if method not in methods:
+        raise ValueError(f"method={method!r}; expected one of {', '.join(methods)}")
+    if num_iterations < 1:
+        raise ValueError(f"num_iterations={num_iterations}; expected 1 or more")
+    return methods[method]
+
+
+def _decompose(covariance: Array, epsilon: float) -> tuple[Array, Array]:
+    """Return eigenvalues plus epsilon, ascending, and eigenvectors as columns."""
+    variances, v = jnp.linalg.eigh(covariance)
+    # Rounding may leave a variance of 0 below -epsilon.
+    return jnp.maximum(variances, 0) + epsilon, v
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def inverse_square_root(covariance: Array, epsilon: float) -> Array:
+    r"""Return the symmetric $W = (\Sigma + \epsilon I)^{-1/2}$, the matrix of zca.
+
+    The derivative is that of Daleckii and Krein: for a function f of the eigenvalues
+    $\lambda$ in $\Sigma = V \Lambda V^T$,
+
+    $$dW = V (F \circ (V^T d\Sigma\, V)) V^T, \qquad
+      F_{ij} = \frac{f(\lambda_i) - f(\lambda_j)}{\lambda_i - \lambda_j}.$$
+
+    Of $f(t) = t^{-1/2}$, with a and b for $\lambda_i + \epsilon$ and
+    $\lambda_j + \epsilon$, the numerator is $(\sqrt b - \sqrt a) / \sqrt{ab}$ and the
+    denominator $(\sqrt a - \sqrt b)(\sqrt a + \sqrt b)$, so that
+
+    $$F_{ij} = -\frac{1}{\sqrt a \sqrt b (\sqrt a + \sqrt b)}.$$
+
+    Nothing is divided by a difference: the derivative is exact and stable where
+    eigenvalues repeat, and is f' on the diagonal. Derivatives of second order pass
+    through V and are not finite there.
+
+    Args:
+      covariance: symmetric and positive semi-definite, shape `[..., S, S]`.
+      epsilon: added to its diagonal, greater than 0.
+
+    Returns:
+      Array of the shape and dtype of `covariance`.
+
+    References:
+      Daleckii and Krein, 1965, "Integration and differentiation of functions of
+      Hermitian operators". Higham, 2008, "Functions of Matrices", theorem 3.11.
+    """
+    eigenvalues, v = _decompose(covariance, epsilon)
+    return _product(v * lax.rsqrt(eigenvalues)[..., None, :], _transpose(v))
+
+
+@inverse_square_root.defjvp
+def _inverse_square_root_jvp(
+    epsilon: float, primals: tuple[Array], tangents: tuple[Array]
+) -> tuple[Array, Array]:
+    eigenvalues, v = _decompose(primals[0], epsilon)
+    roots = jnp.sqrt(eigenvalues)
+    w = _product(v / roots[..., None, :], _transpose(v))
+    a, b = roots[..., :, None], roots[..., None, :]
+    factors = -1 / (a * b * (a + b))
+    inner = factors * _in_basis(v, tangents[0])
+    return w, _product(_product(v, inner), _transpose(v))
+
+
+def _in_basis(v: Array, tangent: Array) -> Array:
+    """Return V^T T V of the symmetric part of a tangent, all that eigh reads."""
+    symmetric = (tangent + _transpose(tangent)) / 2
+    return _product(_product(_transpose(v), symmetric), v)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _pca_matrix(covariance: Array, epsilon: float) -> Array:
+    r"""Return $\Lambda^{-1/2} V^T$, of the largest variance first.
+
+    The largest entry by magnitude of each eigenvector is positive. The derivative of
+    eigenvectors, $dV = V (K \circ (V^T d\Sigma\, V))$ with
+    $K_{ij} = 1 / (\lambda_j - \lambda_i)$, is not finite where eigenvalues repeat. As a
+    deviation from the formula, $1 / d$ is broadened to $d / (d^2 + \delta^2)$, with
+    $\delta$ a small share of the largest eigenvalue: wrong by $(\delta / d)^2$.
+
+    References:
+      Liao et al., 2019, "Differentiable Programming Tensor Networks",
+      arXiv:1903.09650 (broadening).
+    """
+    eigenvalues, v = _pca_basis(covariance, epsilon)
+    return _transpose(v * lax.rsqrt(eigenvalues)[..., None, :])
+
+
+@_pca_matrix.defjvp
+def _pca_matrix_jvp(
+    epsilon: float, primals: tuple[Array], tangents: tuple[Array]
+) -> tuple[Array, Array]:
+    eigenvalues, v = _pca_basis(primals[0], epsilon)
+    inverse_roots = lax.rsqrt(eigenvalues)[..., None, :]
+    inner = _in_basis(v, tangents[0])
+    gaps = eigenvalues[..., None, :] - eigenvalues[..., :, None]
+    delta = _BROADENING * jnp.max(eigenvalues, -1)[..., None, None]
+    d_v = _product(v, gaps / (gaps**2 + delta**2) * inner)
+    d_eigenvalues = jnp.diagonal(inner, axis1=-2, axis2=-1)[..., None, :]
+    # d(v / sqrt(a)) = dv / sqrt(a) - v da / (2 a sqrt(a))
+    d_w = (d_v - v * d_eigenvalues * inverse_roots**2 / 2) * inverse_roots
+    return _transpose(v * inverse_roots), _transpose(d_w)
+
+
+def _pca_basis(covariance: Array, epsilon: float) -> tuple[Array, Array]:
+    """Return `_decompose`, descending and with signs that the batch cannot choose."""
+    eigenvalues, v = _decompose(covariance, epsilon)
+    eigenvalues, v = eigenvalues[..., ::-1], v[..., ::-1]
+    largest = jnp.argmax(jnp.abs(v), -2, keepdims=True)
+    return eigenvalues, v * jnp.sign(jnp.take_along_axis(v, largest, -2))
+
+
+def _cholesky_matrix(covariance: Array, epsilon: float) -> Array:
+    """Return the inverse of the lower Cholesky factor."""
+    identity = jnp.broadcast_to(
+        jnp.eye(covariance.shape[-1], dtype=covariance.dtype), covariance.shape
+    )
+    factor = jnp.linalg.cholesky(covariance + epsilon * identity)
+    return lax.linalg.triangular_solve(factor, identity, left_side=True, lower=True)
+
+
+def _newton_matrix(covariance: Array, epsilon: float, *, num_iterations: int) -> Array:
+    r"""Return the inverse square root after some steps of Newton and Schulz.
+
+    $P_{k+1} = (3 P_k - P_k^3 S) / 2$ from $P_0 = I$ converges for eigenvalues of S in
+    (0, 1], which division by the trace provides; then $W = P / \sqrt{\mathrm{tr}}$. As
+    it stands the iteration blows up rounding once it has converged. With $Y = P S$
+    carried along, the steps are the same and stable.
+
+    References:
+      Higham, 2008, "Functions of Matrices", section 6.7 (stability).
+    """
+    identity = jnp.eye(covariance.shape[-1], dtype=covariance.dtype)
+    covariance = covariance + epsilon * identity
+    trace = jnp.trace(covariance, axis1=-2, axis2=-1)[..., None, None]
+    s = covariance / trace
+    p = (3 * identity - s) / 2  # the first step
+    y = _product(s, p)
+    for k in range(2, num_iterations + 1):
+        step = (3 * identity - _product(p, y)) / 2
+        p = _product(step, p)
+        if k < num_iterations:
+            y = _product(y, step)
+    return p * lax.rsqrt(trace)

@@ -1,0 +1,188 @@
+"""What experiments have in common: arms of runs, verdicts on them, and figures.
+
+An experiment says which configs it trains, arm by arm; the runs of an arm are a sweep,
+one compiled program. The folder --workdir receives a folder an arm, in which a stopped
+sweep goes on; runs.jsonl, a row a run; results.json, the verdicts; and the figures.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from absl import flags
+
+from bn_jax.training import config as config_lib
+from bn_jax.training.config import TrainConfig
+from experiments import launch
+
+if TYPE_CHECKING:
+    from bn_jax.analysis.verdicts import Verdict
+
+Row = dict[str, Any]
+Arms = Mapping[str, Sequence[TrainConfig]]
+
+
+class Design(NamedTuple):
+    """How large an experiment is."""
+
+    epochs: int
+    seeds: int
+    dataset: str = "auto"
+
+
+class Study(NamedTuple):
+    """An experiment.
+
+    Attributes:
+      name: of the experiment, and of its folder of results.
+      design: its size by default.
+      stages: each gives arms of runs, of the design and the rows so far.
+      verdicts: of all rows.
+      draw: writes figures of all rows into a folder.
+      exact: whether runs are scored by exact statistics, too.
+      train: whether runs are scored on the training set, too.
+      complete: adds to the rows of an arm what is in its folder.
+    """
+
+    name: str
+    design: Design
+    stages: Sequence[Callable[[Design, Sequence[Row]], Arms]]
+    verdicts: Callable[[Sequence[Row]], list[Verdict]]
+    draw: Callable[[Sequence[Row], Path], None]
+    exact: bool = True
+    train: bool = False
+    complete: Callable[[Path, list[Row]], list[Row]] = lambda _, rows: rows
+
+
+SMOKE = Design(epochs=1, seeds=2, dataset="sample")
+
+
+def start(study: Study) -> None:
+    """Run an experiment from the command line."""
+    launch.start(lambda argv: _main(study, argv), lambda: _define_flags(study))
+
+
+def _define_flags(study: Study) -> None:
+    launch.define_run_flags()
+    design = study.design
+    flags.DEFINE_string("dataset", design.dataset, "As in experiments.lenet.")
+    flags.DEFINE_integer("epochs", design.epochs, "Of each run.", lower_bound=1)
+    flags.DEFINE_integer("seeds", design.seeds, "Their number.", lower_bound=1)
+    flags.DEFINE_boolean(
+        "smoke",
+        False,
+        f"The sample, {SMOKE.epochs} epoch and {SMOKE.seeds} seeds, unless given.",
+    )
+    flags.DEFINE_boolean(
+        "plot_only", False, "Judge and draw anew the runs that --workdir holds."
+    )
+
+
+def _main(study: Study, argv: Sequence[str]) -> None:
+    launch.check_no_arguments(argv)
+    if flags.FLAGS.plot_only:
+        from bn_jax import results
+
+        folder = launch.workdir()
+        rows = results.read_rows(folder / "runs.jsonl")
+        study.draw(rows, folder)
+        _print(study.verdicts(rows))
+        return
+    launch.set_up_jax()
+    smoke = SMOKE._asdict() if flags.FLAGS.smoke else {}
+    design = Design(**{name: launch.given_or(name, smoke) for name in Design._fields})
+    with launch.experiment(study.name, design._asdict()) as folder:
+        run(study, design, folder)
+
+
+def run(study: Study, design: Design, folder: Path) -> None:
+    """Train what is not trained yet; judge, draw and write."""
+    from bn_jax import results
+    from bn_jax.training import sweep_run
+
+    started = time.perf_counter()
+    data = launch.load_data(design.dataset)
+    options = config_lib.options_from_flags(flags.FLAGS)
+    rows: list[Row] = []
+    for stage in study.stages:
+        for arm, configs in stage(design, rows).items():
+            print(f"{arm}: {len(configs)} runs", flush=True)
+            of_arm = sweep_run.sweep_into(
+                folder / arm,
+                configs,
+                data,
+                options,
+                exact=study.exact,
+                train=study.train,
+            )
+            speed = results.read_object(folder / arm / results.RESULTS)
+            rows += study.complete(
+                folder / arm,
+                [
+                    {
+                        "arm": arm,
+                        "examples_per_second": speed["examples_per_second"],
+                        **row,
+                    }
+                    for row in of_arm
+                ],
+            )
+    results.write_rows(folder / "runs.jsonl", rows)
+    verdicts = study.verdicts(rows)
+    study.draw(rows, folder)
+    summary = {
+        "verdicts": [verdict.to_dict() for verdict in verdicts],
+        "runs": len(rows),
+        **design._asdict(),
+        "data_source": data.source,
+        "seconds": time.perf_counter() - started,
+        "environment": results.environment(),
+    }
+    results.write_json(folder / results.RESULTS, summary)
+    _print(verdicts)
+    print(f"written to {folder}: runs.jsonl, {results.RESULTS}, figures")
+
+
+def _print(verdicts: Sequence[Verdict]) -> None:
+    for verdict in verdicts:
+        value, low, high, n = verdict.interval
+        print(
+            f"{verdict.verdict}: {verdict.claim}\n  {verdict.statistic}: {value:.4g} "
+            f"[{low:.4g}, {high:.4g}], n = {n}; claimed {verdict.relation} "
+            f"{verdict.threshold:g}"
+        )
+
+
+def last(row: Mapping[str, Any], name: str) -> float:
+    """Return the last epoch's value of a run; NaN if it diverged."""
+    value = row[name][-1]
+    return float("nan") if value is None else value
+
+
+def has_diverged(row: Mapping[str, Any]) -> bool:
+    """Return whether a run's loss was not finite, or ended no better than chance."""
+    loss = row["loss"][-1]
+    return loss is None or loss >= 2.30
+
+
+def final_test_accuracy(row: Mapping[str, Any]) -> float:
+    """Return the test accuracy at the end, free of the moving averages' noise.
+
+    That is by exact statistics where they were measured, else by those of batches of
+    500 test images themselves; without norm there is but one. A run that diverged has
+    that of guessing, .1.
+    """
+    for name in ("test_accuracy_exact", "test_accuracy_batch"):
+        if name in row:
+            return 0.1 if row[name] is None else row[name]
+    accuracy = last(row, "test_accuracy")
+    return 0.1 if math.isnan(accuracy) else accuracy
+
+
+def mean_and_range(values: Sequence[float]) -> tuple[float, float, float]:
+    """Return mean, least and greatest value."""
+    return sum(values) / len(values), min(values), max(values)

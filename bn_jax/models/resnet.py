@@ -21,8 +21,8 @@ from bn_jax.models import layers
 Residual = Literal["plain", "fixup", "skipinit"]
 HE = initializers.he_normal()
 
-# Windows centred on the pixels that `shortcut` keeps; "SAME" would centre them one pixel
-# off where the stride is 2 and the size even.
+# Its windows are centred on the pixels that `shortcut` keeps; "SAME" would centre them
+# one pixel off where the stride is 2 and the size even.
 conv3x3 = functools.partial(
     layers.Conv, kernel_size=(3, 3), padding=((1, 1), (1, 1)), kernel_init=HE
 )

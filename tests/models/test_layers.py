@@ -6,72 +6,217 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from reference import jit_unoptimised
 
 from bn_jax.models import layers
 
-# (c_in, c_out, height, width, kernel height, kernel width, batch): LeNet's two, and
-# sizes that no block divides.
-SHAPES = [
-    (1, 6, 28, 28, 5, 5, 3),
-    (6, 16, 12, 12, 5, 5, 2),
-    (1, 2, 7, 9, 3, 3, 2),
-    (3, 4, 8, 5, 3, 2, 1),
-    (2, 3, 5, 5, 5, 5, 4),
-    (2, 1, 4, 6, 1, 1, 2),
+# (c_in, c_out, height, width, kernel height and width, stride, padding): LeNet's two,
+# ResNet's, and sizes that no block divides, or that leave pixels no output sees.
+ODD = (3, 4, 7, 9, (3, 3), 2, "SAME")  # odd sizes, a stride and padding
+CASES = [
+    (1, 6, 28, 28, (5, 5), 1, "VALID"),
+    (6, 5, 12, 12, (5, 5), 1, "VALID"),
+    (3, 4, 8, 5, (3, 2), 1, "SAME"),
+    (16, 16, 8, 8, (3, 3), 1, "SAME"),
+    (64, 3, 5, 4, (3, 3), 1, "SAME"),
+    (3, 2, 3, 3, (5, 5), 1, "SAME"),
+    (3, 16, 9, 7, (1, 5), 1, ((1, 0), (0, 2))),
+    (16, 32, 8, 8, (3, 3), 2, "SAME"),
+    ODD,
+    (1, 2, 8, 7, (5, 5), 2, "VALID"),
+    (3, 2, 8, 7, (1, 1), 3, "VALID"),
+    (3, 1, 11, 10, (3, 5), 3, "SAME"),
+    (2, 2, 6, 9, (2, 3), (2, 1), ((2, 1), (0, 3))),
 ]
+BATCH = 4
 
 
-def reference(x, kernel):
-    return lax.conv_general_dilated(
-        x, kernel, (1, 1), "VALID", dimension_numbers=("CHWN", "HWIO", "CHWN")
+def inputs(case, dtype=None):
+    c_in, c_out, h, w, size, _, _ = case
+    keys = jax.random.split(jax.random.key(0), 2)
+    x = jax.random.normal(keys[0], (c_in, h, w, BATCH), dtype)
+    return x, jax.random.normal(keys[1], (*size, c_in, c_out), dtype)
+
+
+@functools.cache
+def convolutions(case, layout="CHWN"):
+    """Ours, and XLA's by the same arguments."""
+    strides, padding = case[-2:]
+    pair = (strides, strides) if isinstance(strides, int) else strides
+    return functools.partial(
+        layers.conv2d, layout=layout, strides=strides, padding=padding
+    ), functools.partial(
+        lax.conv_general_dilated,
+        window_strides=pair,
+        padding=padding,
+        dimension_numbers=(layout, "HWIO", layout),
     )
 
 
-def inputs(shape):
-    c_in, c_out, h, w, kh, kw, n = shape
-    keys = jax.random.split(jax.random.key(0), 3)
-    x = jax.random.normal(keys[0], (c_in, h, w, n))
-    kernel = jax.random.normal(keys[1], (kh, kw, c_in, c_out))
-    cotangent = jax.random.normal(keys[2], reference(x, kernel).shape)
-    return x, kernel, cotangent
+@functools.partial(jit_unoptimised, static_argnums=0)
+def everything(conv, x, kernel):
+    """Value and gradients, by a cotangent with no symmetry that would hide a term."""
+    y, pull = jax.vjp(conv, x, kernel)
+    return y, *pull(jnp.sin(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape))
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_conv_by_blocks_equals_xlas_in_values_and_gradients(shape):
-    x, kernel, cotangent = inputs(shape)
-    y, pull = jax.vjp(layers.conv2d_by_blocks, x, kernel)
-    y_ref, pull_ref = jax.vjp(reference, x, kernel)
-    np.testing.assert_allclose(y, y_ref, atol=1e-4)
-    for ours, theirs in zip(pull(cotangent), pull_ref(cotangent), strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=2e-4)
+def assert_close(ours, theirs, rtol=1e-5):
+    """Relative to the largest element: small ones are differences of large ones."""
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=rtol * np.abs(b).max())
 
 
-def test_conv_by_blocks_supports_forward_mode_and_vmap():
-    x, kernel, _ = inputs(SHAPES[2])
-    _, tangent = jax.jvp(layers.conv2d_by_blocks, (x, kernel), (x, kernel))
-    # The product rule of a bilinear map at (x, k) along (x, k) is twice its value.
-    np.testing.assert_allclose(tangent, 2 * reference(x, kernel), atol=1e-4)
-    kernels = jnp.stack([kernel, 2 * kernel])
-    mapped = jax.vmap(layers.conv2d_by_blocks, (None, 0))(x, kernels)
-    np.testing.assert_allclose(mapped[1], 2 * reference(x, kernel), atol=1e-4)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_conv_equals_xlas_in_values_and_gradients(case, x64):
+    ours, theirs = convolutions(case)
+    x, kernel = inputs(case, jnp.float64)
+    assert_close(everything(ours, x, kernel), everything(theirs, x, kernel), 1e-12)
 
 
-def test_conv_agrees_between_layouts():
-    x, kernel, _ = inputs(SHAPES[1])
-    batch_last = layers.conv2d(x, kernel, "CHWN")
-    channels_last = layers.conv2d(layers.to_nhwc(x, "CHWN"), kernel, "NHWC")
-    np.testing.assert_allclose(
-        layers.to_nhwc(batch_last, "CHWN"), channels_last, atol=1e-4
+def test_conv_in_float32_equals_xlas_and_stays_float32():
+    ours, theirs = convolutions(CASES[3])
+    x, kernel = inputs(CASES[3])
+    got = everything(ours, x, kernel)
+    assert {a.dtype for a in got} == {jnp.dtype(jnp.float32)}
+    assert_close(got, everything(theirs, x, kernel))
+
+
+@pytest.mark.parametrize(("case", "b"), [(CASES[2], 4), (ODD, 2), (ODD, 3)], ids=str)
+def test_size_of_the_blocks_changes_no_number(case, b, x64, monkeypatch):
+    ours, theirs = convolutions(case)
+    x, kernel = inputs(case, jnp.float64)
+    monkeypatch.setattr(layers, "_block_size", lambda *unused: b)
+    fresh = functools.partial(ours)  # traced anew, with this b
+    assert_close(everything(fresh, x, kernel), everything(theirs, x, kernel), 1e-12)
+
+
+def test_batch_last_on_cpu_is_by_blocks_without_a_convolution():
+    ours, _ = convolutions(ODD)
+    compiled = jit_unoptimised(ours).lower(*inputs(ODD)).compile().as_text()
+    assert "convolution(" not in compiled
+    assert " dot(" in compiled or "custom-call" in compiled
+
+
+def test_conv_under_forward_mode_is_the_product_rule():
+    ours, theirs = convolutions(ODD)
+    x, kernel = inputs(ODD)
+    # That of a bilinear map at (x, k) along (x, k) is twice its value.
+    _, tangent = jax.jvp(jax.jit(ours), (x, kernel), (x, kernel))
+    assert_close(tangent, 2 * theirs(x, kernel))
+
+
+def test_second_derivatives_are_xlas():
+    x, kernel = inputs(ODD)
+
+    def second(conv):
+        def loss(x, kernel):
+            return jnp.sum(jnp.sin(conv(x, kernel)))
+
+        def squared_gradient(x, kernel):
+            return sum(jnp.sum(g**2) for g in jax.grad(loss, (0, 1))(x, kernel))
+
+        return jit_unoptimised(jax.grad(squared_gradient, (0, 1)))(x, kernel)
+
+    ours, theirs = convolutions(ODD)
+    assert_close(second(ours), second(theirs), 5e-5)
+
+
+@pytest.mark.parametrize("in_axes", [(0, None), (None, 0), (0, 0)])
+def test_vmap_over_images_and_kernels_is_one_call_each(in_axes):
+    ours, theirs = convolutions(ODD)
+    x, kernel = inputs(ODD)
+    factors = jnp.array([1.0, -2.0]).reshape(2, 1, 1, 1, 1)
+    xs = x if in_axes[0] is None else factors * x
+    kernels = kernel if in_axes[1] is None else factors * kernel + 1
+    mapped = jax.vmap(functools.partial(everything, ours), in_axes)(xs, kernels)
+    for i in range(2):
+        one_x = x if in_axes[0] is None else xs[i]
+        one_kernel = kernel if in_axes[1] is None else kernels[i]
+        one = everything(theirs, one_x, one_kernel)
+        assert_close([a[i] for a in mapped], one)
+
+
+@pytest.mark.parametrize("layout", ["NHWC", "CHWN"])
+def test_pmap_and_jit_over_a_sharded_batch_are_the_big_batch(layout, devices):
+    ours, _ = convolutions(ODD, layout)
+    x, kernel = inputs(ODD)
+    x = layers.from_nhwc(layers.to_nhwc(x, "CHWN"), layout)
+    batch_axis = layout.index("N")
+    y, dx, dkernel = everything(ours, x, kernel)
+    cotangent = jnp.sin(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape)
+
+    def pulled(x, kernel, cotangent):
+        y, pull = jax.vjp(ours, x, kernel)
+        return y, *pull(cotangent)
+
+    def cut(a):
+        shape = a.shape[:batch_axis] + (2, -1) + a.shape[batch_axis + 1 :]
+        return jnp.moveaxis(a.reshape(shape), batch_axis, 0)
+
+    def joined(a):
+        a = jnp.moveaxis(a, 0, batch_axis)
+        return lax.collapse(a, batch_axis, batch_axis + 2)
+
+    ys, dxs, dkernels = jax.pmap(pulled, in_axes=(0, None, 0), devices=devices[:2])(
+        cut(x), kernel, cut(cotangent)
     )
+    assert_close((joined(ys), joined(dxs), dkernels.sum(0)), (y, dx, dkernel))
+
+    mesh = jax.make_mesh((2,), ("d",), (AxisType.Auto,), devices=devices[:2])
+    by_batch = NamedSharding(mesh, PartitionSpec(*[None] * batch_axis, "d"))
+    replicated = NamedSharding(mesh, PartitionSpec())
+    with jax.set_mesh(mesh):
+        sharded = jit_unoptimised(pulled)(
+            jax.device_put(x, by_batch),
+            jax.device_put(kernel, replicated),
+            jax.device_put(cotangent, by_batch),
+        )
+    assert sharded[0].sharding.is_equivalent_to(by_batch, 4)
+    assert_close(jax.device_get(sharded), (y, dx, dkernel))
 
 
-def test_conv_module_is_flaxs_valid_convolution_in_either_layout():
+def test_sharded_batch_is_never_gathered(devices):
+    ours, _ = convolutions(ODD)
+    x, kernel = inputs(ODD)
+    mesh = jax.make_mesh((2,), ("d",), (AxisType.Auto,), devices=devices[:2])
+    spec = PartitionSpec(None, None, None, "d")
+    with jax.set_mesh(mesh):
+        x = jax.device_put(x, NamedSharding(mesh, spec))
+        kernel = jax.device_put(kernel, NamedSharding(mesh, PartitionSpec()))
+        compiled = everything.lower(ours, x, kernel).compile().as_text()
+    assert "all-gather" not in compiled
+    assert "all-reduce" in compiled  # of the kernel's gradient
+
+
+def test_empty_batch_gives_empty_activations():
+    ours, theirs = convolutions(ODD)
+    x, kernel = inputs(ODD)
+    assert ours(x[..., :0], kernel).shape == theirs(x[..., :0], kernel).shape
+
+
+@pytest.mark.parametrize("strides", [1, 2])
+@pytest.mark.parametrize("padding", ["VALID", "SAME"])
+def test_conv_agrees_between_layouts(padding, strides):
+    x, kernel = inputs(ODD)
+    conv = functools.partial(layers.conv2d, padding=padding, strides=strides)
+    conv = jit_unoptimised(conv, static_argnums=2)
+    batch_last = conv(x, kernel, "CHWN")
+    channels_last = conv(layers.to_nhwc(x, "CHWN"), kernel, "NHWC")
+    assert_close(layers.to_nhwc(batch_last, "CHWN"), channels_last)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"strides": 2, "padding": "SAME"}], ids=["default", "general"]
+)
+def test_conv_module_is_flaxs_in_either_layout(options):
     x = jax.random.normal(jax.random.key(0), (2, 9, 8, 3))
-    theirs = nn.Conv(4, (3, 3), padding="VALID", bias_init=nn.initializers.normal())
+    flax_options = {"padding": "VALID", **options}
+    theirs = nn.Conv(4, (3, 3), bias_init=nn.initializers.normal(), **flax_options)
     variables = theirs.init(jax.random.key(1), x)
     for layout in ("NHWC", "CHWN"):
-        ours = layers.Conv(4, (3, 3), layout=layout)
-        y = ours.apply(variables, layers.from_nhwc(x, layout))
+        ours = layers.Conv(4, (3, 3), layout=layout, **options)
+        y = jit_unoptimised(ours.apply)(variables, layers.from_nhwc(x, layout))
         np.testing.assert_allclose(
             layers.to_nhwc(y, layout), theirs.apply(variables, x), atol=1e-5
         )
@@ -109,3 +254,26 @@ def test_layouts_are_permutations_that_undo_each_other():
 def test_unknown_layout_is_refused_with_those_that_there_are(call):
     with pytest.raises(ValueError, match=r"layout='NCHW'.*NHWC.*CHWN"):
         call("NCHW")
+
+
+@pytest.mark.parametrize(
+    ("kernel_shape", "options", "message"),
+    [
+        ((3, 3, 2, 4), {}, r"3 channels in layout CHWN.*takes 2.*give x in"),
+        ((3, 3, 3), {}, r"kernel of shape \(3, 3, 3\); expected four axes"),
+        ((3, 3, 3, 4), {"padding": "same"}, "padding='same'; expected VALID, SAME"),
+        ((3, 3, 3, 4), {"padding": ((1, 1),)}, "expected VALID, SAME"),
+        ((3, 3, 3, 4), {"padding": ((1, -1), (0, 0))}, "no number below 0"),
+        ((3, 3, 3, 4), {"strides": 0}, "strides=0; expected one or two integers from"),
+        ((3, 3, 3, 4), {"strides": (1, 2, 1)}, "expected one or two integers"),
+        ((3, 7, 3, 4), {}, r"\(3, 7\) pixels on an image of \(5, 6\).*pad more"),
+        (
+            (7, 7, 3, 4),
+            {"padding": ((1, 0), (0, 0))},
+            r"\(7, 7\) pixels on an image of \(6, 6\).*\(\(1, 0\), \(0, 0\)\)",
+        ),
+    ],
+)
+def test_bad_convolution_is_refused_with_what_was_given(kernel_shape, options, message):
+    with pytest.raises(ValueError, match=message):
+        layers.conv2d(jnp.ones((3, 5, 6, 2)), jnp.ones(kernel_shape), "CHWN", **options)

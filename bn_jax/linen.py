@@ -238,6 +238,31 @@ class BatchNorm(nn.Module):
         return self.param(name, initializer, shape, self.param_dtype) if used else None
 
 
+class BatchRenorm(BatchNorm):
+    """Batch renormalisation with constant limits; see `bn_jax.variants.renorm`.
+
+    Limits that rise over training, as in the paper, are given to `BatchNorm` in the
+    call, `renorm_limits`.
+
+    Attributes:
+      r_max: largest correction of the deviation, at least 1.
+      d_max: largest correction of the mean, in deviations, at least 0.
+
+    References:
+      Ioffe, 2017, "Batch Renormalization", arXiv:1702.03275.
+    """
+
+    r_max: float = 3.0
+    d_max: float = 5.0
+
+    def __call__(
+        self, x: Array, use_running_average: bool | None = None, **options: Any
+    ) -> Array:
+        """Normalise `x`; arguments are those of `BatchNorm` but `renorm_limits`."""
+        limits = (self.r_max, self.d_max)
+        return super().__call__(x, use_running_average, renorm_limits=limits, **options)
+
+
 def norm_param_mask(variables: Any) -> Any:
     """Return a tree of booleans: True at the scale and bias of normalisation layers.
 

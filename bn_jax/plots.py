@@ -87,28 +87,33 @@ def gamma_beta(layers: Mapping[str, Mapping[str, Sequence[float]]], path: Path) 
 
 
 def arms_by_epoch(
-    rows: Sequence[Mapping[str, Any]], titles: Mapping[str, str], path: Path
+    rows: Sequence[Mapping[str, Any]],
+    titles: Mapping[str, str],
+    published: Mapping[str, Mapping[str, tuple[float, float]]],
+    path: Path,
 ) -> None:
-    """Draw training loss and test accuracy by epoch, a line an arm.
+    """Draw loss, training and test accuracy by epoch, a line an arm.
 
-    Lines are means over seeds, bands reach from the least to the greatest seed, and
-    stars are the means of the accuracy by exact statistics.
+    Lines are means over seeds, bands reach from the least to the greatest seed. Stars
+    are means of the accuracy by exact statistics, with their range.
 
     Args:
       rows: one per run, with `arm`, `test_accuracy_exact`, and the per-epoch lists
-        `loss` and `test_accuracy_by_epoch`.
+        `loss`, `train_accuracy` and `test_accuracy`.
       titles: legend by arm; in the order of drawing.
+      published: (mean, standard deviation) of the last epoch by arm and name of such a
+        list, drawn at the end.
       path: of the image to write.
     """
-    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    figure = Figure(figsize=(10, 3.9), layout="constrained")
     panels = {
-        "loss": "training loss [nats]",
-        "test_accuracy_by_epoch": "test accuracy (moving averages)",
+        "loss": "training loss, nats",
+        "train_accuracy": "training accuracy",
+        "test_accuracy": "test accuracy (moving averages)",
     }
-    for axes, (name, label) in zip(figure.subplots(1, 2), panels.items(), strict=True):
-        for (arm, title), colour, (style, width) in zip(
-            titles.items(), ARM_COLOURS, ARM_LINES, strict=False
-        ):
+    for axes, (name, label) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+        for (arm, title), (style, width) in zip(titles.items(), ARM_LINES, strict=True):
+            colour = COLOURS[arm]
             runs = [row for row in rows if row["arm"] == arm]
             by_epoch = list(zip(*(row[name] for row in runs), strict=True))
             epochs = range(1, len(by_epoch) + 1)
@@ -116,23 +121,26 @@ def arms_by_epoch(
             low, high = map(min, by_epoch), map(max, by_epoch)
             axes.fill_between(epochs, [*low], [*high], color=colour, alpha=0.2, lw=0)
             axes.plot(epochs, means, style, color=colour, linewidth=width, label=title)
-            if name != "loss" and not arm.startswith("none"):
-                exact = [row["test_accuracy_exact"] for row in runs]
-                axes.plot(
-                    epochs[-1],
-                    sum(exact) / len(exact),
-                    "*",
-                    color=colour,
-                    markersize=3 * width + 7,
-                )
+            end = len(by_epoch) + 0.6
+            exact = [row[f"{name}_exact"] for row in runs if f"{name}_exact" in row]
+            if exact:
+                axes.plot([end, end], [min(exact), max(exact)], color=colour, lw=1)
+                axes.plot(end, sum(exact) / len(exact), "*", color=colour, ms=8)
+            if name in published.get(arm, {}):
+                mean, sd = published[arm][name]
+                axes.errorbar(end + 0.6, mean, sd, fmt="_", color=colour, capsize=3)
         _finish(axes, "epoch", label)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    seeds = len({row["seed"] for row in rows})
-    figure.axes[0].legend(fontsize=8, frameon=False)
-    figure.axes[1].set_title(
-        f"n = {seeds} seeds; band: least to greatest; star: exact statistics",
+    seeds = len({row["config"]["seed"] for row in rows})
+    figure.suptitle(
+        f"n = {seeds} seeds; band: least to greatest; star: exact statistics; "
+        "at the right: published re-runs, mean and standard deviation",
         fontsize=8,
         color=GREY,
+    )
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(
+        handles, labels, fontsize=8, ncols=4, loc="outside lower center", frameon=False
     )
     figure.savefig(path, dpi=DOTS_PER_INCH)
 
@@ -395,4 +403,68 @@ def small_multiples(
         handles, labels, fontsize=8, ncols=2, loc="outside lower center",
         frameon=False,
     )  # fmt: skip
+    figure.savefig(path, dpi=DOTS_PER_INCH)
+
+
+def distributions(
+    panels: Mapping[str, Mapping[str, Sequence[float]]],
+    references: Sequence[tuple[float, float]],
+    note: str,
+    path: Path,
+) -> None:
+    """Draw each value as a dot, in order of size, a row an arm.
+
+    Args:
+      panels: values by title, for each panel's x label.
+      references: (mean, standard deviation) for each panel, in grey.
+      note: a line above.
+      path: of the image to write.
+    """
+    rows = max(map(len, panels.values()))
+    figure = Figure(figsize=(8, 1.4 + 0.7 * rows), layout="constrained")
+    figure.suptitle(note, fontsize=8, color=GREY)
+    grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)
+    for axes, (x_label, arms), (mean, sd) in zip(
+        grid[0], panels.items(), references, strict=True
+    ):
+        axes.axvspan(mean - sd, mean + sd, color=GREY, alpha=0.15, lw=0)
+        axes.axvline(mean, color=GREY, linewidth=1)
+        for position, values in enumerate(arms.values()):
+            offsets = [
+                position + 0.6 * ((i + 0.5) / len(values) - 0.5)
+                for i in range(len(values))
+            ]
+            colour = ARM_COLOURS[position]
+            axes.plot(sorted(values), offsets, ".", color=colour, markersize=4)
+        axes.set_yticks(range(len(arms)), list(arms), fontsize=8)
+        axes.set_xlabel(x_label)
+        axes.spines[["top", "right"]].set_visible(False)
+    grid[0][0].invert_yaxis()  # of all: they share it
+    figure.savefig(path, dpi=DOTS_PER_INCH)
+
+
+def matrices(
+    panels: Mapping[str, Sequence[Sequence[float]]], note: str, path: Path
+) -> None:
+    """Draw matrices as colours from -1 to 1, one panel each.
+
+    Args:
+      panels: rows of each matrix, by title.
+      note: a line above.
+      path: of the image to write.
+    """
+    columns = min(6, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(1.7 * columns, 0.5 + 1.75 * rows), layout="constrained")
+    figure.suptitle(note, fontsize=8, color=GREY)
+    grid = figure.subplots(rows, columns, squeeze=False)
+    image = None
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for axes, (title, matrix) in zip(grid.flat, panels.items(), strict=False):
+        # Orange and purple are told apart with any colour vision, and from white.
+        image = axes.imshow(matrix, cmap="PuOr", vmin=-1, vmax=1)
+        axes.set_title(title, fontsize=7)
+    if image is not None:
+        figure.colorbar(image, ax=grid, shrink=0.6, label="covariance")
     figure.savefig(path, dpi=DOTS_PER_INCH)

@@ -133,8 +133,7 @@ def verdicts(rows: Sequence[Row]) -> list[Verdict]:
                 f"without ({why})",
                 "log10 of the ratio of the largest workable rates",
                 ratio,
-                ">",
-                math.log10(5) - 0.01,
+                above=math.log10(5) - 0.01,
                 reason="the paper's Inception trains at 5 times its rate with batch "
                 "norm and not without; rates are half a decade apart, so a ratio is "
                 "known within a factor of 3",
@@ -152,8 +151,7 @@ def verdicts(rows: Sequence[Row]) -> list[Verdict]:
                 f"with batch norm the band of workable rates is wider ({why})",
                 "difference of the bands' widths, decades",
                 wider,
-                ">",
-                0.5,
+                above=0.5,
                 reason="a step of the grid",
             )
         )

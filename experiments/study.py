@@ -21,6 +21,7 @@ from experiments import launch
 
 if TYPE_CHECKING:
     from bn_jax.analysis.verdicts import Verdict
+    from bn_jax.data import ImageData
 
 Row = dict[str, Any]
 Arms = Mapping[str, Sequence[TrainConfig]]
@@ -40,24 +41,32 @@ class Study(NamedTuple):
     Attributes:
       name: of the experiment, and of its folder of results.
       design: its size by default.
-      stages: each gives arms of runs, of the design and the rows so far.
       verdicts: of all rows.
       draw: writes figures of all rows into a folder.
+      stages: each gives arms of runs, of the design and the rows so far.
       exact: whether runs are scored by exact statistics, too.
       train: whether runs are scored on the training set, too.
-      complete: adds to the rows of an arm what is in its folder.
+      complete: adds to the rows of an arm what its folder and the data hold.
+      measure: gives the rows where they are not of sweeps; called with the design, the
+        data and the folder.
+      summary: more for results.json, of all rows.
     """
 
     name: str
     design: Design
-    stages: Sequence[Callable[[Design, Sequence[Row]], Arms]]
     verdicts: Callable[[Sequence[Row]], list[Verdict]]
     draw: Callable[[Sequence[Row], Path], None]
+    stages: Sequence[Callable[[Design, Sequence[Row]], Arms]] = ()
     exact: bool = True
     train: bool = False
-    complete: Callable[[Path, list[Row]], list[Row]] = lambda _, rows: rows
+    complete: Callable[[Path, list[Row], ImageData], list[Row]] = lambda _, rows, __: (
+        rows
+    )
+    measure: Callable[[Design, ImageData, Path], list[Row]] | None = None
+    summary: Callable[[Sequence[Row]], Row] = lambda _: {}
 
 
+ROWS = "runs.jsonl"
 SMOKE = Design(epochs=1, seeds=2, dataset="sample")
 
 
@@ -88,7 +97,7 @@ def _main(study: Study, argv: Sequence[str]) -> None:
         from bn_jax import results
 
         folder = launch.workdir()
-        rows = results.read_rows(folder / "runs.jsonl")
+        rows = results.read_rows(folder / ROWS)
         study.draw(rows, folder)
         _print(study.verdicts(rows))
         return
@@ -102,10 +111,35 @@ def _main(study: Study, argv: Sequence[str]) -> None:
 def run(study: Study, design: Design, folder: Path) -> None:
     """Train what is not trained yet; judge, draw and write."""
     from bn_jax import results
-    from bn_jax.training import sweep_run
 
     started = time.perf_counter()
     data = launch.load_data(design.dataset)
+    if study.measure is not None:
+        rows = study.measure(design, data, folder)
+    else:
+        rows = _sweeps(study, design, data, folder)
+    results.write_rows(folder / ROWS, rows)
+    verdicts = study.verdicts(rows)
+    study.draw(rows, folder)
+    summary = {
+        "verdicts": [verdict.to_dict() for verdict in verdicts],
+        **study.summary(rows),
+        "runs": len(rows),
+        **design._asdict(),
+        "data_source": data.source,
+        "seconds": time.perf_counter() - started,
+        "environment": results.environment(),
+    }
+    results.write_json(folder / results.RESULTS, summary)
+    _print(verdicts)
+    print(f"written to {folder}: {ROWS}, {results.RESULTS}, figures")
+
+
+def _sweeps(study: Study, design: Design, data: ImageData, folder: Path) -> list[Row]:
+    """Return a row for each run of each arm."""
+    from bn_jax import results
+    from bn_jax.training import sweep_run
+
     options = config_lib.options_from_flags(flags.FLAGS)
     rows: list[Row] = []
     for stage in study.stages:
@@ -120,31 +154,10 @@ def run(study: Study, design: Design, folder: Path) -> None:
                 train=study.train,
             )
             speed = results.read_object(folder / arm / results.RESULTS)
-            rows += study.complete(
-                folder / arm,
-                [
-                    {
-                        "arm": arm,
-                        "examples_per_second": speed["examples_per_second"],
-                        **row,
-                    }
-                    for row in of_arm
-                ],
-            )
-    results.write_rows(folder / "runs.jsonl", rows)
-    verdicts = study.verdicts(rows)
-    study.draw(rows, folder)
-    summary = {
-        "verdicts": [verdict.to_dict() for verdict in verdicts],
-        "runs": len(rows),
-        **design._asdict(),
-        "data_source": data.source,
-        "seconds": time.perf_counter() - started,
-        "environment": results.environment(),
-    }
-    results.write_json(folder / results.RESULTS, summary)
-    _print(verdicts)
-    print(f"written to {folder}: runs.jsonl, {results.RESULTS}, figures")
+            common = {"arm": arm, "examples_per_second": speed["examples_per_second"]}
+            of_arm = [{**common, **row} for row in of_arm]
+            rows += study.complete(folder / arm, of_arm, data)
+    return rows
 
 
 def _print(verdicts: Sequence[Verdict]) -> None:
@@ -152,9 +165,20 @@ def _print(verdicts: Sequence[Verdict]) -> None:
         value, low, high, n = verdict.interval
         print(
             f"{verdict.verdict}: {verdict.claim}\n  {verdict.statistic}: {value:.4g} "
-            f"[{low:.4g}, {high:.4g}], n = {n}; claimed {verdict.relation} "
-            f"{verdict.threshold:g}"
+            f"[{low:.4g}, {high:.4g}], n = {n}; claimed {verdict.threshold}"
         )
+
+
+def load_params(folder: Path) -> dict[str, Any]:
+    """Return the parameters of an arm's runs, with a leading axis of runs.
+
+    Raises:
+      RunError: if the folder holds none, or they are damaged.
+    """
+    from bn_jax.training import sweep_run
+
+    params: dict[str, Any] = sweep_run.load_variables(folder)["params"]
+    return params
 
 
 def last(row: Mapping[str, Any], name: str) -> float:

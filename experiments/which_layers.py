@@ -93,8 +93,7 @@ def verdicts(rows: Sequence[Row]) -> list[Verdict]:
             f"batch norm {names[less]} trains to a higher loss than {names[more]}",
             "paired difference of the training loss, nats",
             intervals.of_difference(by_subset[less], by_subset[more]),
-            ">",
-            0.0,
+            above=0.0,
             reason="the order that a reader's single runs of ten epochs showed",
         )
         for more, less in itertools.pairwise((ALL, DENSE, CONV, NONE))
@@ -109,8 +108,7 @@ def verdicts(rows: Sequence[Row]) -> list[Verdict]:
             f"four (the best is {best})",
             "paired difference of the training loss to all four, nats",
             intervals.of_difference(by_subset[best], by_subset[ALL]),
-            "<",
-            0.01,
+            below=0.01,
             reason="a tenth of what the norms change in the loss as published, .47 to "
             ".27; the best subset is chosen on the same runs, which favours it",
         )

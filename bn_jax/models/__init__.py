@@ -9,13 +9,14 @@ from typing import Any
 
 from flax import linen as nn
 
-from bn_jax.linen import BatchNorm
+from bn_jax.linen import BatchNorm, BatchRenorm
 from bn_jax.variants import linen as variants
 
 NORMS: dict[str, Callable[..., nn.Module] | None] = {
     "batch_norm": BatchNorm,
     "flax": nn.BatchNorm,
     "none": None,
+    "renorm": BatchRenorm,
     "layer": variants.LayerNorm,
     "group": variants.GroupNorm,
     "instance": variants.InstanceNorm,
@@ -31,7 +32,7 @@ def norm_by_name(
 
     Args:
       name: one of `NORMS`, with further attributes if need be, such as
-        "whitening:method=zca,group_size=16".
+        "whitening:method=zca,max_group_size=16".
       momentum: weight of the OLD average in the moving averages, where there are any.
       epsilon: added to the variance, where there is one (of quantiles it would be
         something else).

@@ -44,6 +44,7 @@ NORMS = (
     "batch_norm",
     "flax",
     "none",
+    "renorm",
     "layer",
     "group",
     "instance",
@@ -52,7 +53,7 @@ NORMS = (
 )
 _NORM = _Range(
     f"one of {', '.join(NORMS)}, with attributes if need be, such as "
-    "whitening:method=zca,group_size=16",
+    "whitening:method=zca,max_group_size=16",
     lambda v: (
         re.fullmatch(rf"({'|'.join(NORMS)})(:\w+=[^,=]+(,\w+=[^,=]+)*)?", v) is not None
     ),

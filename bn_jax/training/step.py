@@ -167,8 +167,8 @@ def run_steps(
 
     Returns:
       The state after the last step whose loss and new parameters are finite, and the
-      metrics of each step, of shape `[max_steps]`; those after the last one taken are
-      0. A step that is not finite leaves its metrics, but not its state.
+      metrics of each step, with a leading axis of `max_steps`; those after the last
+      one taken are 0. A step that is not finite leaves its metrics, but not its state.
     """
     Carry = tuple[Array, Array, TrainState, Metrics]
 
@@ -185,7 +185,7 @@ def run_steps(
         return i + 1, finite, state, metrics
 
     shapes = jax.eval_shape(train_step, state, source.batch(start))[1]
-    metrics = jax.tree.map(lambda m: jnp.zeros((max_steps,), m.dtype), shapes)
+    metrics = jax.tree.map(lambda m: jnp.zeros((max_steps, *m.shape), m.dtype), shapes)
     carry = (start, jnp.asarray(True), state, metrics)
     _, _, state, metrics = lax.while_loop(goes_on, step, carry)
     return state, metrics

@@ -16,6 +16,7 @@ from bn_jax import data as data_lib
 from bn_jax import results
 from bn_jax.training import checkpoint, interrupt
 from bn_jax.training.config import ConfigError, RunOptions, TrainConfig
+from bn_jax.training.state import init_variables, make_model
 from bn_jax.training.sweep import SWEPT, Progress, Sweep
 
 ROWS = "runs.jsonl"
@@ -81,6 +82,33 @@ def sweep_into(
         }
         results.write_json(workdir / results.RESULTS, summary)
     return rows
+
+
+def load_variables(
+    workdir: str | Path,
+    *,
+    num_classes: int = 10,
+    images_shape: tuple[int, ...] = (28, 28, 1),
+) -> dict[str, Any]:
+    """Return the variables of a finished sweep's members, stacked NumPy arrays.
+
+    Args:
+      workdir: the directory that `sweep_into` wrote.
+      num_classes: of the data set; 10 in all those of `bn_jax.data`.
+      images_shape: `[H, W, C]` of the data set, likewise.
+
+    Raises:
+      RunError: if `workdir` holds none, or they are damaged or of another model.
+    """
+    rows = results.read_rows(Path(workdir) / ROWS)
+    model = make_model(
+        TrainConfig.from_dict(rows[0]["config"]), num_classes=num_classes
+    )
+    of_one = init_variables(model, jax.random.key(0), images_shape)
+    like = jax.tree.map(lambda v: np.zeros((len(rows), *v.shape), v.dtype), of_one)
+    variables = checkpoint.load_variables(Path(workdir), like)
+    stacked: dict[str, Any] = jax.tree.map(np.asarray, variables)
+    return stacked
 
 
 def _devices(options: RunOptions, num_members: int) -> list[jax.Device]:

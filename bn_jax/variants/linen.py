@@ -181,6 +181,8 @@ class Whitening(_Norm):
     Attributes:
       method: "zca", "pca", "cholesky" or "iternorm".
       group_size: features whitened together, a divisor of C; None for all C.
+      max_group_size: instead of it, for layers of different C: groups are of the
+        greatest divisor of C that is not above.
       num_iterations: of "iternorm".
 
     References:
@@ -189,6 +191,7 @@ class Whitening(_Norm):
 
     method: whitening.Method = "zca"
     group_size: int | None = None
+    max_group_size: int | None = None
     num_iterations: int = 5
 
     @nn.compact
@@ -207,18 +210,29 @@ class Whitening(_Norm):
           ValueError: as `whiten` says.
         """
         x = jnp.asarray(x)
-        _, initial = whitening.init(
-            self._num_features(x), group_size=self.group_size, dtype=x.dtype
-        )
+        num_features = self._num_features(x)
+        group_size = self._group_size(num_features)
+        _, initial = whitening.init(num_features, group_size=group_size, dtype=x.dtype)
         return self._run(
             whitening.whiten,
             x,
             initial,
             use_running_average,
             method=self.method,
-            group_size=self.group_size,
+            group_size=group_size,
             num_iterations=self.num_iterations,
         )
+
+    def _group_size(self, num_features: int) -> int | None:
+        if self.max_group_size is None:
+            return self.group_size
+        if self.group_size is not None or self.max_group_size < 1:
+            raise ValueError(
+                f"max_group_size={self.max_group_size} with group_size="
+                f"{self.group_size}; give one of them, at least 1"
+            )
+        largest = min(self.max_group_size, num_features)
+        return next(d for d in range(largest, 0, -1) if num_features % d == 0)
 
 
 class QuantileNorm(_Norm):

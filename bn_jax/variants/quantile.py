@@ -98,7 +98,8 @@ def quantile_norm(
 ) -> tuple[Array, QuantileState]:
     """Transform each feature to a target distribution, by the batch's quantiles.
 
-    The sort takes most of the time: some hundred times that of batch norm on a CPU.
+    The sort takes most of the time: more than a hundred times that of batch norm on a
+    CPU.
 
     Args:
       x: batch of shape `[N, C]`, `[N, H, W, C]`, `[C, H, W, N]` or any other of rank 2
@@ -138,11 +139,9 @@ def quantile_norm(
       >>> import jax.numpy as jnp
       >>> params, state = init(1, num_quantiles=4)
       >>> x = jnp.array([[1.0], [10.0], [1000.0], [100.0]])
-      >>> y, _ = quantile_norm(
-      ...     x, params, state, train=True, num_quantiles=4
-      ... )
-      >>> (y / y.max() * 3).round(3).ravel().tolist()
-      [-3.0, -1.0, 3.0, 1.0]
+      >>> y, _ = quantile_norm(x, params, state, train=True, num_quantiles=4)
+      >>> (8 * (y / 12**0.5 + 0.5)).round().ravel().tolist()  # eighths of [0, 1]
+      [1.0, 3.0, 7.0, 5.0]
     """
     functional_lib._check_static(train=train, update_state=update_state)
     functional_lib._check_epsilon(epsilon)

@@ -30,7 +30,7 @@ def test_json_holds_a_config():
 @pytest.mark.parametrize(
     ("field", "value", "expected"),
     [
-        ("norm", "batchnorm", "one of batch_norm, flax, none"),
+        ("norm", "batchnorm", "one of batch_norm, flax, none, renorm, layer"),
         ("dataset", "cifar", "one of auto, fashion_mnist, mnist, kmnist, sample"),
         ("optimizer", "lion", "one of sgd, momentum, adam"),
         ("schedule", "linear", "one of constant, cosine"),

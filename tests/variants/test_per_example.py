@@ -1,0 +1,137 @@
+import chex
+import flax.linen
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+from reference import normal
+
+from bn_jax import BatchNormParams
+from bn_jax.variants.per_example import group_norm, instance_norm, layer_norm
+
+X = normal((5, 4, 3, 6), mean=1.0, std=2.0)  # [N, H, W, C]
+PARAMS = BatchNormParams(jnp.arange(1.0, 7.0), jnp.arange(-3.0, 3.0))
+NONE = BatchNormParams(None, None)
+
+
+def flax_result(module, x):
+    return module.apply({"params": PARAMS._asdict()}, x)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3, 6])
+def test_group_norm_is_flaxs(groups):
+    module = flax.linen.GroupNorm(num_groups=groups, epsilon=1e-5)
+    y, state = group_norm(X, PARAMS, num_groups=groups)
+    np.testing.assert_allclose(y, flax_result(module, X), rtol=1e-5, atol=1e-5)
+    assert state == ()
+
+
+def test_layer_norm_is_flaxs_over_all_but_the_batch():
+    module = flax.linen.LayerNorm(epsilon=1e-5, reduction_axes=(1, 2, 3))
+    y, _ = layer_norm(X, PARAMS)
+    np.testing.assert_allclose(y, flax_result(module, X), rtol=1e-5, atol=1e-5)
+
+
+def test_instance_norm_is_flaxs():
+    module = flax.linen.InstanceNorm(epsilon=1e-5)
+    y, _ = instance_norm(X, PARAMS)
+    np.testing.assert_allclose(y, flax_result(module, X), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 6])
+def test_is_the_formula_in_float64(groups):
+    x = np.float64(X).reshape(5, 12, groups, 6 // groups)
+    mean, var = (f(x, axis=(1, 3), keepdims=True) for f in (np.mean, np.var))
+    expected = ((x - mean) / np.sqrt(var + 1e-5)).reshape(X.shape)
+    expected = expected * np.float64(PARAMS.scale) + np.float64(PARAMS.bias)
+    y, _ = group_norm(X, PARAMS, num_groups=groups)
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("order", "feature_axis", "batch_axis"),
+    [((3, 1, 2, 0), 0, 3), ((0, 3, 1, 2), 1, 0), ((1, 3, 0, 2), 1, -2)],
+)
+def test_layout_does_not_matter(order, feature_axis, batch_axis):
+    expected, _ = group_norm(X, PARAMS, num_groups=3)
+    axes = {"feature_axis": feature_axis, "batch_axis": batch_axis}
+    y, _ = group_norm(jnp.transpose(X, order), PARAMS, num_groups=3, **axes)
+    np.testing.assert_allclose(y, jnp.transpose(expected, order), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("norm", [layer_norm, instance_norm])
+def test_examples_do_not_see_each_other(norm):
+    y, _ = norm(X, PARAMS)
+    np.testing.assert_array_equal(norm(X.at[1:].set(7.0), PARAMS)[0][0], y[0])
+    np.testing.assert_allclose(norm(X[::-1], PARAMS)[0], y[::-1], rtol=1e-5, atol=1e-6)
+
+
+def test_shift_and_scale_of_an_example_do_not_matter():
+    factors = jnp.arange(1.0, 6.0).reshape(5, 1, 1, 1)
+    y, _ = layer_norm(X, PARAMS, epsilon=1e-12)
+    scaled, _ = layer_norm(X * factors + 10 * factors, PARAMS, epsilon=1e-12)
+    np.testing.assert_allclose(scaled, y, rtol=1e-4, atol=1e-4)
+
+
+def test_mean_far_beyond_the_deviation_costs_few_digits():
+    far = np.float64(X) * 1e-2 + 100
+    y, _ = layer_norm(jnp.asarray(far, jnp.float32), NONE)
+    exact = np.float64(np.float32(far))
+    axes = {"axis": (1, 2, 3), "keepdims": True}
+    var = exact.var(**axes) + 1e-5
+    np.testing.assert_allclose(y, (exact - exact.mean(**axes)) / var**0.5, atol=2e-3)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 6])
+def test_gradients_are_those_of_finite_differences(x64, groups):
+    x = normal((2, 3, 6), dtype=jnp.float64)
+    params = jax.tree.map(lambda a: a.astype(jnp.float64), PARAMS)
+
+    @jax.jit
+    def y(x, params):
+        return group_norm(x, params, num_groups=groups)[0]
+
+    check_grads(y, (x, params), order=2, rtol=1e-3)
+
+
+def test_bfloat16_is_widened_and_given_back():
+    y, _ = layer_norm(X.astype(jnp.bfloat16), PARAMS)
+    assert y.dtype == jnp.bfloat16
+    chex.assert_trees_all_close(
+        y.astype(jnp.float32),
+        layer_norm(X.astype(jnp.bfloat16).astype(jnp.float32), PARAMS)[0],
+        rtol=1e-2,
+        atol=1e-2,
+    )
+
+
+def test_one_value_a_group_is_warned_of():
+    with pytest.warns(UserWarning, match="one value a group.*y equals beta"):
+        y, _ = instance_norm(X[:, 0, 0], PARAMS)
+    np.testing.assert_array_equal(y, jnp.broadcast_to(PARAMS.bias, (5, 6)))
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"num_groups": 4}, "num_groups=4 does not divide the 6 features.*divisor"),
+        ({"num_groups": 0}, "num_groups=0 does not divide"),
+        ({"epsilon": 0}, "epsilon=0; expected a number greater than 0"),
+        ({"feature_axis": 4}, "feature_axis=4"),
+        ({"feature_axis": (1, 2)}, r"feature_axis=\(1, 2\).*one integer"),
+        ({"batch_axis": -5}, "batch_axis=-5 is not an axis of x of shape"),
+        ({"batch_axis": 3}, "batch_axis=3 and feature_axis=-1 are the same axis"),
+        ({"feature_axis": 1}, r"scale has shape \[6\]"),
+    ],
+)
+def test_bad_arguments_are_refused(bad, message):
+    with pytest.raises(ValueError, match=message):
+        group_norm(X, PARAMS, **{"num_groups": 2, **bad})
+
+
+def test_bad_input_is_refused():
+    with pytest.raises(ValueError, match="expected rank 2 or more"):
+        layer_norm(X[0, 0, 0], PARAMS)
+    with pytest.raises(TypeError, match="int32.*floating-point"):
+        layer_norm(X.astype(jnp.int32), PARAMS)

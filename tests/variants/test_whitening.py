@@ -1,0 +1,428 @@
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+from reference import jit_unoptimised, normal
+
+from bn_jax import BatchNormParams, batch_norm
+from bn_jax import init as init_batch_norm
+from bn_jax.variants.whitening import (
+    WhiteningState,
+    init,
+    inverse_square_root,
+    whiten,
+)
+
+EXACT = ["zca", "pca", "cholesky"]
+METHODS = [*EXACT, "iternorm"]
+MIX = normal((6, 6), seed=1) + 2 * jnp.eye(6)
+X = normal((512, 6)) @ MIX + 3.0
+NONE = BatchNormParams(None, None)
+PARAMS = BatchNormParams(jnp.arange(1.0, 7.0), jnp.arange(-3.0, 3.0))
+
+
+def covariance(x):
+    """Return the biased covariance of `[N, C]` in float64."""
+    return np.cov(np.float64(x).T, bias=True)
+
+
+@functools.cache
+def compiled(**options):
+    """Return `whiten` with these options, compiled."""
+    return jit_unoptimised(functools.partial(whiten, **options))
+
+
+def whitened(x, params=NONE, group_size=None, **options):
+    """Return y in training mode."""
+    _, state = init(x.shape[-1], group_size=group_size, dtype=x.dtype)
+    options = {"train": True, "group_size": group_size, **options}
+    if isinstance(x, jax.core.Tracer):
+        return whiten(x, params, state, **options)[0]
+    return compiled(**options)(x, params, state)[0]
+
+
+def gradient_of(function):
+    """Return the compiled gradient of the loss of a function's result."""
+    return jit_unoptimised(jax.grad(lambda x: loss(function(x))))
+
+
+def loss(y):
+    """Return a loss with no symmetry that would hide a term."""
+    coefficients = jnp.arange(1.0, y.size + 1).reshape(y.shape) / y.size
+    return jnp.sum(jnp.sin(coefficients * y))
+
+
+@pytest.mark.parametrize("method", EXACT)
+@pytest.mark.parametrize("group_size", [None, 1, 2, 3])
+def test_output_of_each_group_has_mean_0_and_covariance_identity(method, group_size):
+    y = whitened(X, method=method, group_size=group_size, epsilon=1e-8)
+    np.testing.assert_allclose(np.mean(np.float64(y), 0), 0, atol=1e-4)
+    for group in np.split(np.float64(y), 6 // (group_size or 6), axis=1):
+        np.testing.assert_allclose(
+            np.atleast_2d(covariance(group)), np.eye(group.shape[1]), atol=1e-4
+        )
+
+
+def test_groups_do_not_see_each_other():
+    y = whitened(X, group_size=3)
+    apart = [whitened(x) for x in jnp.split(X, 2, axis=1)]
+    np.testing.assert_allclose(y, jnp.concatenate(apart, 1), rtol=1e-4, atol=1e-5)
+
+
+def test_groups_of_one_feature_are_batch_norm():
+    params, state = init_batch_norm(6)
+    y, _ = batch_norm(X, params, state, train=True)
+    for method in EXACT:
+        np.testing.assert_allclose(
+            whitened(X, method=method, group_size=1), y, rtol=1e-4, atol=1e-5
+        )
+
+
+def reference_matrix(method, sigma):
+    """Return the whitening matrix by NumPy in float64."""
+    eigenvalues, v = np.linalg.eigh(sigma)
+    if method == "cholesky":
+        return np.linalg.inv(np.linalg.cholesky(sigma))
+    if method == "zca":
+        return v / np.sqrt(eigenvalues) @ v.T
+    eigenvalues, v = eigenvalues[::-1], v[:, ::-1]
+    v = v * np.sign(v[np.abs(v).argmax(0), np.arange(len(v))])
+    return (v / np.sqrt(eigenvalues)).T
+
+
+@pytest.mark.parametrize("method", EXACT)
+def test_is_the_methods_formula_in_float64(method):
+    x, epsilon = np.float64(X), 0.01
+    w = reference_matrix(method, covariance(x) + epsilon * np.eye(6))
+    expected = (x - x.mean(0)) @ w.T * np.arange(1.0, 7.0) + np.arange(-3.0, 3.0)
+    y = whitened(X, PARAMS, method=method, epsilon=epsilon)
+    np.testing.assert_allclose(y, expected, rtol=1e-3, atol=2e-4)
+
+
+def test_error_of_iternorm_falls_with_each_iteration():
+    errors = []
+    for t in (1, 3, 5, 8, 14):
+        y = whitened(X, method="iternorm", num_iterations=t, epsilon=1e-8)
+        errors.append(np.abs(covariance(y) - np.eye(6)).max())
+    assert errors == sorted(errors, reverse=True) and errors[0] > 0.1
+    assert errors[-1] < 1e-3
+    y = whitened(X, method="iternorm", num_iterations=20)
+    np.testing.assert_allclose(y, whitened(X, method="zca"), rtol=1e-2, atol=1e-3)
+
+
+def test_one_iteration_of_iternorm_by_hand():
+    # Variances 1 and 3 without correlation: S = diag(1, 3) / 4, so that
+    # P_1 = (3 - S) / 2 = diag(11, 9) / 8, and W = P_1 / 2.
+    x = jnp.array([[1.0, 3**0.5], [-1.0, 3**0.5], [1.0, -(3**0.5)], [-1.0, -(3**0.5)]])
+    y = whitened(x, method="iternorm", num_iterations=1, epsilon=1e-12)
+    np.testing.assert_allclose(y, x * jnp.array([11 / 16, 9 / 16]), rtol=1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_shift_scale_and_order_of_the_batch_do_not_matter(method):
+    whiten_ = functools.partial(whitened, method=method, epsilon=1e-8)
+    y = whiten_(X)
+    np.testing.assert_allclose(whiten_(X * 8 + 5), y, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(whiten_(X[::-1]), y[::-1], rtol=1e-3, atol=1e-3)
+
+
+def test_zca_turns_with_the_features():
+    rotation = jnp.linalg.qr(normal((6, 6), seed=2))[0]
+    np.testing.assert_allclose(
+        whitened(X @ rotation), whitened(X) @ rotation, rtol=1e-3, atol=1e-3
+    )
+
+
+def test_cholesky_and_pca_do_not_see_what_leaves_the_rotation():
+    # A lower triangular A with a positive diagonal is absorbed by the Cholesky factor;
+    # a scale and a rotation of all features by the eigenvectors, up to their signs.
+    a = jnp.tril(normal((6, 6), seed=3), -1) + 2 * jnp.eye(6)
+    options = {"method": "cholesky", "epsilon": 1e-8}
+    np.testing.assert_allclose(
+        whitened(X @ a.T, **options), whitened(X, **options), rtol=1e-3, atol=1e-3
+    )
+    rotation = jnp.linalg.qr(normal((6, 6), seed=2))[0]
+    turned = whitened(X @ rotation, method="pca")
+    np.testing.assert_allclose(
+        jnp.abs(turned), jnp.abs(whitened(X, method="pca")), rtol=1e-3, atol=1e-3
+    )
+
+
+@pytest.mark.parametrize("group_size", [None, 2])
+def test_layout_does_not_matter(group_size):
+    x = X.reshape(32, 4, 4, 6)
+    _, state = init(6, group_size=group_size)
+    options = {"train": True, "group_size": group_size}
+    expected = whiten(X, PARAMS, state, **options)
+    for axis in (0, 1, 3):
+        y, moved = whiten(
+            jnp.moveaxis(x, -1, axis), PARAMS, state, feature_axis=axis, **options
+        )
+        chex.assert_trees_all_close(
+            (jnp.moveaxis(y, axis, -1).reshape(X.shape), moved),
+            expected,
+            rtol=1e-4,
+            atol=1e-4,
+        )
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("group_size", [None, 2])
+def test_prediction_is_training_when_the_batch_is_the_data(method, group_size):
+    _, state = init(6, group_size=group_size)
+    options = {"method": method, "group_size": group_size}
+    y, state = whiten(X, PARAMS, state, train=True, momentum=0.0, **options)
+    predicted, same = whiten(X, PARAMS, state, train=False, **options)
+    np.testing.assert_allclose(predicted, y, rtol=1e-5, atol=1e-5)
+    assert same is state
+
+
+def test_averages_after_n_steps_are_those_of_the_closed_form():
+    # m^n initial + (1 - m) sum_i m^(n - 1 - i) batch_i, from mean 0 and covariance I.
+    m, n = 0.8, 4
+    _, state = init(6)
+    batches = [normal((64, 6), seed=i) @ MIX + i for i in range(n)]
+    for x in batches:
+        _, state = whiten(x, NONE, state, train=True, momentum=m)
+    weights = [(1 - m) * m ** (n - 1 - i) for i in range(n)]
+    expected = WhiteningState(
+        sum(w * np.float64(x).mean(0) for w, x in zip(weights, batches, strict=True)),
+        m**n * np.eye(6)[None]
+        + sum(w * covariance(x) for w, x in zip(weights, batches, strict=True)),
+    )
+    chex.assert_trees_all_close(state, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("update", [None, True, False])
+def test_averages_move_when_told_whatever_whitens(train, update):
+    _, state = init(6)
+    y, moved = whiten(X, NONE, state, train=train, update_state=update)
+    chex.assert_trees_all_equal(y, whiten(X, NONE, state, train=train)[0])
+    if train if update is None else update:
+        expected = whiten(X, NONE, state, train=True)[1]
+        chex.assert_trees_all_close(moved, expected)
+    else:
+        assert moved is state
+
+
+@pytest.mark.parametrize(
+    ("method", "group_size"), [*((m, None) for m in METHODS), ("zca", 2)]
+)
+def test_gradients_are_those_of_finite_differences(x64, method, group_size):
+    # Variances far from each other: broadening changes pca's derivative by the square
+    # of 1e-4 of the largest over their gap.
+    stds = jnp.array([1.0, 2.0, 3.0, 4.0])
+    x = normal((9, 4), dtype=jnp.float64) * stds + 1.0
+    params = BatchNormParams(stds, -stds)
+
+    @jax.jit
+    def y(x, params):
+        return whitened(x, params, group_size, method=method, epsilon=0.1)
+
+    check_grads(y, (x, params), order=1, rtol=1e-4, atol=1e-4)
+
+
+def with_covariance_identity():
+    """Return 8 examples of 3 features of mean 0 and covariance the identity."""
+    signs = np.array(np.meshgrid(*[[-1.0, 1.0]] * 3)).reshape(3, 8).T
+    return jnp.asarray(signs)
+
+
+def test_gradient_of_zca_is_exact_where_eigenvalues_repeat(x64):
+    x = with_covariance_identity()
+    np.testing.assert_array_equal(covariance(x), np.eye(3))
+    y = jax.jit(functools.partial(whitened, epsilon=1e-3))
+    check_grads(y, (x,), order=1)
+
+
+def test_derivative_of_the_inverse_root_is_exact_near_repeated_eigenvalues(x64):
+    # From W S W = I: dW W^-1 + W^-1 dW = -W dS W. At S = I that is dW = -dS / 2.
+    tangent = normal((3, 3), dtype=jnp.float64)
+    tangent = tangent + tangent.T
+    root = functools.partial(inverse_square_root, epsilon=1e-9)
+    for gap in (0.0, 1e-15, 1e-9, 1e-5, 1e-2):
+        sigma = jnp.diag(jnp.array([1.0, 1.0 + gap, 1.0 - gap]))
+        w, d_w = jax.jvp(root, (sigma,), (tangent,))
+        inverse = np.linalg.inv(w)
+        np.testing.assert_allclose(
+            d_w @ inverse + inverse @ d_w, -w @ tangent @ w, rtol=1e-8, atol=1e-12
+        )
+        if gap == 0:
+            np.testing.assert_allclose(d_w, -tangent / 2, rtol=1e-8)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_gradient_is_finite_where_eigenvalues_repeat_in_float32(method):
+    x = with_covariance_identity().astype(jnp.float32)
+    gradient = gradient_of(functools.partial(whitened, method=method))(x)
+    assert jnp.all(jnp.isfinite(gradient))
+    assert jnp.max(jnp.abs(gradient)) < 10
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_gradient_sees_the_invariances(x64, method):
+    # y does not change when x is shifted or scaled: no gradient in these directions.
+    x = normal((16, 3), mean=1.0, dtype=jnp.float64) * jnp.array([1.0, 2.0, 4.0])
+    g = gradient_of(functools.partial(whitened, method=method, epsilon=1e-12))(x)
+    np.testing.assert_allclose(jnp.sum(g, 0), 0, atol=1e-6)
+    np.testing.assert_allclose(jnp.sum(g * x), 0, atol=1e-6)
+    assert jnp.max(jnp.abs(g)) > 1e-2
+
+
+def in_parts(method, group_size, x, num_devices, mapped):
+    """Return y, state and gradient by vmap or pmap over an axis."""
+    _, state = init(6, group_size=group_size)
+
+    def forward(x):
+        return whiten(
+            x,
+            PARAMS,
+            state,
+            train=True,
+            method=method,
+            group_size=group_size,
+            axis_name="d",
+        )
+
+    cut = x.reshape(num_devices, -1, 6)
+    weights = jnp.arange(1.0, x.size + 1).reshape(cut.shape) / x.size
+
+    def one(x, w):
+        (y, state), vjp = jax.vjp(forward, x)
+        cotangent = w * jnp.cos(w * y)
+        return y, state, vjp((cotangent, jax.tree.map(jnp.zeros_like, state)))[0]
+
+    y, state, gradient = mapped(one)(cut, weights)
+    chex.assert_trees_all_close(jax.tree.map(lambda a: a[0], state), state_of(state))
+    return y.reshape(x.shape), state_of(state), gradient.reshape(x.shape)
+
+
+def state_of(states):
+    """Return the last instance's state."""
+    return jax.tree.map(lambda a: a[-1], states)
+
+
+@pytest.mark.parametrize(
+    ("method", "how", "num_devices"),
+    [(method, "vmap", 4) for method in METHODS]
+    + [(method, "pmap", 4) for method in ("pca", "cholesky", "iternorm")]
+    + [("zca", "pmap", n) for n in (2, 4, 8)],
+)
+def test_devices_whiten_as_one(devices, method, how, num_devices):
+    x, group_size = X[:64], 3
+    _, state = init(6, group_size=group_size)
+
+    def big(x):
+        y, new = whiten(
+            x, PARAMS, state, train=True, method=method, group_size=group_size
+        )
+        return loss(y), (y, new)
+
+    (_, (y, new)), gradient = jit_unoptimised(jax.value_and_grad(big, has_aux=True))(x)
+    mapped = {
+        "vmap": lambda f: jit_unoptimised(jax.vmap(f, axis_name="d")),
+        "pmap": lambda f: jax.pmap(f, axis_name="d", devices=devices[:num_devices]),
+    }[how]
+    got = in_parts(method, group_size, x, num_devices, mapped)
+    chex.assert_trees_all_close(
+        jax.device_get(got), (y, new, gradient), rtol=1e-3, atol=2e-4
+    )
+
+
+def test_vmap_over_an_ensemble_equals_its_members():
+    xs = jnp.stack([X[:32], 2 * X[32:64] + 1])
+    gradient = jax.grad(lambda x: loss(whitened(x)))
+    np.testing.assert_allclose(
+        jit_unoptimised(jax.vmap(gradient))(xs),
+        jnp.stack([jit_unoptimised(gradient)(x) for x in xs]),
+        atol=1e-3,
+    )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_singular_covariance_shrinks_to_nothing_what_does_not_vary(method):
+    # 4 examples of 6 features vary in 3 directions: y has covariance v / (v + eps)
+    # there, 0 elsewhere, and is finite as is its gradient.
+    x, epsilon = X[:4], 1e-2
+    y = whitened(x, method=method, epsilon=epsilon, num_iterations=15)
+    v = np.sort(np.linalg.eigvalsh(covariance(x)))
+    got = np.sort(np.linalg.eigvalsh(covariance(y)))
+    np.testing.assert_allclose(got, v / (v + epsilon), atol=2e-3)
+    options = {"method": method, "epsilon": epsilon}
+    gradient = gradient_of(functools.partial(whitened, **options))(x)
+    assert jnp.all(jnp.isfinite(gradient))
+
+
+@pytest.mark.parametrize("method", ["zca", "pca", "iternorm"])
+def test_rounding_below_zero_gives_no_nan(method):
+    x = jnp.tile(1e4 * X[:4], (1, 4))  # eigenvalues of 0 come out as -100
+    whiten_ = functools.partial(whitened, method=method)
+    assert jnp.all(jnp.isfinite(whiten_(x)))
+    assert jnp.all(jnp.isfinite(gradient_of(whiten_)(x)))
+
+
+def test_one_example_gives_beta():
+    for method in METHODS:
+        y = whitened(X[:1], PARAMS, method=method)
+        np.testing.assert_allclose(y[0], PARAMS.bias, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_bfloat16_is_widened_and_given_back(method):
+    x = X.astype(jnp.bfloat16)
+    _, state = init(6)
+    y, state = whiten(x, NONE, state, train=True, method=method)
+    assert y.dtype == jnp.bfloat16
+    assert {a.dtype for a in state} == {jnp.dtype("float32")}
+    wide = whitened(x.astype(jnp.float32), method=method)
+    np.testing.assert_allclose(y.astype(jnp.float32), wide, rtol=1e-2, atol=1e-2)
+
+
+def test_mean_far_beyond_the_deviation_costs_few_digits():
+    exact = np.float64(np.float32(X + 1e4))
+    w = reference_matrix("zca", covariance(exact) + 1e-5 * np.eye(6))
+    y = whitened(X + 1e4)
+    np.testing.assert_allclose(y, (exact - exact.mean(0)) @ w, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"group_size": 4}, "group_size=4 does not divide the 6 features.*divisor"),
+        ({"group_size": 0}, "group_size=0 does not divide"),
+        ({"group_size": 3}, r"covariance has shape \[1, 6, 6\].*\[2, 3, 3\]"),
+        ({"method": "svd"}, "method='svd'; expected one of zca, pca"),
+        ({"num_iterations": 0}, "num_iterations=0; expected 1 or more"),
+        ({"epsilon": 0.0}, "epsilon=0.0; expected a number greater than 0"),
+        ({"momentum": 1.5}, r"momentum=1.5.*in \[0, 1\]"),
+        ({"feature_axis": (0, 1)}, "feature_axis"),
+        ({"axis_name": "nowhere"}, "axis_name='nowhere' is not bound"),
+        ({"x": X[0]}, "expected rank 2 or more"),
+        ({"x": X[:0]}, "is empty"),
+        ({"x": X[:, :3]}, r"scale has shape \[6\].*\[3\] features"),
+    ],
+)
+def test_bad_arguments_are_refused(bad, message):
+    _, state = init(6)
+    options = {"x": X, "params": PARAMS, "state": state, "train": True, **bad}
+    with pytest.raises(ValueError, match=message):
+        whiten(**options)
+
+
+def test_bad_dtypes_and_traced_choices_are_refused():
+    _, state = init(6)
+    for dtype, message in ((jnp.int32, "int32"), (jnp.complex64, "real numbers")):
+        with pytest.raises(TypeError, match=message):
+            whiten(X.astype(dtype), NONE, state, train=True)
+    with pytest.raises(TypeError, match="train must be a Python bool"):
+        jax.jit(lambda t: whiten(X, NONE, state, train=t))(True)
+    with pytest.raises(ValueError, match="too narrow"):
+        narrow = jax.tree.map(lambda a: a.astype(jnp.bfloat16), state)
+        whiten(X, NONE, narrow, train=True)
+    with pytest.raises(ValueError, match="group_size=5 does not divide"):
+        init(6, group_size=5)

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -72,8 +73,8 @@ def probe() -> Any:
     return optax.GradientTransformation(lambda params: (zeros,) * 3, update)
 
 
-def measure(design: Design, data: ImageData, folder: Path) -> list[Row]:
-    """Return a row for each run, as kept in the folder or trained now."""
+def measure(design: Design, data: ImageData, folder: Path) -> tuple[list[Row], float]:
+    """Return a row for each run, as kept in the folder or trained now, and seconds."""
     from bn_jax import results
 
     path = folder / study.ROWS
@@ -86,9 +87,11 @@ def measure(design: Design, data: ImageData, folder: Path) -> list[Row]:
                 continue
             run = run or compiled(norm, design, data)
             print(f"{norm}, rate {choice[1]:g}, seed {choice[2]}", flush=True)
-            rows.append(run(*choice[1:]))
+            started = time.perf_counter()
+            row = run(*choice[1:])
+            rows.append({**row, "seconds": time.perf_counter() - started})
             results.write_rows(path, rows)
-    return rows
+    return rows, sum(row["seconds"] for row in rows)
 
 
 def compiled(norm: str, design: Design, data: ImageData) -> Any:

@@ -8,7 +8,6 @@ sweep goes on; runs.jsonl, a row a run; results.json, the verdicts; and the figu
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -47,8 +46,8 @@ class Study(NamedTuple):
       exact: whether runs are scored by exact statistics, too.
       train: whether runs are scored on the training set, too.
       complete: adds to the rows of an arm what its folder and the data hold.
-      measure: gives the rows where they are not of sweeps; called with the design, the
-        data and the folder.
+      measure: gives the rows, and the seconds that they took, where they are not of
+        sweeps; called with the design, the data and the folder.
       summary: more for results.json, of all rows.
     """
 
@@ -62,7 +61,7 @@ class Study(NamedTuple):
     complete: Callable[[Path, list[Row], ImageData], list[Row]] = lambda _, rows, __: (
         rows
     )
-    measure: Callable[[Design, ImageData, Path], list[Row]] | None = None
+    measure: Callable[[Design, ImageData, Path], tuple[list[Row], float]] | None = None
     summary: Callable[[Sequence[Row]], Row] = lambda _: {}
 
 
@@ -112,12 +111,11 @@ def run(study: Study, design: Design, folder: Path) -> None:
     """Train what is not trained yet; judge, draw and write."""
     from bn_jax import results
 
-    started = time.perf_counter()
     data = launch.load_data(design.dataset)
     if study.measure is not None:
-        rows = study.measure(design, data, folder)
+        rows, seconds = study.measure(design, data, folder)
     else:
-        rows = _sweeps(study, design, data, folder)
+        rows, seconds = _sweeps(study, design, data, folder)
     results.write_rows(folder / ROWS, rows)
     verdicts = study.verdicts(rows)
     study.draw(rows, folder)
@@ -127,7 +125,7 @@ def run(study: Study, design: Design, folder: Path) -> None:
         "runs": len(rows),
         **design._asdict(),
         "data_source": data.source,
-        "seconds": time.perf_counter() - started,
+        "seconds": seconds,
         "environment": results.environment(),
     }
     results.write_json(folder / results.RESULTS, summary)
@@ -135,13 +133,19 @@ def run(study: Study, design: Design, folder: Path) -> None:
     print(f"written to {folder}: {ROWS}, {results.RESULTS}, figures")
 
 
-def _sweeps(study: Study, design: Design, data: ImageData, folder: Path) -> list[Row]:
-    """Return a row for each run of each arm."""
+def _sweeps(
+    study: Study, design: Design, data: ImageData, folder: Path
+) -> tuple[list[Row], float]:
+    """Return a row for each run of each arm, and the seconds that training took.
+
+    Seconds are of training and compilation, whenever that was.
+    """
     from bn_jax import results
     from bn_jax.training import sweep_run
 
     options = config_lib.options_from_flags(flags.FLAGS)
     rows: list[Row] = []
+    seconds = 0.0
     for stage in study.stages:
         for arm, configs in stage(design, rows).items():
             print(f"{arm}: {len(configs)} runs", flush=True)
@@ -154,10 +158,11 @@ def _sweeps(study: Study, design: Design, data: ImageData, folder: Path) -> list
                 train=study.train,
             )
             speed = results.read_object(folder / arm / results.RESULTS)
+            seconds += speed["seconds"] + speed["compile_seconds"]
             common = {"arm": arm, "examples_per_second": speed["examples_per_second"]}
             of_arm = [{**common, **row} for row in of_arm]
             rows += study.complete(folder / arm, of_arm, data)
-    return rows
+    return rows, seconds
 
 
 def _print(verdicts: Sequence[Verdict]) -> None:

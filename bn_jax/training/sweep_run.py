@@ -76,6 +76,7 @@ def sweep_into(
         summary = {
             "members": len(configs),
             "examples_per_second": num_examples / progress.seconds,
+            "seconds": progress.seconds,
             "compile_seconds": sweep.compile_seconds,
             "num_devices": len(devices),
             "data_source": data.source,

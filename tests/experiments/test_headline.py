@@ -1,72 +1,94 @@
-import json
 import math
-from pathlib import Path
 
+import numpy as np
 import pytest
 
 from experiments import headline
-
-RESULTS = Path(headline.__file__).parent / "results" / "headline"
-
-
-def row(arm, seed, loss, first_steps):
-    scores = dict.fromkeys(headline.SCORES, 0.0)
-    return {
-        "arm": arm,
-        "seed": seed,
-        **scores,
-        "train_loss": loss,
-        "first_step_losses": first_steps,
-    }
+from experiments.study import Design
 
 
-ROWS = [
-    row("batch_norm", 0, 0.25, [2.0] * 20),
-    row("batch_norm", 1, 0.75, [2.0] * 20),
-    row("flax", 0, 9.0, [2.0] * 19 + [2.5]),
-    row("flax", 1, 9.0, [1.75] + [2.0] * 19),
-]
+def row(arm, seed, **values):
+    scores = {"loss": [1.0], "train_accuracy": [0.9], "test_accuracy": [0.5, 0.8]}
+    norms = {} if arm.startswith("none") else {"test_accuracy_exact": 0.85}
+    if norms:
+        norms |= {"gamma": [2.0, 3.0], "beta": [-1.0, 2.0]}
+    steps = {"first_step_losses": [2.0] * 20}
+    return {"arm": arm, "config": {"seed": seed}, **scores, **norms, **steps, **values}
 
 
-def test_summary_is_mean_and_spread_of_one_arm():
-    loss = headline.summarize(ROWS, "batch_norm")["train_loss"]
-    # The sample variance of .25 and .75 is .125.
-    assert loss.pop("sd") == pytest.approx(math.sqrt(0.125))
-    assert loss == {"mean": 0.5, "min": 0.25, "max": 0.75, "n": 2}
+def rows(**of_batch_norm):
+    ours = [
+        row("batch_norm", seed, **{k: v[seed] for k, v in of_batch_norm.items()})
+        for seed in (0, 1)
+    ]
+    others = [row(arm, s) for arm in ("flax", "none", "none_padded") for s in (1, 0)]
+    return [*others, *ours]
+
+
+def verdict(claim, of_rows):
+    (found,) = [v for v in headline.verdicts(of_rows) if claim in v.claim]
+    return found
+
+
+def test_arms_differ_in_what_they_are_named_after():
+    arms = headline.arms(Design(epochs=10, seeds=3), [])
+    assert [c.seed for c in arms["flax"]] == [0, 1, 2]
+    first = {arm: configs[0] for arm, configs in arms.items()}
+    assert first["batch_norm"].learning_rate == first["flax"].learning_rate == 1.0
+    assert first["none"].learning_rate == 0.9
+    assert {arm: c.first_padding for arm, c in first.items()} == {
+        "batch_norm": 0, "flax": 0, "none": 0, "none_padded": 2,
+    }  # fmt: skip
+    assert {c.epochs for configs in arms.values() for c in configs} == {10}
+
+
+def test_published_loss_is_reached_within_two_deviations():
+    # t_{.975} with 1 degree of freedom is 12.706: .2670 and .2672 give .2671 +- .0013.
+    claim = "with batch norm LeNet trains to the published loss"
+    near = verdict(claim, rows(loss=[[0.267], [0.2672]]))
+    assert near.verdict == "supported"
+    assert near.interval.value == pytest.approx(0.2671)
+    assert verdict(claim, rows(loss=[[0.26], [0.28]])).verdict == "undecided"
+    assert verdict(claim, rows(loss=[[0.4], [0.4]])).verdict == "refuted"
 
 
 def test_agreement_is_the_largest_difference_over_seeds():
-    assert headline.agreement(ROWS) == {
-        "loss_difference_at_step_1": 0.25,
-        "loss_difference_at_step_20": 0.5,
-    }
+    given = rows(first_step_losses=[[2.0] * 19 + [2.5], [1.75] + [2.0] * 19])
+    assert headline.difference_at(given, 1) == 0.25
+    assert headline.difference_at(given, 20) == 0.5
+    assert verdict("the same function", given).verdict == "refuted"
+    assert verdict("the same function", rows()).verdict == "supported"
 
 
-def committed():
-    lines = (RESULTS / "runs.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
-    return rows, json.loads((RESULTS / "results.json").read_text())
+def test_scores_are_paired_by_seed():
+    given = rows(test_accuracy_exact=[0.86, 0.88], test_accuracy=[[0.85], [0.87]])
+    found = verdict("exact statistics predict better", given)
+    assert found.interval.value == pytest.approx(0.01)
+    assert found.interval.high - found.interval.low == pytest.approx(0, abs=1e-9)
+    assert found.verdict == "supported"
+    # Without norm the last test accuracy, .8, counts.
+    assert verdict("better than none", given).interval.value == pytest.approx(0.07)
 
 
-def test_committed_summary_is_that_of_the_committed_runs():
-    rows, summary = committed()
-    for arm in headline.ARMS:
-        assert summary["arms"][arm] == headline.summarize(rows, arm)
-    assert summary["ours_against_flax"] == headline.agreement(rows)
+def test_gamma_and_beta_are_means_over_channels_of_a_run():
+    given = rows(gamma=[[1.0, 2.0], [3.0, 4.0]], beta=[[-1.0, 1.0], [-2.0, 2.0]])
+    assert verdict("gamma of the first", given).interval.value == 2.5
+    assert verdict("|beta| of the first", given).interval.value == 1.5
 
 
-def test_committed_runs_are_of_the_full_data_from_the_same_seeds():
-    rows, summary = committed()
-    assert "60,000 + 10,000 images" in summary["data_source"]
-    seeds = {arm: [r["seed"] for r in rows if r["arm"] == arm] for arm in headline.ARMS}
-    assert all(of_arm == [0, 1, 2] for of_arm in seeds.values())
+def test_summary_is_mean_and_spread_of_each_arm():
+    found = headline.summary(rows(loss=[[0.25], [0.75]]))["arms"]["batch_norm"]["loss"]
+    # The sample variance of .25 and .75 is .125.
+    assert found.pop("sd") == pytest.approx(math.sqrt(0.125))
+    assert found == {"mean": 0.5, "min": 0.25, "max": 0.75, "n": 2}
 
 
-def test_index_quotes_the_committed_numbers():
-    index = (RESULTS.parents[1] / "README.md").read_text()
-    _, summary = committed()
-    for arm in headline.ARMS:
-        scores = summary["arms"][arm]
-        for name in ("train_loss", "train_accuracy", "test_accuracy"):
-            mean, sd = scores[name]["mean"], scores[name]["sd"]
-            assert f"{mean:.3f} ± {sd:.3f}" in index, (arm, name)
+def test_figures_are_drawn(tmp_path):
+    of_epochs = {"loss": [[1.0, 0.5]] * 2, "train_accuracy": [[0.5, 0.6]] * 2}
+    given = [
+        {**r, "loss": [1.0, 0.5], "train_accuracy": [0.5, 0.6]}
+        for r in rows(**of_epochs)
+    ]
+    headline.draw(given, tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {"curves.png", "gamma_beta.png"}
+    assert np.array([p.stat().st_size > 10_000 for p in tmp_path.iterdir()]).all()

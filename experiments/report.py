@@ -1,0 +1,121 @@
+r"""Which claims hold? The index of the experiments and their verdicts, in Markdown.
+
+  python -m experiments.report
+
+It reads the committed results, experiments/results/NAME/results.json, and prints what
+experiments/README.md holds between the lines "Verdicts" and "Benchmarks"; a test keeps
+the two the same.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+# In the order of the chapter's questions.
+STUDIES = (
+    "headline",
+    "bias",
+    "learning_rates",
+    "scale_invariance",
+    "which_layers",
+    "dropout",
+    "frozen",
+    "options",
+    "transforms",
+)
+
+
+def recorded() -> dict[str, Any]:
+    """Return the results of the studies that have been run in full."""
+    paths = {name: RESULTS / name / "results.json" for name in STUDIES}
+    return {
+        name: json.loads(path.read_text())
+        for name, path in paths.items()
+        if path.is_file()
+    }
+
+
+def question(name: str) -> str:
+    """Return what an experiment asks: the first line of its docstring."""
+    doc = importlib.import_module(f"experiments.{name}").__doc__
+    assert doc is not None
+    return doc.strip().splitlines()[0]
+
+
+def number(verdict: Mapping[str, Any]) -> str:
+    """Return a verdict's statistic with its interval."""
+    value, low, high = (verdict[name] for name in ("value", "low", "high"))
+    if value is None:
+        return "not to be had"
+    if low == high:
+        return f"{value:.3g}"
+    if low is None or high is None:
+        return f"{value:.3g}, interval unknown"
+    return f"{value:.3g} [{low:.3g}, {high:.3g}]"
+
+
+def index(found: Mapping[str, Any]) -> list[str]:
+    """Return a table of the experiments: question, verdicts, n, time, command."""
+    lines = [
+        "| question | verdicts | first of them | n | training | command |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, results in found.items():
+        verdicts = results["verdicts"]
+        counts = [
+            f"{sum(v['verdict'] == outcome for v in verdicts)} {outcome}"
+            for outcome in ("supported", "refuted", "undecided")
+            if any(v["verdict"] == outcome for v in verdicts)
+        ]
+        first = verdicts[0]
+        lines.append(
+            f"| [{question(name)}](results/{name}) | {', '.join(counts)} | "
+            f"{first['statistic']}: {number(first)} | {results['seeds']} seeds | "
+            f"{results['seconds'] / 60:.0f} min | "
+            f"`python -m experiments.{name} --workdir=runs/{name}` |"
+        )
+    return lines
+
+
+def section(name: str, results: Mapping[str, Any]) -> list[str]:
+    """Return an experiment's verdicts as a table, and its figures."""
+    environment = results["environment"]
+    lines = [
+        f"### {question(name)}",
+        "",
+        "| claim | statistic | value [95% interval] | claimed | verdict |",
+        "|---|---|---|---|---|",
+        *(
+            f"| {v['claim']} | {v['statistic']} | {number(v)}, n = {v['n']} | "
+            f"{v['threshold']} | **{v['verdict']}** |"
+            for v in results["verdicts"]
+        ),
+        "",
+        f"{results['runs']} runs; {results['epochs']} epochs where not said otherwise; "
+        f"{results['data_source']}; jax {environment['jax']}, "
+        f"{environment['device_count']} x {environment['device_kind']}.",
+        "",
+    ]
+    figures = sorted((RESULTS / name).glob("*.png"))
+    for figure in figures:
+        lines += [f"![{question(name)}](results/{name}/{figure.name})", ""]
+    return lines
+
+
+def page() -> str:
+    """Return the part of experiments/README.md that is made of results."""
+    found = recorded()
+    lines = [*index(found), ""]
+    for name, results in found.items():
+        lines += section(name, results)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(page())

@@ -1,0 +1,270 @@
+"""The statistics of the experiments, on made-up runs with known answers."""
+
+import itertools
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from bn_jax import data as data_lib
+from bn_jax.training import state as state_lib
+from bn_jax.training import step as step_lib
+from bn_jax.training.config import TrainConfig
+from bn_jax.training.sweep import _check
+from experiments import bias, learning_rates, scale_invariance, transforms, which_layers
+from experiments.study import Design
+
+DESIGN = Design(epochs=3, seeds=2, dataset="sample")
+
+
+def outcome(module, rows, claim):
+    (found,) = [v for v in module.verdicts(rows) if claim in v.claim]
+    return found
+
+
+@pytest.mark.parametrize("module", [bias, transforms, which_layers])
+def test_each_arm_is_a_sweep(module):
+    (stage,) = [getattr(module, n) for n in ("arms", "subsets") if hasattr(module, n)]
+    for configs in stage(DESIGN, []).values():
+        _check(configs)  # raises where one program cannot train them
+        assert {c.seed for c in configs} == {0, 1}
+
+
+# Learning rates.
+
+
+def rate_rows(accuracy_of):
+    """Runs at each rate whose training accuracy is `accuracy_of(norm, rate, seed)`."""
+    return [
+        {
+            "arm": norm,
+            "config": {"learning_rate": rate, "seed": seed, "epochs": 3},
+            "loss": [1.0],
+            "train_accuracy": [accuracy_of(norm, rate, seed)],
+            "test_accuracy": [0.5],
+        }
+        for norm, rate, seed in itertools.product(
+            ("batch_norm", "none"), learning_rates.RATES, (0, 1)
+        )
+    ]
+
+
+def test_ratio_is_of_the_largest_workable_rates_of_a_seed():
+    limits = {"batch_norm": (0.01, 10.0), "none": (0.1, 1.0)}
+
+    def accuracy(norm, rate, seed):
+        low, high = limits[norm]
+        return 0.9 if low <= rate <= high else None if rate > high else 0.2
+
+    rows = rate_rows(accuracy)
+    ratio = outcome(
+        learning_rates, rows, "at least 5 times that without (training accuracy of .8"
+    )
+    assert ratio.interval == pytest.approx((1.0, 1.0, 1.0, 2))
+    assert ratio.verdict == "supported"
+    wider = outcome(learning_rates, rows, "wider (training accuracy of .8")
+    assert wider.interval.value == pytest.approx(2.0)
+
+
+def test_norm_with_no_workable_rate_has_no_ratio():
+    rows = rate_rows(lambda norm, rate, seed: 0.9 if norm == "batch_norm" else 0.3)
+    ratio = outcome(
+        learning_rates, rows, "at least 5 times that without (training accuracy of .8"
+    )
+    assert ratio.verdict == "undecided"
+    assert ratio.interval.n == 0
+    wider = outcome(learning_rates, rows, "wider (training accuracy of .8")
+    assert wider.interval.value == pytest.approx(math.log10(3e5) + 0.5)
+
+
+def test_best_rates_are_trained_for_longer_and_count_instead():
+    rows = rate_rows(lambda norm, rate, seed: 0.5 if rate >= 3 else 0.1)
+    assert learning_rates.best_rates(rows, "none") == [3.0, 10.0, 30.0, 100.0, 300.0]
+    arms = learning_rates.long(DESIGN, rows)
+    assert {c.epochs for c in arms["none-long"]} == {10}
+    for configs in arms.values():
+        _check(configs)
+    (first, *_) = [r for r in rows if r["config"]["learning_rate"] == 3.0]
+    longer = {**first, "arm": "batch_norm-long", "train_accuracy": [0.95]}
+    of_seed = learning_rates.workable([*rows, longer], "batch_norm", 0, 0.8)
+    assert of_seed == [3.0]
+
+
+def test_figures_of_rates_leave_out_what_diverged(tmp_path):
+    rows = rate_rows(lambda norm, rate, seed: None if rate > 30 else 0.5)
+    learning_rates.draw(rows, tmp_path)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"learning_rates.png", "curves.png"}
+
+
+# Which layers.
+
+
+def subset_rows(loss_of):
+    return [
+        {
+            "arm": "subsets",
+            "config": {"norm_layers": subset, "seed": seed},
+            "loss": [loss_of(subset, seed)],
+            "test_accuracy": [0.5],
+        }
+        for subset, seed in itertools.product(which_layers.SUBSETS, (0, 1))
+    ]
+
+
+def test_effect_of_a_layer_is_what_its_norm_changes_over_all_settings_of_others():
+    # Effects that add up, and seeds that differ in all subsets alike.
+    gains = (0.1, 0.2, 0.4, 0.8)
+
+    def loss(subset, seed):
+        return 2 - sum(g for g, d in zip(gains, subset, strict=True) if d == "1") + seed
+
+    by_subset = which_layers.losses(subset_rows(loss))
+    effects = which_layers.effects(by_subset)
+    for layer, gain in zip(which_layers.LAYERS, gains, strict=True):
+        np.testing.assert_allclose(effects[layer], [-gain, -gain])
+    rows = subset_rows(loss)
+    # All to dense alone: .3; dense to conv: 1.2 - .3 = .9; conv to none: .3.
+    values = [v.interval.value for v in which_layers.verdicts(rows)[:3]]
+    np.testing.assert_allclose(values, [0.3, 0.9, 0.3])
+    needed = outcome(which_layers, rows, "not needed in every layer")
+    assert needed.interval.value == pytest.approx(0.1)  # without that of conv 1
+    assert needed.verdict == "refuted"
+
+
+def test_run_that_diverged_has_the_loss_of_guessing():
+    rows = subset_rows(lambda subset, seed: None)
+    assert which_layers.losses(rows)["0000"] == [math.log(10)] * 2
+
+
+def test_figures_of_layers_are_drawn(tmp_path):
+    which_layers.draw(subset_rows(lambda subset, seed: 1.0), tmp_path)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"which_layers.png", "effects.png"}
+
+
+# Bias.
+
+
+def test_biases_have_no_gradient_and_no_effect_but_the_last_has():
+    data = data_lib.load("sample")
+    config = TrainConfig(dataset="sample")
+    model = state_lib.make_model(config, num_classes=10)
+    variables = state_lib.init_variables(model, jax.random.key(0), (28, 28, 1))
+    found = bias.bias_effects(config.to_dict(), variables, data)
+    assert max(found["gradient_ratio"].values()) < 1e-12
+    assert found["output_change"] < 1e-12
+    # The same measure sees a bias that counts: without norms they do.
+    config = TrainConfig(dataset="sample", norm="none")
+    model = state_lib.make_model(config, num_classes=10)
+    variables = state_lib.init_variables(model, jax.random.key(0), (28, 28, 1))
+    found = bias.bias_effects(config.to_dict(), variables, data)
+    assert min(found["gradient_ratio"].values()) > 1e-3
+    assert found["output_change"] > 1e-3
+
+
+# Scale invariance.
+
+
+def test_probe_keeps_cosine_and_norms_of_weights_and_gradients():
+    params = {
+        layer: {"kernel": jnp.array([[3.0, 4.0]])} for layer in scale_invariance.LAYERS
+    }
+    gradients = {
+        layer: {"kernel": jnp.array([[1.0, 0.0]]) * (i + 1)}
+        for i, layer in enumerate(scale_invariance.LAYERS)
+    }
+    link = scale_invariance.probe()
+    passed, (cosine, ww, gg) = link.update(gradients, link.init(params), params)
+    assert passed is gradients
+    np.testing.assert_allclose(cosine, [0.6] * 4, rtol=1e-6)
+    np.testing.assert_allclose(ww, [25.0] * 4)
+    np.testing.assert_allclose(gg, [1.0, 4.0, 9.0, 16.0])
+
+
+def test_growth_and_effective_rate_are_by_the_formula():
+    # Gradients of norms 1, 1 and 2 at rate 2: from 5, weights grow by 4, then 4.
+    probed = scale_invariance.Probed(
+        loss=np.ones(3),
+        accuracy=np.full(3, 0.5),
+        cosine=np.array([[0.1] * 4, [-0.3] * 4, [0.2] * 4]),
+        squared_norm=np.array([[5.0] * 4, [9.0] * 4, [13.0] * 4]),
+        squared_gradient=np.array([[1.0] * 4, [1.0] * 4, [4.0] * 4]),
+    )
+    row = {"learning_rate": 2.0, **scale_invariance.follow(probed)}
+    assert scale_invariance.growth_error(row) == pytest.approx(0)
+    np.testing.assert_allclose(row["mean_abs_cosine"], 0.2)
+    assert scale_invariance.effective_rate(row) == pytest.approx(2 / 13)
+    off = {**row, "growth": [8.0, 8.0, 10.0, 8.0]}
+    assert scale_invariance.growth_error(off) == pytest.approx(0.25)
+    assert json.loads(json.dumps(row)) == row
+
+
+def test_runs_are_followed_and_those_there_are_not_repeated(tmp_path, monkeypatch):
+    data = data_lib.load("sample").with_train_examples(600)
+    monkeypatch.setattr(scale_invariance, "RATES", (0.5,))
+    design = Design(epochs=1, seeds=1, dataset="sample")
+    rows, seconds = scale_invariance.measure(design, data, tmp_path)
+    assert [row["arm"] for row in rows] == ["batch_norm", "none"]
+    assert seconds > 0
+    again, same = scale_invariance.measure(design, data, tmp_path)
+    assert (again, same) == (rows, seconds)
+    with_norm, without = rows
+    assert max(with_norm["mean_abs_cosine"]) < 1e-3 < max(without["mean_abs_cosine"])
+    # The run is the usual one: its first weights are those of the seed.
+    model = state_lib.make_model(TrainConfig(), num_classes=10)
+    key, _ = jax.random.split(jax.random.key(0))
+    variables = state_lib.init_variables(model, key, (28, 28, 1))
+    expected = optax.tree.norm(variables["params"]["conv1"]["kernel"], squared=True)
+    assert with_norm["squared_norm"][0][0] == pytest.approx(float(expected), rel=1e-5)
+
+
+# Transforms.
+
+
+def test_covariances_of_transforms_are_as_their_names_say():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(256, 48)) @ rng.normal(size=(48, 48))
+
+    def covariance(arm):
+        y = transforms.transformed(transforms.ARMS[arm][0], x)
+        return np.cov(y, rowvar=False, bias=True)
+
+    def distance(arm):
+        return transforms.distance(covariance(arm))
+
+    assert distance("zca-all") < 0.01 < 0.5 < distance("batch_norm")
+    within = {
+        arm: transforms.distance_within(covariance(arm), 16)
+        for arm in ("zca-16", "zca-8", *(f"iternorm-16-{t}" for t in (1, 3, 5, 7)))
+    }
+    assert within.pop("zca-16") < 0.01 < within.pop("zca-8")
+    steps = list(within.values())
+    assert steps == sorted(steps, reverse=True)
+
+
+def test_distance_to_the_identity_is_by_the_number_of_features():
+    # Off-diagonal .5 twice: sqrt(.5) / sqrt(2).
+    assert transforms.distance(np.array([[1, 0.5], [0.5, 1]])) == pytest.approx(0.5)
+
+
+def test_features_are_those_before_the_norm_of_the_first_dense_layer():
+    data = data_lib.load("sample")
+    x = transforms.dense_features(data)
+    assert x.shape == (256, 120)
+    model = state_lib.make_model(TrainConfig(), num_classes=10)
+    variables = state_lib.init_variables(model, jax.random.key(0), (28, 28, 1))
+    _, updates = model.apply(
+        variables,
+        step_lib.to_float(jnp.asarray(data.train.images[:256])),
+        train=True,
+        mutable=["batch_stats"],
+    )
+    # At momentum .9 the moving mean has a tenth of the batch's.
+    np.testing.assert_allclose(
+        updates["batch_stats"]["norm3"]["mean"], 0.1 * x.mean(0), atol=1e-6
+    )

@@ -1,0 +1,162 @@
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from experiments import report, study
+
+# Two arms, the second of which depends on the first; two steps each.
+MADE_UP = """
+from bn_jax.analysis import intervals
+from bn_jax.analysis.verdicts import decide
+from bn_jax.training.config import TrainConfig
+from experiments import study
+from experiments.study import Design, Study
+
+def config(design, **choices):
+    return TrainConfig(
+        dataset=design.dataset, epochs=design.epochs, batch_size=3000, **choices
+    )
+
+def first(design, rows):
+    assert not rows
+    return {"first": [config(design, seed=seed) for seed in range(design.seeds)]}
+
+def second(design, rows):
+    rate = 0.1 * len(rows)
+    return {"second": [config(design, learning_rate=rate, norm="none")]}
+
+def complete(folder, rows, data):
+    gamma = study.load_params(folder).get("norm1", {}).get("scale", [[]] * len(rows))
+    return [{**row, "gammas": len(gamma[i])} for i, row in enumerate(rows)]
+
+def verdicts(rows):
+    losses = [study.last(row, "loss") for row in rows if row["arm"] == "first"]
+    return [decide("it learns", "loss", intervals.of_mean(losses), reason="", above=0)]
+
+def draw(rows, folder):
+    (folder / "figure.txt").write_text(f"{len(rows)} rows")
+
+study.start(Study(
+    name="made_up", design=Design(epochs=2, seeds=3), stages=(first, second),
+    verdicts=verdicts, draw=draw, complete=complete, exact=False,
+    summary=lambda rows: {"more": len(rows)},
+))
+"""
+
+
+@pytest.fixture
+def made_up(tmp_path):
+    """Return what runs the experiment with some flags."""
+    (tmp_path / "made_up.py").write_text(MADE_UP)
+
+    def run(*arguments):
+        return subprocess.run(
+            [sys.executable, "made_up.py", "--workdir=run", *arguments],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env={
+                **os.environ,
+                "PYTHONPATH": str(Path(__file__).parents[2]),
+                "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+            },
+        )
+
+    return run
+
+
+def test_study_trains_what_is_missing_judges_and_draws(made_up, tmp_path):
+    folder = tmp_path / "run"
+    ran = made_up("--smoke")
+    assert ran.returncode == 0, ran.stderr
+    rows = [json.loads(line) for line in (folder / "runs.jsonl").open()]
+    assert [row["arm"] for row in rows] == ["first", "first", "second"]
+    assert [row["config"]["seed"] for row in rows] == [0, 1, 0]
+    assert rows[2]["config"]["learning_rate"] == pytest.approx(0.2)
+    assert [row["gammas"] for row in rows] == [6, 6, 0]
+    results = json.loads((folder / "results.json").read_text())
+    (verdict,) = results["verdicts"]
+    assert verdict["n"] == 2
+    mean = (rows[0]["loss"][-1] + rows[1]["loss"][-1]) / 2
+    assert verdict["value"] == pytest.approx(mean)
+    assert results["more"] == 3
+    assert results["seconds"] > 0
+    assert f"{verdict['verdict']}: it learns" in ran.stdout
+
+    # Finished runs are read; one that is missing is trained, to the same numbers.
+    (folder / "results.json").unlink()
+    shutil.rmtree(folder / "second")
+    ran = made_up("--smoke")
+    assert ran.returncode == 0, ran.stderr
+    before_second, _, after = ran.stdout.partition("second: 1 runs")
+    assert "epoch 1/1" not in before_second
+    assert "epoch 1/1" in after
+    again = [json.loads(line) for line in (folder / "runs.jsonl").open()]
+    speeds = [{**row, "examples_per_second": 0} for row in again]
+    assert speeds == [{**row, "examples_per_second": 0} for row in rows]
+
+    # Figures are drawn from the files alone.
+    (folder / "figure.txt").unlink()
+    shutil.rmtree(folder / "first")
+    ran = made_up("--plot_only")
+    assert ran.returncode == 0, ran.stderr
+    assert (folder / "figure.txt").read_text() == "3 rows"
+    assert "it learns" in ran.stdout
+
+    # Another design does not overwrite this one's results.
+    ran = made_up("--smoke", "--seeds=5")
+    assert ran.returncode == 1
+    assert "seeds: 2 there, 5 now" in ran.stderr
+
+
+def test_plots_of_no_run_are_refused(made_up):
+    ran = made_up("--plot_only")
+    assert ran.returncode == 1
+    assert "there is no runs.jsonl in run" in ran.stderr
+
+
+def test_run_that_diverged_or_learned_nothing_is_known():
+    assert study.has_diverged({"loss": [1.0, None]})
+    assert study.has_diverged({"loss": [1.0, 2.31]})
+    assert not study.has_diverged({"loss": [2.5, 2.29]})
+    assert math.isnan(study.last({"loss": [1.0, None]}, "loss"))
+
+
+def test_final_test_accuracy_is_by_the_least_noisy_statistics():
+    row = {"test_accuracy": [0.5, 0.6], "test_accuracy_batch": 0.7}
+    assert study.final_test_accuracy(row) == 0.7
+    assert study.final_test_accuracy({**row, "test_accuracy_exact": 0.8}) == 0.8
+    assert study.final_test_accuracy({"test_accuracy": [0.5, 0.6]}) == 0.6
+    assert study.final_test_accuracy({"test_accuracy": [0.5, None]}) == 0.1
+    assert study.final_test_accuracy({**row, "test_accuracy_batch": None}) == 0.1
+
+
+# What is committed.
+
+
+def test_index_is_made_of_the_committed_results():
+    readme = (report.RESULTS.parent / "README.md").read_text()
+    assert report.page() in readme
+
+
+@pytest.mark.parametrize("name", list(report.recorded()))
+def test_committed_verdicts_and_figures_are_those_of_the_committed_runs(name, tmp_path):
+    import importlib
+
+    module = importlib.import_module(f"experiments.{name}")
+    folder = report.RESULTS / name
+    rows = [json.loads(line) for line in (folder / "runs.jsonl").open()]
+    results = report.recorded()[name]
+    judged = [verdict.to_dict() for verdict in module.verdicts(rows)]
+    assert json.loads(json.dumps(judged)) == results["verdicts"]
+    assert "60,000 + 10,000 images" in results["data_source"]
+    module.draw(rows, tmp_path)
+    drawn = {path.name for path in tmp_path.iterdir()}
+    assert drawn == {path.name for path in folder.glob("*.png")}

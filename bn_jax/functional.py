@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
+from bn_jax import checks
 from bn_jax import moments as moments_lib
 from bn_jax.moments import (
     AxisIndexGroups,
@@ -109,8 +110,8 @@ def normalize(
     scale, bias = params or (None, None)
     x = jnp.asarray(x)
     moments_lib.check_input(x, feature_axis)
-    _check_features(x, feature_axis, mean=mean, var=var, scale=scale, bias=bias)
-    _check_epsilon(epsilon)
+    checks.check_features(x, feature_axis, mean=mean, var=var, scale=scale, bias=bias)
+    checks.check_epsilon(epsilon)
     axes = moments_lib.reduction_axes(x.ndim, feature_axis)
 
     multiplier = lax.rsqrt(var + epsilon)
@@ -168,8 +169,8 @@ def update_average(
     Raises:
       ValueError: if momentum is outside [0, 1], or the state is narrower than float32.
     """
-    _check_momentum(momentum)
-    _check_state(state)
+    checks.check_momentum(momentum)
+    checks.check_state(state)
 
     def moved(old: Array, new: Array) -> Array:
         average = momentum * old + (1 - momentum) * new
@@ -209,7 +210,7 @@ def debiased_momentum(momentum: ArrayLike, num_batches: ArrayLike) -> Array:
     References:
       Kingma and Ba, 2015, "Adam", arXiv:1412.6980, section 3.
     """
-    _check_momentum(momentum)
+    checks.check_momentum(momentum)
     m = jnp.asarray(momentum, jnp.float32)
     t = jnp.asarray(num_batches, jnp.float32)
     log_m = jnp.log(m)
@@ -330,12 +331,12 @@ def batch_norm(
       >>> y.round(3).ravel().tolist(), state.mean.round(3).tolist()
       ([-1.0, 1.0], [0.20000000298023224])
     """
-    _check_static(train=train, update_state=update_state)
-    _check_epsilon(epsilon)
+    checks.check_static(train=train, update_state=update_state)
+    checks.check_epsilon(epsilon)
     x = jnp.asarray(x)
     moments_lib.check_input(x, feature_axis)
-    _check_features(x, feature_axis, **params._asdict(), **state._asdict())
-    _check_state(state)
+    checks.check_features(x, feature_axis, **params._asdict(), **state._asdict())
+    checks.check_state(state)
     update_state = train if update_state is None else update_state
     by_batch = train and statistics is None
 
@@ -352,7 +353,7 @@ def batch_norm(
     if not by_batch and not update_state:
         return normalized(x, None, given.mean, given.var), state
 
-    _check_not_empty(x)
+    checks.check_not_empty(x)
     together = list(x.shape)  # what is normalised by the same moments
     if by_batch and ghost_batch_size is not None:
         axis = _check_ghosts(x, ghost_batch_size, batch_axis, feature_axis)
@@ -409,34 +410,9 @@ def batch_norm(
     return y, update_average(state, moments, momentum=momentum)
 
 
-def _check_epsilon(epsilon: float | Array) -> None:
-    """Refuse a known number that is not positive."""
-    if not isinstance(epsilon, jax.Array) and not epsilon > 0:
-        raise ValueError(f"epsilon={epsilon!r}; expected a number greater than 0")
-
-
 def _split(x: Array, axis: int, size: int) -> Array:
     """Cut `axis` into parts of `size`; the new axis of parts stands before it."""
     return x.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :])
-
-
-def _check_static(**choices: bool | None) -> None:
-    """Refuse a choice that only the running program would know."""
-    for name, choice in choices.items():
-        if isinstance(choice, jax.Array):
-            raise TypeError(
-                f"{name} must be a Python bool, known when the function is traced, but "
-                f"is {choice}; pass it through static_argnames or functools.partial"
-            )
-
-
-def _check_not_empty(x: Array) -> None:
-    """Refuse a batch that has no moments."""
-    if x.size == 0:
-        raise ValueError(
-            f"x of shape {list(x.shape)} is empty; training mode needs at least one "
-            "example: skip the batch, or pad it and give the padding weight 0"
-        )
 
 
 def _warn_of_one_value(
@@ -480,40 +456,3 @@ def _check_ghosts(
             f"examples; give a divisor, or drop the last {x.shape[axis] % max(size, 1)}"
         )
     return axis
-
-
-def _check_features(
-    x: Array, feature_axis: int | Sequence[int], **per_feature: Array | None
-) -> None:
-    """Refuse parameters or statistics that do not fit the features of `x`."""
-    axes = moments_lib.feature_axes(x.ndim, feature_axis)
-    expected = tuple(x.shape[a] for a in axes)
-    for name, value in per_feature.items():
-        if value is not None and jnp.shape(value) != expected:
-            raise ValueError(
-                f"{name} has shape {list(jnp.shape(value))}, but x of shape "
-                f"{list(x.shape)} has {list(expected)} features on feature_axis="
-                f"{feature_axis!r}; make them with bn_jax.init("
-                f"{expected[0] if len(expected) == 1 else expected}) or name the axis "
-                "that holds the features"
-            )
-
-
-def _check_momentum(momentum: Any) -> None:
-    """Refuse a number that weighs no average, where it is known."""
-    if isinstance(momentum, jax.Array) or jnp.ndim(momentum):
-        return
-    if not 0 <= momentum <= 1:
-        raise ValueError(
-            f"momentum={momentum!r}; expected the weight of the old average, in [0, 1]"
-        )
-
-
-def _check_state(state: BatchNormState) -> None:
-    """Refuse moving averages in a dtype that momentum near 1 would freeze."""
-    for name, value in state._asdict().items():
-        if value.dtype != moments_lib.statistics_dtype(value.dtype):
-            raise ValueError(
-                f"state.{name} has dtype {value.dtype}, too narrow to average in; keep "
-                "it in float32, as bn_jax.init makes it"
-            )

@@ -16,7 +16,7 @@ import warnings
 import jax.numpy as jnp
 from jax import Array
 
-from bn_jax import functional as functional_lib
+from bn_jax import checks
 from bn_jax import moments as moments_lib
 from bn_jax.functional import BatchNormParams, normalize
 from bn_jax.moments import measure
@@ -70,7 +70,7 @@ def group_norm(
             f"batch_axis={batch_axis} and feature_axis={feature_axis} are the same "
             f"axis of x of shape {list(x.shape)}; name the axis of examples"
         )
-    functional_lib._check_features(x, feature, **params._asdict())
+    checks.check_features(x, feature, **params._asdict())
     num_features = x.shape[feature]
     if num_groups < 1 or num_features % num_groups:
         raise ValueError(

@@ -36,6 +36,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from bn_jax import checks
 from bn_jax import functional as functional_lib
 from bn_jax import moments as moments_lib
 from bn_jax.functional import BatchNormParams
@@ -143,9 +144,9 @@ def quantile_norm(
       >>> (8 * (y / 12**0.5 + 0.5)).round().ravel().tolist()  # eighths of [0, 1]
       [1.0, 3.0, 7.0, 5.0]
     """
-    functional_lib._check_static(train=train, update_state=update_state)
-    functional_lib._check_epsilon(epsilon)
-    functional_lib._check_momentum(momentum)
+    checks.check_static(train=train, update_state=update_state)
+    checks.check_epsilon(epsilon)
+    checks.check_momentum(momentum)
     x = jnp.asarray(x)
     moments_lib.check_input(x, feature_axis)
     if jnp.iscomplexobj(x):
@@ -154,8 +155,8 @@ def quantile_norm(
             "imaginary parts as features"
         )
     axis = single_axis(x, "feature_axis", feature_axis)
-    functional_lib._check_features(x, axis, **params._asdict())
-    functional_lib._check_state(state)  # type: ignore[arg-type]
+    checks.check_features(x, axis, **params._asdict())
+    checks.check_state(state)
     dtype = moments_lib.statistics_dtype(x.dtype)
     targets = target_quantiles(target, num_quantiles, dtype)
     expected = (num_quantiles, x.shape[axis])
@@ -171,7 +172,7 @@ def quantile_norm(
     rows = moved.reshape(x.shape[axis], -1).astype(dtype)
     new_state, knots = state, state.knots.T
     if train or update_state:
-        functional_lib._check_not_empty(x)
+        checks.check_not_empty(x)
         of_batch = _quantiles(_gathered(rows, axis_name), num_quantiles)
         if update_state:
             average = momentum * state.knots + (1 - momentum) * of_batch.T

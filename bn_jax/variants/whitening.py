@@ -33,6 +33,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from bn_jax import checks
 from bn_jax import functional as functional_lib
 from bn_jax import moments as moments_lib
 from bn_jax.functional import BatchNormParams, BatchNormState, update_average
@@ -152,9 +153,9 @@ def whiten(
       >>> (y.T @ y / 4).round(3).tolist()
       [[1.0, 0.0], [0.0, 1.0]]
     """
-    functional_lib._check_static(train=train, update_state=update_state)
-    functional_lib._check_epsilon(epsilon)
-    functional_lib._check_momentum(momentum)
+    checks.check_static(train=train, update_state=update_state)
+    checks.check_epsilon(epsilon)
+    checks.check_momentum(momentum)
     x = jnp.asarray(x)
     moments_lib.check_input(x, feature_axis)
     if jnp.iscomplexobj(x):
@@ -163,7 +164,7 @@ def whiten(
             "the real and imaginary parts as features"
         )
     axis = single_axis(x, "feature_axis", feature_axis)
-    functional_lib._check_features(x, axis, **params._asdict(), mean=state.mean)
+    checks.check_features(x, axis, **params._asdict(), mean=state.mean)
     groups, size = _split(x.shape[axis], group_size)
     if state.covariance.shape != (groups, size, size):
         raise ValueError(
@@ -186,7 +187,7 @@ def whiten(
 
     new_state = state
     if train or update_state:
-        functional_lib._check_not_empty(x)
+        checks.check_not_empty(x)
         n, mean, _ = measure(x, feature_axis=axis, axis_name=axis_name)
         centred = rows - spread(mean)
         covariance = _covariance(centred, axis_name)

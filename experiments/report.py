@@ -2,21 +2,21 @@ r"""Which claims hold? The index of the experiments and their verdicts, in Markd
 
   python -m experiments.report
 
-It reads the committed results, experiments/results/NAME/results.json, and prints what
-experiments/README.md holds between the lines "Verdicts" and "Benchmarks"; a test keeps
-the two the same.
+It reads the committed results, experiments/results/NAME/results.json, and writes them
+between two marks of experiments/README.md; a test keeps the two the same.
 """
 
 from __future__ import annotations
 
 import importlib
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).parent / "README.md"
+START, END = "<!-- verdicts: by experiments.report -->", "<!-- end of verdicts -->"
 # In the order of the chapter's questions.
 STUDIES = (
     "headline",
@@ -117,5 +117,13 @@ def page() -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+def updated(readme: str) -> str:
+    """Return the text of the README with the page between its marks."""
+    before, _, rest = readme.partition(START)
+    _, _, after = rest.partition(END)
+    return f"{before}{START}\n\n{page()}\n{END}{after}"
+
+
 if __name__ == "__main__":
-    sys.stdout.write(page())
+    README.write_text(updated(README.read_text()))
+    print(f"written: {README}")

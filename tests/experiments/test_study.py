@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import pytest
 
+from bn_jax import results as results_lib
 from experiments import report, study
 
 # Two arms, the second of which depends on the first; two steps each.
@@ -76,7 +77,7 @@ def test_study_trains_what_is_missing_judges_and_draws(made_up, tmp_path):
     folder = tmp_path / "run"
     ran = made_up("--smoke")
     assert ran.returncode == 0, ran.stderr
-    rows = [json.loads(line) for line in (folder / "runs.jsonl").open()]
+    rows = results_lib.read_rows(folder / "runs.jsonl")
     assert [row["arm"] for row in rows] == ["first", "first", "second"]
     assert [row["config"]["seed"] for row in rows] == [0, 1, 0]
     assert rows[2]["config"]["learning_rate"] == pytest.approx(0.2)
@@ -98,7 +99,7 @@ def test_study_trains_what_is_missing_judges_and_draws(made_up, tmp_path):
     before_second, _, after = ran.stdout.partition("second: 1 runs")
     assert "epoch 1/1" not in before_second
     assert "epoch 1/1" in after
-    again = [json.loads(line) for line in (folder / "runs.jsonl").open()]
+    again = results_lib.read_rows(folder / "runs.jsonl")
     speeds = [{**row, "examples_per_second": 0} for row in again]
     assert speeds == [{**row, "examples_per_second": 0} for row in rows]
 
@@ -142,8 +143,10 @@ def test_final_test_accuracy_is_by_the_least_noisy_statistics():
 
 
 def test_index_is_made_of_the_committed_results():
-    readme = (report.RESULTS.parent / "README.md").read_text()
-    assert report.page() in readme
+    readme = report.README.read_text()
+    assert report.updated(readme) == readme
+    assert report.START in readme
+    assert report.END in readme
 
 
 @pytest.mark.parametrize("name", list(report.recorded()))
@@ -152,7 +155,7 @@ def test_committed_verdicts_and_figures_are_those_of_the_committed_runs(name, tm
 
     module = importlib.import_module(f"experiments.{name}")
     folder = report.RESULTS / name
-    rows = [json.loads(line) for line in (folder / "runs.jsonl").open()]
+    rows = results_lib.read_rows(folder / "runs.jsonl")
     results = report.recorded()[name]
     judged = [verdict.to_dict() for verdict in module.verdicts(rows)]
     assert json.loads(json.dumps(judged)) == results["verdicts"]

@@ -1,0 +1,286 @@
+r"""Can batch norm take the place of dropout, and what changes?
+
+The chapter's fourth exercise; the text counts batch norm's noise among the reasons why
+it regularises, as dropout does. This trains LeNet without either, with dropout of three
+rates, with batch norm, and with both: dropout after both hidden dense layers, the first
+of which a norm follows, or after the last norm alone; on all images and on 3,000, with
+as many steps.
+
+  python -m experiments.dropout --workdir=runs/dropout --devices=2           40 minutes
+  python -m experiments.dropout --workdir=runs/dropout-try --smoke            3 minutes
+
+Dropout at rate p scales what it leaves by 1 / (1 - p). That keeps the mean of a unit
+$x$, but takes its second moment to $E[x^2] / (1 - p)$: in training, the variance of
+$w x$ is larger by $\sum_i w_i^2 E[x_i^2] p / (1 - p)$ than in prediction. A norm that
+follows keeps a moving variance of the former and predicts with the latter; their ratio
+is Li's (Li et al., 2018, arXiv:1801.05134), here the median over the features of the
+last norm.
+
+Scores are of the networks at the end without dropout, on training and test set, by
+exact statistics. Figures: dropout_all.png and dropout_few.png, loss, accuracies and
+their gap by arm; curves_all.png and curves_few.png; variance_ratio.png. What came out
+is in experiments/README.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bn_jax.training.config import TrainConfig
+from experiments import study
+from experiments.study import Arms, Design, Row
+
+if TYPE_CHECKING:
+    from bn_jax.analysis.verdicts import Verdict
+
+ARMS: dict[str, dict[str, Any]] = {
+    "none": {"norm": "none"},
+    "dropout_10": {"norm": "none", "dropout_rate": 0.1},
+    "dropout_30": {"norm": "none", "dropout_rate": 0.3},
+    "dropout_50": {"norm": "none", "dropout_rate": 0.5},
+    "batch_norm": {},
+    "norm_dropout_before": {"dropout_rate": 0.5, "dropout_at": "dense"},
+    "norm_dropout_after": {"dropout_rate": 0.5, "dropout_at": "last"},
+}
+TITLES = {
+    "none": "neither",
+    "dropout_10": "dropout .1",
+    "dropout_30": "dropout .3",
+    "dropout_50": "dropout .5",
+    "batch_norm": "batch norm",
+    "norm_dropout_before": "batch norm, dropout .5 before a norm",
+    "norm_dropout_after": "batch norm, dropout .5 after the last",
+}
+SIZES = ("all", "few")
+FEW = 3_000
+FEW_OF_SAMPLE = 600  # of the embedded 6,000
+# Epochs on few images for one on all: about as many steps. Without norm LeNet spends
+# the first hundreds of them at the loss of guessing; after 8 it is hardly off it.
+LONGER = 20
+
+
+def arms(design: Design, rows: Sequence[Row]) -> Arms:
+    """Return a run for each arm and seed, on all images and on few."""
+    del rows
+    few = FEW_OF_SAMPLE if design.dataset == "sample" else FEW
+    sizes = {"all": (0, design.epochs), "few": (few, LONGER * design.epochs)}
+    return {
+        f"{size}-{arm}": [
+            TrainConfig(
+                dataset=design.dataset,
+                train_examples=train_examples,
+                epochs=epochs,
+                seed=seed,
+                **choices,
+            )
+            for seed in range(design.seeds)
+        ]
+        for size, (train_examples, epochs) in sizes.items()
+        for arm, choices in ARMS.items()
+    }
+
+
+def scores(row: Row) -> dict[str, float]:
+    """Return a run's scores at the end, without dropout; of guessing if it diverged.
+
+    Returns:
+      Loss and accuracies by exact statistics; `gap`, by how much the training accuracy
+      is above that of the test; and `test_accuracy_average`, by moving averages.
+    """
+    kind = "exact" if "train_loss_exact" in row else "average"
+    loss, train = row[f"train_loss_{kind}"], row[f"train_accuracy_{kind}"]
+    average = study.last(row, "test_accuracy")
+    if loss is None:
+        loss, train, average = math.log(10), 0.1, 0.1
+    test = study.final_test_accuracy(row)
+    return {
+        "train_loss": loss,
+        "train_accuracy": train,
+        "test_accuracy": test,
+        "gap": train - test,
+        "test_accuracy_average": average,
+    }
+
+
+def log_ratios(rows: Sequence[Row], arm: str) -> list[float]:
+    """Return |log| of the last norm's moving variance to the exact one, by seed."""
+    return [abs(math.log(row["norm4_variance_ratio"])) for row in _runs(rows, arm)]
+
+
+def _runs(rows: Sequence[Row], arm: str) -> list[Row]:
+    of_arm = (row for row in rows if row["arm"] == arm)
+    return sorted(of_arm, key=lambda row: row["config"]["seed"])
+
+
+def _scores(rows: Sequence[Row], arm: str, name: str) -> list[float]:
+    return [scores(row)[name] for row in _runs(rows, arm)]
+
+
+def verdicts(rows: Sequence[Row]) -> list[Verdict]:
+    from bn_jax.analysis import intervals
+    from bn_jax.analysis.verdicts import decide
+
+    def change(name: str, size: str, arm: str, other: str) -> intervals.Interval:
+        return intervals.of_difference(
+            *(_scores(rows, f"{size}-{a}", name) for a in (arm, other))
+        )
+
+    found = [
+        decide(
+            "dropout of .5 slows training without norm: after as many steps the loss "
+            "is higher",
+            "paired difference of the training loss, nats, all images, re-evaluated",
+            change("train_loss", "all", "dropout_50", "none"),
+            above=0.0,
+            reason="the sign is the claim; both losses are measured without dropout",
+        )
+    ]
+    for size in SIZES:
+        best = max(
+            (arm for arm in ARMS if arm.startswith("dropout")),
+            key=lambda arm: sum(_scores(rows, f"{size}-{arm}", "test_accuracy")),
+        )
+        found.append(
+            decide(
+                f"batch norm can take the place of dropout, {size} images: it predicts "
+                f"better than dropout without norm (the best is {TITLES[best]})",
+                "paired difference of the test accuracy, exact statistics",
+                change("test_accuracy", size, "batch_norm", best),
+                above=0.0,
+                reason="the sign is the claim; the best rate is chosen on the same "
+                "runs, which favours dropout",
+            )
+        )
+    found += [
+        decide(
+            "batch norm regularises: on few images the gap is smaller than with "
+            "neither",
+            "paired difference of training minus test accuracy, re-evaluated",
+            change("gap", "few", "batch_norm", "none"),
+            below=0.0,
+            reason="the sign is the claim; a network that has not learned has no gap, "
+            "so read it beside the accuracies",
+        ),
+        decide(
+            "dropout before a norm shifts its variance between training and "
+            "prediction, dropout after the last does not",
+            "paired difference, before minus after, of the absolute log of moving by "
+            "exact variance, last norm, all images",
+            intervals.of_difference(
+                log_ratios(rows, "all-norm_dropout_before"),
+                log_ratios(rows, "all-norm_dropout_after"),
+            ),
+            above=0.1,
+            reason="a tenth of the variance; for uncorrelated inputs theory says "
+            "log 2 or more at rate .5, since E[x^2] is at least the variance. The "
+            "moving averages are noisy at rate 1.0 in both",
+        ),
+        decide(
+            "dropout before a norm hurts prediction by moving averages, to dropout "
+            "after the last",
+            "paired difference of the test accuracy, moving averages, all images",
+            change(
+                "test_accuracy_average",
+                "all",
+                "norm_dropout_before",
+                "norm_dropout_after",
+            ),
+            below=0.0,
+            reason="the sign is the claim",
+        ),
+    ]
+    return found
+
+
+def draw(rows: Sequence[Row], folder: Path) -> None:
+    from bn_jax import plots
+
+    ratios = {}
+    for size in SIZES:
+        runs = {arm: _runs(rows, f"{size}-{arm}") for arm in ARMS}
+        count = runs["none"][0]["config"]["train_examples"]
+        images = f"{count:,} images" if count else "all images"
+        epochs = runs["none"][0]["config"]["epochs"]
+        note = f"{images}, {epochs} epochs; n = {len(runs['none'])} seeds; "
+        plots.estimates(
+            {
+                label: {
+                    TITLES[arm]: study.mean_and_range(
+                        _scores(rows, f"{size}-{arm}", name)
+                    )
+                    for arm in ARMS
+                }
+                for name, label in (
+                    ("train_loss", "training loss, nats"),
+                    ("test_accuracy", "test accuracy"),
+                    ("gap", "training - test accuracy"),
+                )
+            },
+            f"{note}line: least to greatest; without dropout, exact statistics",
+            folder / f"dropout_{size}.png",
+        )
+        _draw_curves(
+            runs, f"{note}band: least to greatest", folder / f"curves_{size}.png"
+        )
+        ratios[f"moving / exact variance, {images}"] = {
+            TITLES[arm]: study.mean_and_range(
+                [row["norm4_variance_ratio"] for row in runs[arm]]
+            )
+            for arm in ("batch_norm", "norm_dropout_before", "norm_dropout_after")
+        }
+    plots.estimates(
+        ratios,
+        "last norm, median of its features; line: least to greatest of the seeds",
+        folder / "variance_ratio.png",
+        reference=1.0,
+    )
+
+
+def _draw_curves(runs: dict[str, list[Row]], note: str, path: Path) -> None:
+    from bn_jax import plots
+
+    panels = {  # what has which norm
+        "no dropout": {"none": "none", "batch_norm": "batch_norm"},
+        "dropout .1": {"none": "dropout_10"},
+        "dropout .3": {"none": "dropout_30"},
+        "dropout .5": {"none": "dropout_50", "batch_norm": "norm_dropout_before"},
+        "dropout .5 after the last norm": {"batch_norm": "norm_dropout_after"},
+    }
+    plots.small_multiples(
+        {
+            title: {
+                f"{norm}{suffix}": [row[name] for row in runs[arm]]
+                for norm, arm in by_norm.items()
+                for suffix, name in (("", "train_accuracy"), (" test", "test_accuracy"))
+            }
+            for title, by_norm in panels.items()
+        },
+        {
+            f"{norm}{suffix}": f"{title}, {what}"
+            for norm, title in (("none", "without norm"), ("batch_norm", "batch norm"))
+            for suffix, what in (
+                ("", "training, with its dropout"),
+                (" test", "test, moving averages"),
+            )
+        },
+        "accuracy",
+        note,
+        path,
+        columns=3,
+    )
+
+
+if __name__ == "__main__":
+    study.start(
+        study.Study(
+            name="dropout",
+            design=Design(epochs=5, seeds=5),
+            stages=(arms,),
+            verdicts=verdicts,
+            draw=draw,
+            train=True,
+        )
+    )

@@ -394,9 +394,11 @@ def small_multiples(
         axes.set_title(title, fontsize=8)
         _finish(axes, "", "")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.tick_params(labelsize=8)
     for axes in list(grid.flat)[len(panels) :]:
         axes.set_visible(False)
-    figure.supxlabel("epoch", fontsize=9)
+    for axes in grid[-1]:
+        axes.set_xlabel("epoch", fontsize=9)
     figure.supylabel(y_label, fontsize=9)
     handles, labels = grid[0][0].get_legend_handles_labels()
     figure.legend(

@@ -60,6 +60,11 @@ def number(verdict: Mapping[str, Any]) -> str:
     return f"{value:.3g} [{low:.3g}, {high:.3g}]"
 
 
+def _cell(text: str) -> str:
+    """Return a text that does not end its cell of a table."""
+    return text.replace("|", "\\|")
+
+
 def index(found: Mapping[str, Any]) -> list[str]:
     """Return a table of the experiments: question, verdicts, n, time, command."""
     lines = [
@@ -76,7 +81,7 @@ def index(found: Mapping[str, Any]) -> list[str]:
         first = verdicts[0]
         lines.append(
             f"| [{question(name)}](results/{name}) | {', '.join(counts)} | "
-            f"{first['statistic']}: {number(first)} | {results['seeds']} seeds | "
+            f"{_cell(first['statistic'])}: {number(first)} | {results['seeds']} seeds | "
             f"{results['seconds'] / 60:.0f} min | "
             f"`python -m experiments.{name} --workdir=runs/{name}` |"
         )
@@ -92,7 +97,8 @@ def section(name: str, results: Mapping[str, Any]) -> list[str]:
         "| claim | statistic | value [95% interval] | claimed | verdict |",
         "|---|---|---|---|---|",
         *(
-            f"| {v['claim']} | {v['statistic']} | {number(v)}, n = {v['n']} | "
+            f"| {_cell(v['claim'])} | {_cell(v['statistic'])} | {number(v)}, "
+            f"n = {v['n']} | "
             f"{v['threshold']} | **{v['verdict']}** |"
             for v in results["verdicts"]
         ),

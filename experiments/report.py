@@ -81,8 +81,8 @@ def index(found: Mapping[str, Any]) -> list[str]:
         first = verdicts[0]
         lines.append(
             f"| [{question(name)}](results/{name}) | {', '.join(counts)} | "
-            f"{_cell(first['statistic'])}: {number(first)} | {results['seeds']} seeds | "
-            f"{results['seconds'] / 60:.0f} min | "
+            f"{_cell(first['statistic'])}: {number(first)} | "
+            f"{results['seeds']} seeds | {results['seconds'] / 60:.0f} min | "
             f"`python -m experiments.{name} --workdir=runs/{name}` |"
         )
     return lines

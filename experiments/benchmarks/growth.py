@@ -5,8 +5,8 @@ and CIFAR-style ResNets) and the number of members of a sweep (LeNet): each with
 norm and without, and with the slope on log-log axes: 1 is in proportion. How exact
 statistics grow with the number of examples is in experiments.benchmarks.population.
 
-  python -m experiments.benchmarks.growth --workdir=runs/growth            15 minutes
-  python -m experiments.benchmarks.growth --workdir=runs/growth-try --smoke  a minute
+  python -m experiments.benchmarks.growth --workdir=runs/growth            10 minutes
+  python -m experiments.benchmarks.growth --workdir=runs/growth-try --smoke  2 minutes
 
 Each line of the figure is a process of its own on one device, and they are timed in
 turns. A measurement is a compiled loop of steps, at least as many as took 0.1 s in the

@@ -6,8 +6,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from flax import linen as nn
 
-from experiments.benchmarks import batch_norm, lenet, population, start_up, timing
+from bn_jax import results as results_lib
+from experiments.benchmarks import (
+    batch_norm,
+    growth,
+    lenet,
+    population,
+    start_up,
+    timing,
+)
 
 # An arm that tells the time by a counter in a file that all arms share.
 MADE_UP = """
@@ -354,3 +363,33 @@ def test_benchmark_explains_itself(name):
     assert f"python -m experiments.benchmarks.{name} --workdir=" in run.stdout
     for flag in ("workdir", "rounds", "smoke"):
         assert f"--{flag}:" in run.stdout or f"--[no]{flag}:" in run.stdout
+
+
+def test_growth_reports_slopes_and_draws(tmp_path):
+    # Times in proportion to the size with batch norm, to its square root without.
+    measured = {}
+    for name, axis in growth.AXES.items():
+        for norm, power in (("batch_norm", 1.0), ("none", 0.5)):
+            row = {str(size): 1e-3 * size**power for size in axis.sizes[:3]}
+            measured[f"{name}/{norm}"] = [row, row]
+    growth.write(tmp_path, measured)
+    found = results_lib.read_object(tmp_path / "results.json")
+    assert set(found["slope"]) == set(growth.arm_names())
+    for arm, slope in found["slope"].items():
+        assert slope == pytest.approx(1.0 if arm.endswith("batch_norm") else 0.5)
+    table = (tmp_path / "table.md").read_text()
+    assert (
+        "| LeNet: examples a batch | batch norm | 16: 16, 64: 64, 256: 256 |" in table
+    )
+    assert (tmp_path / "growth.png").stat().st_size > 10_000
+
+
+def test_growth_refuses_a_model_that_diverges():
+    class Infinite(nn.Module):
+        @nn.compact
+        def __call__(self, x, *, train):
+            del train
+            return nn.Dense(10)(x.reshape(len(x), -1)) * float("inf")
+
+    with pytest.raises(FloatingPointError, match="Infinite diverged at rate 1e-3"):
+        growth.step_call(Infinite(), 64)

@@ -256,14 +256,19 @@ def growth(
       note: a line above.
       path: of the image to write.
     """
-    size = (1 + 3.4 * len(panels), 3.6) if len(panels) > 1 else (5, 3.6)
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    size = (1 + 3.4 * columns, 0.4 + 3.2 * rows) if len(panels) > 1 else (5, 3.6)
     figure = Figure(figsize=size, layout="constrained")
     figure.suptitle(note, fontsize=8, color=GREY)
-    grid = figure.subplots(1, len(panels), squeeze=False)
-    for axes, (x_label, series) in zip(grid[0], panels.items(), strict=True):
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes in list(grid.flat)[len(panels) :]:
+        axes.set_visible(False)
+    for axes, (x_label, series) in zip(grid.flat, panels.items(), strict=False):
         for (title, by_size), colour, (style, width) in zip(
             series.items(), ARM_COLOURS, ARM_LINES, strict=False
         ):
+            colour = COLOURS.get(title, colour)
             median, low, high = list(zip(*by_size.values(), strict=True))[:3]
             sizes = list(by_size)
             axes.fill_between(sizes, low, high, color=colour, alpha=0.2, lw=0)
@@ -272,7 +277,10 @@ def growth(
             )
         axes.set_xscale("log")
         axes.set_yscale("log")
-        _finish(axes, x_label, y_label if axes is grid[0][0] else "")
+        if len(sizes) <= 6:  # few enough to be written out
+            axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
+            axes.set_xticks([], minor=True)
+        _finish(axes, x_label, y_label if axes in grid[:, 0] else "")
     grid[0][0].legend(fontsize=8, frameon=False)
     figure.savefig(path, dpi=DOTS_PER_INCH)
 

@@ -6,7 +6,7 @@ and with ReLUs, with both, one or neither of them fixed at 1 and 0; and, the oth
 round, with all other parameters fixed as they were initialised: gamma and beta alone,
 these and the last layer, or as many other parameters chosen at random.
 
-  python -m experiments.frozen --workdir=runs/frozen --devices=2             15 minutes
+  python -m experiments.frozen --workdir=runs/frozen --devices=2             10 minutes
   python -m experiments.frozen --workdir=runs/frozen-try --smoke              a minute
 
 Losses are means over the last epoch as it was trained; a run that diverged has that of
@@ -200,7 +200,7 @@ if __name__ == "__main__":
     study.start(
         study.Study(
             name="frozen",
-            design=Design(epochs=4, seeds=5),
+            design=Design(epochs=4, seeds=3),
             stages=(arms,),
             verdicts=verdicts,
             draw=draw,

@@ -9,7 +9,14 @@ twelve rates, half a decade apart, and for longer at the five best of each.
 
 A rate is workable where the training accuracy of the longest run there reaches .8, as
 the mean over its last epoch. Figures: learning_rates.png, accuracy against the rate;
-curves.png, accuracy by epoch at each rate. What came out is in experiments/README.md.
+curves.png, accuracy by epoch at each rate.
+
+What came out (3 seeds; all of it in experiments/README.md): with batch norm rates from
+.1 to 10 reach .8 for every seed, without only 1, or 1 and 3, or none: a band wider by 2
+decades. By the bar of .5, batch norm works from .001 to 30, the largest rate is 14
+times that without, and the band is wider by 3.3 decades. That the largest rate is at
+least 5 times larger is undecided by three seeds: at rate 3, without, some learn and
+some do not.
 """
 
 from __future__ import annotations

@@ -3,13 +3,19 @@ r"""Is batch norm needed in every layer?
 The chapter's third exercise. LeNet has batch norm after two convolutions and two dense
 layers; this trains all 16 subsets of the four.
 
-  python -m experiments.which_layers --workdir=runs/layers --devices=2     10 minutes
+  python -m experiments.which_layers --workdir=runs/layers --devices=2     12 minutes
   python -m experiments.which_layers --workdir=runs/layers-try --smoke      a minute
 
 The effect of a layer's norm is the mean over the eight settings of the others of what
 it changes in the training loss of the last epoch; a run that diverged has the loss of
 guessing, ln 10. Figures: which_layers.png, loss and test accuracy of each subset;
-effects.png. What came out is in experiments/README.md.
+effects.png.
+
+What came out (3 seeds, 5 epochs; all of it in experiments/README.md): in order of the
+training loss all four < dense layers alone < convolutions alone < none, each step clear
+of 0. A norm after either dense layer takes .10 nats off the loss, after the second
+convolution .05, after the first .03. Whether the best three, without that of the second
+convolution, do as well as all four is undecided: .006 nats, interval -.012 to .023.
 """
 
 from __future__ import annotations

@@ -5,12 +5,21 @@ norm written from scratch and with the framework's own layer, both at learning r
 an earlier chapter trains it without, at 0.9, on images padded by 2. Then it looks at
 gamma and beta of the first layer. This trains all arms from the same seeds.
 
-  python -m experiments.headline --workdir=runs/headline --devices=2         20 minutes
+  python -m experiments.headline --workdir=runs/headline --devices=2         15 minutes
   python -m experiments.headline --workdir=runs/headline-try --smoke           a minute
 
 Loss and training accuracy are means over the last epoch as it was trained. Figures:
 curves.png; gamma_beta.png, of the first layer. Both show published re-runs of the d2l
-notebooks, too. What came out is in experiments/README.md.
+notebooks, too.
+
+What came out (mean and standard deviation of 10 seeds; all of it in
+experiments/README.md): with batch norm a loss of .2676 (.0038) and a training accuracy
+of .9012 (.0015), where 49 published re-runs have .2675 (.0046) and .9012 (.0019);
+without, on padded images, .468 (.013), where 130 have .469 (.011). Ours and Flax's
+layer differ by 5e-7 nats at the first step. The test accuracy is .868 (.037) by moving
+averages, .890 (.006) by exact statistics, and .793 (.006) without batch norm. That
+exact statistics predict better is undecided by the interval of the mean: averages are
+as good in most seeds, and far worse in a few.
 """
 
 from __future__ import annotations

@@ -14,8 +14,12 @@ before a norm in LeNet, at three rates, and the same weights without norm.
   python -m experiments.scale_invariance --workdir=runs/scale                3 minutes
   python -m experiments.scale_invariance --workdir=runs/scale-try --smoke
 
-Figure: scale_invariance.png, norms and effective rates by step. What came out is in
-experiments/README.md.
+Figure: scale_invariance.png, norms by step.
+
+What came out (3 seeds, 3 epochs; all of it in experiments/README.md): the mean |cosine|
+of weights and gradient is 3e-6 with batch norm and .45 without, of the layer where it
+is largest; norms grow by the formula to 3 parts in 10,000; and of rates 100 times
+apart the effective ones end 2.7 times apart.
 
 References: van Laarhoven, 2017, "L2 regularization versus batch and weight
 normalization", arXiv:1706.05350; Arora, Li and Lyu, 2019, "Theoretical analysis of auto

@@ -5,7 +5,7 @@ layers. This trains LeNet with other momenta and epsilons, the libraries' defaul
 them; without scale, bias or both; and with both of the ways in which Flax computes a
 variance.
 
-  python -m experiments.options --workdir=runs/options --devices=2            8 minutes
+  python -m experiments.options --workdir=runs/options --devices=2           10 minutes
   python -m experiments.options --workdir=runs/options-try --smoke            a minute
 
 Momentum is the weight of the old average. Defaults of momentum and epsilon are .9 and
@@ -21,7 +21,13 @@ tests/convert and experiments/conformance.py.
 
 Losses are means over the last epoch as it was trained. Figures: options.png, loss and
 test accuracy by option, by moving averages and by exact statistics; momentum.png, the
-accuracies against momentum. What came out is in experiments/README.md.
+accuracies against momentum.
+
+What came out (3 seeds, 3 epochs; all of it in experiments/README.md): momentum changes
+no loss, bit for bit, and from 0 to .99 the test accuracy by moving averages little; at
+.999 they have not arrived after 700 steps: .21, where exact statistics give .86. Scale
+and bias are worth .076 nats together. Epsilon and Flax's two variances change less than
+seeds differ by.
 """
 
 from __future__ import annotations

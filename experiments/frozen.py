@@ -12,7 +12,13 @@ these and the last layer, or as many other parameters chosen at random.
 Losses are means over the last epoch as it was trained; a run that diverged has that of
 guessing, ln 10. Test accuracy is by exact statistics. Figures: sigmoid.png and
 relu.png, loss, accuracy and gammas by arm; changes.png, what fixing changes in the
-loss. What came out is in experiments/README.md.
+loss.
+
+What came out (3 seeds, 4 epochs; all of it in experiments/README.md): with sigmoids
+fixing both costs .081 nats, with ReLUs .006 and no accuracy. Gamma and beta alone reach
+a test accuracy of .68 and .67, as many other parameters .66 and .62: that they learn
+more is undecided by three seeds. They switch hardly any feature off. With the last
+layer they reach .80 and .78.
 
 Reference: Frankle, Schwab and Morcos, 2020, "Training BatchNorm and only BatchNorm",
 arXiv:2003.00152.

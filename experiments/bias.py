@@ -138,13 +138,7 @@ def verdicts(rows: Sequence[Row]) -> list[Verdict]:
     from bn_jax.analysis import intervals
     from bn_jax.analysis.verdicts import decide
 
-    of_arm = {
-        arm: sorted(
-            (row for row in rows if row["arm"] == arm),
-            key=lambda row: row["config"]["seed"],
-        )
-        for arm in TITLES
-    }
+    of_arm = {arm: study.runs_of(rows, arm) for arm in TITLES}
     with_bias = of_arm["with_bias"]
     n = len(with_bias)
     ratio = max(max(row["gradient_ratio"].values()) for row in with_bias)

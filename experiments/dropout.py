@@ -107,16 +107,13 @@ def scores(row: Row) -> dict[str, float]:
 
 def log_ratios(rows: Sequence[Row], arm: str) -> list[float]:
     """Return |log| of the last norm's moving variance to the exact one, by seed."""
-    return [abs(math.log(row["norm4_variance_ratio"])) for row in _runs(rows, arm)]
-
-
-def _runs(rows: Sequence[Row], arm: str) -> list[Row]:
-    of_arm = (row for row in rows if row["arm"] == arm)
-    return sorted(of_arm, key=lambda row: row["config"]["seed"])
+    return [
+        abs(math.log(row["norm4_variance_ratio"])) for row in study.runs_of(rows, arm)
+    ]
 
 
 def _scores(rows: Sequence[Row], arm: str, name: str) -> list[float]:
-    return [scores(row)[name] for row in _runs(rows, arm)]
+    return [scores(row)[name] for row in study.runs_of(rows, arm)]
 
 
 def verdicts(rows: Sequence[Row]) -> list[Verdict]:
@@ -200,7 +197,7 @@ def draw(rows: Sequence[Row], folder: Path) -> None:
 
     ratios = {}
     for size in SIZES:
-        runs = {arm: _runs(rows, f"{size}-{arm}") for arm in ARMS}
+        runs = {arm: study.runs_of(rows, f"{size}-{arm}") for arm in ARMS}
         count = runs["none"][0]["config"]["train_examples"]
         images = f"{count:,} images" if count else "all images"
         epochs = runs["none"][0]["config"]["epochs"]

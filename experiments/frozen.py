@@ -27,7 +27,6 @@ arXiv:2003.00152.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -106,18 +105,12 @@ def by_choice(rows: Sequence[Row], activation: str) -> dict[str, list[Row]]:
     return found
 
 
-def loss(row: Row) -> float:
-    """Return the training loss at the end; that of guessing if the run diverged."""
-    value = study.last(row, "loss")
-    return math.log(10) if math.isnan(value) else value
-
-
 def change(runs: dict[str, list[Row]], choice: str) -> Interval:
     """Return what fixing changes in the loss, paired by seed."""
     from bn_jax.analysis import intervals
 
     return intervals.of_difference(
-        *([loss(row) for row in runs[c]] for c in (choice, FREE))
+        *([study.final_loss(row) for row in runs[c]] for c in (choice, FREE))
     )
 
 
@@ -181,7 +174,7 @@ def draw(rows: Sequence[Row], folder: Path) -> None:
                     for choice, of_choice in runs.items()
                 }
                 for label, score in (
-                    ("training loss, nats", loss),
+                    ("training loss, nats", study.final_loss),
                     ("test accuracy, exact statistics", study.final_test_accuracy),
                     (f"share of |gamma| < {SMALL}", lambda row: row["small_gammas"]),
                 )

@@ -101,12 +101,11 @@ def with_gamma_beta(folder: Path, rows: list[Row], data: ImageData) -> list[Row]
 
 def scores(rows: Sequence[Row], arm: str, name: str) -> list[float]:
     """Return a score of an arm at the end of training, by seed."""
-    of_arm = sorted(
-        (row for row in rows if row["arm"] == arm),
-        key=lambda row: row["config"]["seed"],
-    )
     # Without statistics there is but one way to predict.
-    values = [row.get(name, row[name.removesuffix("_exact")]) for row in of_arm]
+    values = [
+        row.get(name, row[name.removesuffix("_exact")])
+        for row in study.runs_of(rows, arm)
+    ]
     return [v[-1] if isinstance(v, list) else v for v in values]
 
 
@@ -131,12 +130,7 @@ def difference_at(rows: Sequence[Row], step: int) -> float:
 
 
 def _first_losses(rows: Sequence[Row], arm: str) -> list[list[float]]:
-    by_seed = {
-        row["config"]["seed"]: row["first_step_losses"]
-        for row in rows
-        if row["arm"] == arm
-    }
-    return [by_seed[seed] for seed in sorted(by_seed)]
+    return [row["first_step_losses"] for row in study.runs_of(rows, arm)]
 
 
 def verdicts(rows: Sequence[Row]) -> list[Verdict]:

@@ -192,6 +192,18 @@ def last(row: Mapping[str, Any], name: str) -> float:
     return float("nan") if value is None else value
 
 
+def runs_of(rows: Sequence[Row], arm: str) -> list[Row]:
+    """Return the runs of an arm in order of seeds, so that arms pair up."""
+    of_arm = (row for row in rows if row["arm"] == arm)
+    return sorted(of_arm, key=lambda row: row["config"]["seed"])
+
+
+def final_loss(row: Mapping[str, Any]) -> float:
+    """Return the training loss at the end; that of guessing if the run diverged."""
+    loss = last(row, "loss")
+    return math.log(10) if math.isnan(loss) else loss
+
+
 def has_diverged(row: Mapping[str, Any]) -> bool:
     """Return whether a run's loss was not finite, or ended no better than chance."""
     loss = row["loss"][-1]

@@ -162,12 +162,8 @@ def transformed(norm: str, x: Any) -> Any:
 
 def of_arm(rows: Sequence[Row], arm: str, name: str) -> list[float]:
     """Return a value at the end, of an arm's runs by seed; of guessing, if diverged."""
-    runs = sorted(
-        (row for row in rows if row["arm"] == arm),
-        key=lambda row: row["config"]["seed"],
-    )
     guessing = math.log(10) if name == "loss" else 0.1
-    values = [study.last(row, name) for row in runs]
+    values = [study.last(row, name) for row in study.runs_of(rows, arm)]
     return [guessing if math.isnan(value) else value for value in values]
 
 

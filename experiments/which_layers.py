@@ -21,7 +21,6 @@ convolution, do as well as all four is undecided: .006 nats, interval -.012 to .
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -59,10 +58,7 @@ def losses(rows: Sequence[Row]) -> dict[str, list[float]]:
     """Return the training losses at the end, of each subset, by seed."""
     found: dict[str, list[float]] = {subset: [] for subset in SUBSETS}
     for row in sorted(rows, key=lambda row: row["config"]["seed"]):
-        loss = study.last(row, "loss")
-        found[row["config"]["norm_layers"]].append(
-            math.log(10) if math.isnan(loss) else loss
-        )
+        found[row["config"]["norm_layers"]].append(study.final_loss(row))
     return found
 
 

@@ -84,11 +84,6 @@ def test_change_is_paired_by_seed():
     assert interval == pytest.approx((0.25, 0.25, 0.25, 3))
 
 
-def test_loss_of_a_run_that_diverged_is_that_of_guessing():
-    assert frozen.loss({"loss": [2.0, None]}) == pytest.approx(2.302585)
-    assert frozen.loss({"loss": [2.0, 0.5]}) == 0.5
-
-
 @pytest.mark.parametrize(
     "words, value, outcome",
     [

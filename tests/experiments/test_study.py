@@ -130,6 +130,21 @@ def test_run_that_diverged_or_learned_nothing_is_known():
     assert math.isnan(study.last({"loss": [1.0, None]}, "loss"))
 
 
+def test_final_loss_of_a_run_that_diverged_is_that_of_guessing():
+    assert study.final_loss({"loss": [2.0, None]}) == pytest.approx(2.302585)
+    assert study.final_loss({"loss": [2.0, 0.5]}) == 0.5
+
+
+def test_runs_of_an_arm_are_in_order_of_seeds():
+    rows = [
+        {"arm": arm, "config": {"seed": seed}} for seed in (2, 0, 1) for arm in "ab"
+    ]
+    runs = study.runs_of(rows, "b")
+    assert [(r["arm"], r["config"]["seed"]) for r in runs] == [
+        ("b", 0), ("b", 1), ("b", 2),
+    ]  # fmt: skip
+
+
 def test_final_test_accuracy_is_by_the_least_noisy_statistics():
     row = {"test_accuracy": [0.5, 0.6], "test_accuracy_batch": 0.7}
     assert study.final_test_accuracy(row) == 0.7

@@ -258,7 +258,12 @@ def _method(method: str, num_iterations: int) -> Callable[[Array, float], Array]
 
 def _decompose(covariance: Array, epsilon: float) -> tuple[Array, Array]:
     """Return eigenvalues plus epsilon, ascending, and eigenvectors as columns."""
-    variances, v = jnp.linalg.eigh(covariance)
+    if covariance.ndim > 2:
+        # One matrix after another: jaxlib 0.10's eigh of many, of some 30 rows or more,
+        # waits on CPU for the very threads that it was called from, and never returns.
+        variances, v = lax.map(jnp.linalg.eigh, covariance)
+    else:
+        variances, v = jnp.linalg.eigh(covariance)
     # Rounding may leave a variance of 0 below -epsilon.
     return jnp.maximum(variances, 0) + epsilon, v
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -170,9 +170,16 @@ def init_variables(
       key: decides the parameters.
       images_shape: `[H, W, C]`.
     """
+    return make_init(model, images_shape)(key)
+
+
+def make_init(
+    model: nn.Module, images_shape: tuple[int, ...]
+) -> Callable[[Array], dict[str, Any]]:
+    """Return `init_variables` as a function of the key, compiled once for all keys."""
     images = jnp.zeros((1, *images_shape))
-    variables = jax.jit(model.init, static_argnames="train")(key, images, train=False)
-    return {"batch_stats": {}, **variables}
+    init = jax.jit(model.init, static_argnames="train")
+    return lambda key: {"batch_stats": {}, **init(key, images, train=False)}
 
 
 def init_state(

@@ -35,7 +35,7 @@ from bn_jax.training.state import (
     TrainState,
     dropout_key,
     init_state,
-    init_variables,
+    make_init,
     make_model,
     make_optimizer,
 )
@@ -495,12 +495,13 @@ def _init_members(
         jax.tree.map(lambda leaf: leaf[0], stack_values(configs))
     )
     model = make_model(config, num_classes=sweep.num_classes)
+    init = make_init(model, images_shape)
     for seed in {config.seed for config in configs}:
         optimizer = make_optimizer(
             config.with_traced({"seed": seed}), steps_per_epoch=sweep.steps_per_epoch
         )
         key, _ = jax.random.split(jax.random.key(seed))
-        state = init_state(init_variables(model, key, images_shape), optimizer)
+        state = init_state(init(key), optimizer)
         of_seed[seed] = jax.tree.map(np.asarray, state)
     return jax.tree.map(
         lambda *leaves: np.stack(leaves), *(of_seed[c.seed] for c in configs)

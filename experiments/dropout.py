@@ -125,71 +125,85 @@ def verdicts(rows: Sequence[Row]) -> list[Verdict]:
             *(_scores(rows, f"{size}-{a}", name) for a in (arm, other))
         )
 
-    found = [
-        decide(
-            "dropout of .5 slows training without norm: after as many steps the loss "
-            "is higher",
-            "paired difference of the training loss, nats, all images, re-evaluated",
-            change("train_loss", "all", "dropout_50", "none"),
-            above=0.0,
-            reason="the sign is the claim; both losses are measured without dropout",
-        )
-    ]
-    for size in SIZES:
+    def replaces_dropout(size: str) -> Verdict:
         best = max(
             (arm for arm in ARMS if arm.startswith("dropout")),
             key=lambda arm: sum(_scores(rows, f"{size}-{arm}", "test_accuracy")),
         )
-        found.append(
-            decide(
-                f"batch norm can take the place of dropout, {size} images: it predicts "
-                f"better than dropout without norm (the best is {TITLES[best]})",
-                "paired difference of the test accuracy, exact statistics",
-                change("test_accuracy", size, "batch_norm", best),
-                above=0.0,
-                reason="the sign is the claim; the best rate is chosen on the same "
-                "runs, which favours dropout",
-            )
+        return decide(
+            f"batch norm can take the place of dropout, {size} images: it predicts "
+            f"better than dropout without norm (the best is {TITLES[best]})",
+            "paired difference of the test accuracy, exact statistics",
+            change("test_accuracy", size, "batch_norm", best),
+            above=0.0,
+            reason="the sign is the claim; the best rate is chosen on the same "
+            "runs, which favours dropout",
         )
-    found += [
-        decide(
-            "batch norm regularises: on few images the gap is smaller than with "
-            "neither",
-            "paired difference of training minus test accuracy, re-evaluated",
-            change("gap", "few", "batch_norm", "none"),
-            below=0.0,
-            reason="the sign is the claim; a network that has not learned has no gap, "
-            "so read it beside the accuracies",
-        ),
-        decide(
-            "dropout before a norm shifts its variance between training and "
-            "prediction, dropout after the last does not",
-            "paired difference, before minus after, of the absolute log of moving by "
-            "exact variance, last norm, all images",
-            intervals.of_difference(
-                log_ratios(rows, "all-norm_dropout_before"),
-                log_ratios(rows, "all-norm_dropout_after"),
+
+    on_all, on_few = ([f"{size}-{arm}" for arm in ARMS] for size in SIZES)
+    claims = [
+        study.Claim(
+            on_all,
+            lambda: decide(
+                "dropout of .5 slows training without norm: after as many steps the "
+                "loss is higher",
+                "paired difference of the training loss, nats, all images, "
+                "re-evaluated",
+                change("train_loss", "all", "dropout_50", "none"),
+                above=0.0,
+                reason="the sign is the claim; both losses are measured without "
+                "dropout",
             ),
-            above=0.1,
-            reason="a tenth of the variance; for uncorrelated inputs theory says "
-            "log 2 or more at rate .5, since E[x^2] is at least the variance. The "
-            "moving averages are noisy at rate 1.0 in both",
         ),
-        decide(
-            "dropout before a norm hurts prediction by moving averages, to dropout "
-            "after the last",
-            "paired difference of the test accuracy, moving averages, all images",
-            change(
-                "test_accuracy_average",
-                "all",
-                "norm_dropout_before",
-                "norm_dropout_after",
+        study.Claim(on_all, lambda: replaces_dropout("all")),
+        study.Claim(on_few, lambda: replaces_dropout("few")),
+        study.Claim(
+            on_few,
+            lambda: decide(
+                "batch norm regularises: on few images the gap is smaller than with "
+                "neither",
+                "paired difference of training minus test accuracy, re-evaluated",
+                change("gap", "few", "batch_norm", "none"),
+                below=0.0,
+                reason="the sign is the claim; a network that has not learned has no "
+                "gap, so read it beside the accuracies",
             ),
-            below=0.0,
-            reason="the sign is the claim",
+        ),
+        study.Claim(
+            on_all,
+            lambda: decide(
+                "dropout before a norm shifts its variance between training and "
+                "prediction, dropout after the last does not",
+                "paired difference, before minus after, of the absolute log of moving "
+                "by exact variance, last norm, all images",
+                intervals.of_difference(
+                    log_ratios(rows, "all-norm_dropout_before"),
+                    log_ratios(rows, "all-norm_dropout_after"),
+                ),
+                above=0.1,
+                reason="a tenth of the variance; for uncorrelated inputs theory says "
+                "log 2 or more at rate .5, since E[x^2] is at least the variance. The "
+                "moving averages are noisy at rate 1.0 in both",
+            ),
+        ),
+        study.Claim(
+            on_all,
+            lambda: decide(
+                "dropout before a norm hurts prediction by moving averages, to dropout "
+                "after the last",
+                "paired difference of the test accuracy, moving averages, all images",
+                change(
+                    "test_accuracy_average",
+                    "all",
+                    "norm_dropout_before",
+                    "norm_dropout_after",
+                ),
+                below=0.0,
+                reason="the sign is the claim",
+            ),
         ),
     ]
-    return found
+    return study.judge(rows, claims)
 
 
 def draw(rows: Sequence[Row], folder: Path) -> None:
@@ -198,6 +212,8 @@ def draw(rows: Sequence[Row], folder: Path) -> None:
     ratios = {}
     for size in SIZES:
         runs = {arm: study.runs_of(rows, f"{size}-{arm}") for arm in ARMS}
+        if not runs["none"]:  # a smoke run trains on few alone
+            continue
         count = runs["none"][0]["config"]["train_examples"]
         images = f"{count:,} images" if count else "all images"
         epochs = runs["none"][0]["config"]["epochs"]
@@ -279,5 +295,6 @@ if __name__ == "__main__":
             verdicts=verdicts,
             draw=draw,
             train=True,
+            smoke_arms=[f"few-{arm}" for arm in ARMS],
         )
     )

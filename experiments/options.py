@@ -107,7 +107,7 @@ def title(numbers: tuple[float, float]) -> str:
 
 
 def by_option(rows: Sequence[Row]) -> dict[str, dict[int, Row]]:
-    """Return the runs of each option, by title and seed."""
+    """Return the runs of each option that has any, by title and seed."""
     found: dict[str, dict[int, Row]] = {title(numbers): {} for numbers in NUMBERS}
     found |= {name: {} for name in TITLES.values()}
     for row in sorted(rows, key=lambda row: row["config"]["seed"]):
@@ -115,7 +115,7 @@ def by_option(rows: Sequence[Row]) -> dict[str, dict[int, Row]]:
         numbers = (config["momentum"], config["epsilon"])
         name = title(numbers) if row["arm"] == "numbers" else TITLES[row["arm"]]
         found[name][config["seed"]] = row
-    return found
+    return {name: runs for name, runs in found.items() if runs}
 
 
 def scores(row: Row) -> dict[str, float]:
@@ -285,5 +285,6 @@ if __name__ == "__main__":
             verdicts=verdicts,
             draw=draw,
             summary=summary,
+            smoke_arms=("numbers", "neither", "fast_variance", "two_pass_variance"),
         )
     )

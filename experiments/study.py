@@ -8,7 +8,7 @@ sweep goes on; runs.jsonl, a row a run; results.json, the verdicts; and the figu
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -49,6 +49,8 @@ class Study(NamedTuple):
       measure: gives the rows, and the seconds that they took, where they are not of
         sweeps; called with the design, the data and the folder.
       summary: more for results.json, of all rows.
+      smoke_arms: those that `--smoke` trains, where all would take more than a minute
+        to compile; None trains all.
     """
 
     name: str
@@ -63,6 +65,7 @@ class Study(NamedTuple):
     )
     measure: Callable[[Design, ImageData, Path], tuple[list[Row], float]] | None = None
     summary: Callable[[Sequence[Row]], Row] = lambda _: {}
+    smoke_arms: Collection[str] | None = None
 
 
 ROWS = "runs.jsonl"
@@ -104,18 +107,20 @@ def _main(study: Study, argv: Sequence[str]) -> None:
     smoke = SMOKE._asdict() if flags.FLAGS.smoke else {}
     design = Design(**{name: launch.given_or(name, smoke) for name in Design._fields})
     with launch.experiment(study.name, design._asdict()) as folder:
-        run(study, design, folder)
+        run(study, design, folder, arms=study.smoke_arms if smoke else None)
 
 
-def run(study: Study, design: Design, folder: Path) -> None:
-    """Train what is not trained yet; judge, draw and write."""
+def run(
+    study: Study, design: Design, folder: Path, arms: Collection[str] | None = None
+) -> None:
+    """Train what is not trained yet, of all arms or of these; judge, draw and write."""
     from bn_jax import results
 
     data = launch.load_data(design.dataset)
     if study.measure is not None:
         rows, seconds = study.measure(design, data, folder)
     else:
-        rows, seconds = _sweeps(study, design, data, folder)
+        rows, seconds = _sweeps(study, design, data, folder, arms)
     results.write_rows(folder / ROWS, rows)
     verdicts = study.verdicts(rows)
     study.draw(rows, folder)
@@ -134,7 +139,11 @@ def run(study: Study, design: Design, folder: Path) -> None:
 
 
 def _sweeps(
-    study: Study, design: Design, data: ImageData, folder: Path
+    study: Study,
+    design: Design,
+    data: ImageData,
+    folder: Path,
+    only: Collection[str] | None,
 ) -> tuple[list[Row], float]:
     """Return a row for each run of each arm, and the seconds that training took.
 
@@ -148,6 +157,8 @@ def _sweeps(
     seconds = 0.0
     for stage in study.stages:
         for arm, configs in stage(design, rows).items():
+            if only is not None and arm not in only:
+                continue
             print(f"{arm}: {len(configs)} runs", flush=True)
             of_arm = sweep_run.sweep_into(
                 folder / arm,
@@ -163,6 +174,19 @@ def _sweeps(
             of_arm = [{**common, **row} for row in of_arm]
             rows += study.complete(folder / arm, of_arm, data)
     return rows, seconds
+
+
+class Claim(NamedTuple):
+    """A claim that can be judged once its arms have runs."""
+
+    arms: Collection[str]
+    judge: Callable[[], Verdict]
+
+
+def judge(rows: Sequence[Row], claims: Sequence[Claim]) -> list[Verdict]:
+    """Return the verdicts on the claims whose arms have runs, in their order."""
+    present = {row["arm"] for row in rows}
+    return [claim.judge() for claim in claims if present.issuperset(claim.arms)]
 
 
 def _print(verdicts: Sequence[Verdict]) -> None:

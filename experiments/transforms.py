@@ -19,6 +19,7 @@ untrained network. What came out is in experiments/README.md.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -179,82 +180,105 @@ def verdicts(rows: Sequence[Row]) -> list[Verdict]:
         return intervals.Interval(value, value, value, 1)
 
     speed = {row["arm"]: row["examples_per_second"] for row in rows}
-    slowdown = speed["batch_norm"] / speed["zca-16"]
-    statistic = "paired difference of the training loss, nats"
-    found = [
-        decide(
-            "whitening in groups of 16 trains to a lower loss a step than batch norm",
-            statistic,
-            apart("zca-16", "batch_norm"),
-            below=0.0,
-            reason="the sign is the claim",
-        ),
-        decide(
-            "it costs more time a step",
-            "ratio of examples a second, batch norm to ZCA",
-            intervals.Interval(slowdown, slowdown, slowdown, 1),
-            above=1.1,
-            reason="a tenth, beyond what the machine's speed varies by",
-        ),
-        decide(
-            "PCA whitening is erratic: it trains to a higher loss than ZCA",
-            statistic,
-            apart("pca-16", "zca-16"),
-            above=0.05,
-            reason="five times the deviation of the loss over published re-runs",
-        ),
-        *(
-            decide(
-                f"the probability integral transform, {target}, trains to a higher "
-                "loss than batch norm",
-                statistic,
-                apart(target, "batch_norm"),
-                above=0.0,
-                reason="the sign is the claim",
-            )
-            for target in ("uniform", "gaussian")
-        ),
-        *(
-            decide(
-                f"{title} trains to a higher loss than batch norm at its rate",
-                statistic,
+    loss = "paired difference of the training loss, nats"
+
+    def slowdown() -> intervals.Interval:
+        ratio = speed["batch_norm"] / speed["zca-16"]
+        return intervals.Interval(ratio, ratio, ratio, 1)
+
+    def convergence() -> intervals.Interval:
+        distances = [
+            distance_of(arm, "distance_within_groups").value for arm in iternorms
+        ]
+        ratio = max(b / a for a, b in itertools.pairwise(distances))
+        return intervals.Interval(ratio, ratio, ratio, 1)
+
+    def loses(arm: str, claim: str) -> study.Claim:
+        return study.Claim(
+            (arm, "batch_norm"),
+            lambda: decide(
+                f"{claim} trains to a higher loss than batch norm",
+                loss,
                 apart(arm, "batch_norm"),
                 above=0.0,
                 reason="the sign is the claim",
-            )
-            for arm, (_, title) in ARMS.items()
-            if arm in ("layer", "group", "instance")
-        ),
-        decide(
-            "batch norm leaves features correlated",
-            "distance of the covariance to the identity, by sqrt(C)",
-            distance_of("batch_norm"),
-            above=0.1,
-            reason="0 would be none; 256 images of independent features have .7",
-        ),
-        decide(
-            "ZCA of all features leaves none",
-            "distance of the covariance to the identity, by sqrt(C)",
-            distance_of("zca-all"),
-            below=0.1,
-            reason="epsilon, 1e-5 beside the least variances, keeps it from 0",
-        ),
-    ]
-    shares = [
-        distance_of(f"iternorm-16-{t}", "distance_within_groups").value
-        for t in (1, 3, 5, 7)
-    ]
-    falls = max(b / a for a, b in zip(shares, shares[1:], strict=False))
-    found.append(
-        decide(
-            "each two steps of IterNorm come closer to the identity",
-            "largest ratio of distances within groups, 3 to 1, 5 to 3, 7 to 5 steps",
-            intervals.Interval(falls, falls, falls, 1),
-            below=1.0,
-            reason="Newton's iteration converges",
+            ),
         )
-    )
-    return found
+
+    iternorms = [f"iternorm-16-{t}" for t in (1, 3, 5, 7)]
+    claims = [
+        study.Claim(
+            ("zca-16", "batch_norm"),
+            lambda: decide(
+                "whitening in groups of 16 trains to a lower loss a step than batch "
+                "norm",
+                loss,
+                apart("zca-16", "batch_norm"),
+                below=0.0,
+                reason="the sign is the claim",
+            ),
+        ),
+        study.Claim(
+            ("zca-16", "batch_norm"),
+            lambda: decide(
+                "it costs more time a step",
+                "ratio of examples a second, batch norm to ZCA",
+                slowdown(),
+                above=1.1,
+                reason="a tenth, beyond what the machine's speed varies by",
+            ),
+        ),
+        study.Claim(
+            ("pca-16", "zca-16"),
+            lambda: decide(
+                "PCA whitening is erratic: it trains to a higher loss than ZCA",
+                loss,
+                apart("pca-16", "zca-16"),
+                above=0.05,
+                reason="five times the deviation of the loss over published re-runs",
+            ),
+        ),
+        *(
+            loses(target, f"the probability integral transform, {target},")
+            for target in ("uniform", "gaussian")
+        ),
+        *(
+            loses(arm, f"{ARMS[arm][1]}, at batch norm's rate,")
+            for arm in ("layer", "group", "instance")
+        ),
+        study.Claim(
+            ["batch_norm"],
+            lambda: decide(
+                "batch norm leaves features correlated",
+                "distance of the covariance to the identity, by sqrt(C)",
+                distance_of("batch_norm"),
+                above=0.1,
+                reason="0 would be none; 256 images of independent features have .7",
+            ),
+        ),
+        study.Claim(
+            ["zca-all"],
+            lambda: decide(
+                "ZCA of all features leaves none",
+                "distance of the covariance to the identity, by sqrt(C)",
+                distance_of("zca-all"),
+                below=0.1,
+                reason="epsilon, 1e-5 beside the least variances, keeps it from 0",
+            ),
+        ),
+        study.Claim(
+            iternorms,
+            lambda: decide(
+                "each two steps of IterNorm come closer to the identity",
+                "largest ratio of distances within groups, 3 to 1, 5 to 3, 7 to 5 "
+                "steps",
+                convergence(),
+                below=1.0,
+                reason="Newton's iteration converges",
+            ),
+        ),
+    ]
+    return study.judge(rows, claims)
 
 
 def draw(rows: Sequence[Row], folder: Path) -> None:
@@ -300,5 +324,6 @@ if __name__ == "__main__":
             draw=draw,
             exact=False,
             complete=with_covariance,
+            smoke_arms=("batch_norm", "layer", "zca-16", "uniform"),
         )
     )

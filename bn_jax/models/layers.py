@@ -19,8 +19,9 @@ from flax import linen as nn
 from flax.linen import initializers
 from jax import Array, lax
 
+from bn_jax.models.blocks import Pair, conv2d_by_blocks
+
 Layout = Literal["NHWC", "CHWN"]
-Pair = tuple[int, int]
 Padding = Literal["VALID", "SAME"] | tuple[Pair, Pair]
 
 
@@ -134,134 +135,6 @@ def _check_conv(
             f"{padding!r}; expected a kernel no larger: pad more, or pool less before"
         )
     return pair, ((above, below), (left, right))
-
-
-def conv2d_by_blocks(
-    x: Array,
-    kernel: Array,
-    *,
-    strides: Pair = (1, 1),
-    padding: tuple[Pair, Pair] = ((0, 0), (0, 0)),
-) -> Array:
-    """Convolve a batch-last image as one matrix product over blocks of outputs.
-
-    With b = 1 this is the textbook im2col: every output is a product of the kernel with
-    one patch. A block of b x b neighbouring outputs, at stride s, needs a patch only
-    (b - 1) s larger, so folding b s x b s pixels into the channels (space to depth),
-    convolving blocks by blocks, and unfolding the b x b x C_out channels again gives
-    the same numbers from fewer, wider patches: less memory moved for some products with
-    0. All slices run along whole blocks, whatever the stride, and leave the batch
-    contiguous, which autodiff's transpose keeps; that of a strided slice is slow.
-
-    Args:
-      x: activations `[C_in, H, W, N]`.
-      kernel: of shape `[K, K', C_in, C_out]`.
-      strides: pixels from one output to the next, down and across.
-      padding: rows of 0 above and below, columns of 0 left and right.
-
-    Returns:
-      Activations `[C_out, (H + padding - K) // stride + 1, likewise for W, N]`.
-    """
-    kh, kw, c_in, c_out = kernel.shape
-    _, h, w, n = x.shape
-    (stride_h, stride_w), ((above, below), (left, right)) = strides, padding
-    out_h = (h + above + below - kh) // stride_h + 1
-    out_w = (w + left + right - kw) // stride_w + 1
-    b = _block_size(kernel.shape, strides)
-    fold_h, fold_w = b * stride_h, b * stride_w  # pixels of a block of input
-    patch_h, patch_w = kh + (b - 1) * stride_h, kw + (b - 1) * stride_w
-    taps_h, taps_w = -(-patch_h // fold_h), -(-patch_w // fold_w)  # patch in blocks
-    blocks_h, blocks_w = -(-out_h // b), -(-out_w // b)  # output in blocks
-    taps = [(i, j) for i in range(taps_h) for j in range(taps_w)]
-
-    # [C_in, H, W, N] -> [C_in, fold, fold, H / fold, W / fold, N]
-    rows, columns = blocks_h + taps_h - 1, blocks_w + taps_w - 1
-    x = lax.pad(
-        x,
-        jnp.zeros((), x.dtype),
-        (
-            (0, 0, 0),
-            (above, rows * fold_h - h - above, 0),  # negative, it cuts pixels off
-            (left, columns * fold_w - w - left, 0),  # that no output sees
-            (0, 0, 0),
-        ),
-    )
-    x = x.reshape(c_in, rows, fold_h, columns, fold_w, n).transpose(0, 2, 4, 1, 3, 5)
-    # The last block of a patch may reach beyond the patch.
-    patches = jnp.concatenate(
-        [
-            lax.collapse(
-                x[
-                    :,
-                    : patch_h - i * fold_h,
-                    : patch_w - j * fold_w,
-                    i : i + blocks_h,
-                    j : j + blocks_w,
-                ],
-                0,
-                3,
-            )
-            for i, j in taps
-        ]
-    )
-
-    # The kernel at each of the b x b offsets inside a patch, cut into the same blocks.
-    kernels = jnp.stack(
-        [
-            jnp.pad(
-                kernel,
-                (
-                    (p * stride_h, patch_h - kh - p * stride_h),
-                    (q * stride_w, patch_w - kw - q * stride_w),
-                    (0, 0),
-                    (0, 0),
-                ),
-            )
-            for p in range(b)
-            for q in range(b)
-        ]
-    )
-    kernels = kernels.transpose(4, 0, 3, 1, 2).reshape(-1, c_in, patch_h, patch_w)
-    kernels = jnp.concatenate(
-        [
-            lax.collapse(
-                kernels[
-                    :, :, i * fold_h : (i + 1) * fold_h, j * fold_w : (j + 1) * fold_w
-                ],
-                1,
-            )
-            for i, j in taps
-        ],
-        axis=1,
-    )
-
-    if _batch_may_be_sharded():
-        # The batch has to stay an axis of its own, or all devices would get all of it.
-        y = jnp.tensordot(kernels, patches, axes=1)
-    else:
-        y = kernels @ lax.collapse(patches, 1)  # a tenth faster
-    y = y.reshape(c_out, b, b, blocks_h, blocks_w, n).transpose(0, 3, 1, 4, 2, 5)
-    return y.reshape(c_out, blocks_h * b, blocks_w * b, n)[:, :out_h, :out_w]
-
-
-def _block_size(kernel_shape: tuple[int, ...], strides: Pair) -> int:
-    """Return the side, in outputs, of the blocks of `conv2d_by_blocks`.
-
-    Measured on CPU: two halve the copies of pixels in patches and multiply by zeros
-    instead, which costs more where channels are 64 or more, where a stride holds copies
-    down, and where a kernel of one pixel needs none. Four were never faster.
-    """
-    kh, kw, c_in, _ = kernel_shape
-    return 1 if c_in >= 64 or max(strides) > 1 or kh * kw == 1 else 2
-
-
-def _batch_may_be_sharded() -> bool:
-    """Return whether the program is traced for a mesh that the compiler partitions."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return any(
-        size > 1 and kind != jax.sharding.AxisType.Manual
-        for size, kind in zip(mesh.axis_sizes, mesh.axis_types, strict=True)
-    )
 
 
 def avg_pool_2x2(x: Array, layout: Layout) -> Array:

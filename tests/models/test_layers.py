@@ -9,7 +9,7 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from reference import jit_unoptimised
 
-from bn_jax.models import layers
+from bn_jax.models import blocks, layers
 
 # (c_in, c_out, height, width, kernel height and width, stride, padding): LeNet's two,
 # ResNet's, and sizes that no block divides, or that leave pixels no output sees.
@@ -86,7 +86,7 @@ def test_conv_in_float32_equals_xlas_and_stays_float32():
 def test_size_of_the_blocks_changes_no_number(case, b, x64, monkeypatch):
     ours, theirs = convolutions(case)
     x, kernel = inputs(case, jnp.float64)
-    monkeypatch.setattr(layers, "_block_size", lambda *unused: b)
+    monkeypatch.setattr(blocks, "_block_size", lambda *unused: b)
     fresh = functools.partial(ours)  # traced anew, with this b
     assert_close(everything(fresh, x, kernel), everything(theirs, x, kernel), 1e-12)
 

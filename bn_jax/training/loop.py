@@ -234,6 +234,11 @@ class Trainer:
             yield self._report(epoch) if is_end else None
             started = time.perf_counter()
 
+    def lower(self) -> Any:
+        """Return the compiled loop before compilation, to be looked at."""
+        (source,) = self._sources([feed.Call(0, 1)])
+        return self._steps.lower(self._state, source)
+
     def _sources(self, planned: list[feed.Call]) -> Iterator[Any]:
         """Yield the source of each call's batches, on the devices."""
         if self.stream:

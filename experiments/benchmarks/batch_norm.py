@@ -138,6 +138,20 @@ def errors(result: Result, true: Result) -> dict[str, float]:
     }
 
 
+def step_of(layer: Layer) -> Any:
+    """Return `step(params, state, x, dy)`, jitted: forward and backward."""
+    import jax
+
+    @jax.jit
+    def step(params: Any, state: Any, x: Any, dy: Any) -> Any:
+        y, pullback, state = jax.vjp(
+            lambda params, x: layer.apply(params, state, x), params, x, has_aux=True
+        )
+        return y, pullback(dy), state
+
+    return step
+
+
 def by_jax(
     make_layer: Callable[[Case], Layer], *, channels_first: bool = False
 ) -> Callable[[Case], Call]:
@@ -152,17 +166,7 @@ def by_jax(
             return array.transpose(3, 1, 2, 0) if channels_first else array
 
         layer = make_layer(case)
-
-        @jax.jit
-        def step(params: Any, state: Any, x: Any, dy: Any) -> Any:
-            y, pullback, state = jax.vjp(
-                lambda params, x: layer.apply(params, state, x),
-                params,
-                x,
-                has_aux=True,
-            )
-            return y, pullback(dy), state
-
+        step = step_of(layer)
         x, dy = (jnp.asarray(laid_out(a)) for a in (case.x, case.dy))
         state = layer.state
 

@@ -14,6 +14,7 @@ from experiments.benchmarks import (
     growth,
     lenet,
     population,
+    profile,
     start_up,
     timing,
 )
@@ -352,7 +353,9 @@ def test_start_up_refuses_a_cache_that_changes_the_result():
         start_up.check_losses([same, {"loss_cold": 0.5, "loss_warm": 0.25}])
 
 
-@pytest.mark.parametrize("name", ["lenet", "batch_norm", "population", "start_up"])
+@pytest.mark.parametrize(
+    "name", ["lenet", "batch_norm", "population", "profile", "start_up"]
+)
 def test_benchmark_explains_itself(name):
     run = start_up.subprocess.run(
         [sys.executable, "-m", f"experiments.benchmarks.{name}", "--help"],
@@ -363,6 +366,50 @@ def test_benchmark_explains_itself(name):
     assert f"python -m experiments.benchmarks.{name} --workdir=" in run.stdout
     for flag in ("workdir", "rounds", "smoke"):
         assert f"--{flag}:" in run.stdout or f"--[no]{flag}:" in run.stdout
+
+
+LENET = "jit(run_steps)/while/body/"
+
+
+@pytest.mark.parametrize(
+    "source,part",
+    [
+        ("jvp(LeNet)/conv1/cond/branch_0_fun/dot_general", "convolutions, forward"),
+        ("transpose(jvp(LeNet))/conv2/slice", "convolutions, backward"),
+        ("jvp(LeNet)/norm3/reduce_sum", "batch norm, forward"),
+        ("jvp(LeNet)/norm1/psum", "communication"),
+        ("psum", "communication"),
+        ("transpose(jvp(LeNet))/dense1/dot_general", "dense layers, backward"),
+        ("transpose(jvp(LeNet))/mul", "sigmoid, pooling, loss, backward"),
+        ("gather", "batch, update, rest"),
+    ],
+)
+def test_profile_knows_the_parts_of_a_step(source, part):
+    assert profile.part_of_lenet(LENET + source) == part
+
+
+def test_profile_adds_up_what_a_trace_says():
+    """A product's time is most of a program of a product and a sine."""
+    import jax
+    import jax.numpy as jnp
+
+    @jax.jit
+    def program(x):
+        with jax.named_scope("product"):
+            y = x @ x
+        with jax.named_scope("sine"):
+            return jnp.sin(y[:8])
+
+    x = jnp.ones((1024, 1024))
+    names = profile.sources(program.lower(x).compile().as_text())
+    program(x).block_until_ready()
+    seconds = profile.longest(profile.trace(lambda: program(x).block_until_ready()))
+    parts = profile.by_part(
+        seconds, names, lambda source: "sine" if "sine" in source else "product", 2
+    )
+    assert set(parts) == {"product", "sine"}
+    assert parts["product"] > parts["sine"]
+    assert sum(parts.values()) == pytest.approx(1e3 * sum(seconds.values()) / 2)
 
 
 def test_growth_reports_slopes_and_draws(tmp_path):

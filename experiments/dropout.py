@@ -6,8 +6,8 @@ rates, with batch norm, and with both: dropout after both hidden dense layers, t
 of which a norm follows, or after the last norm alone; on all images and on 3,000, with
 as many steps.
 
-  python -m experiments.dropout --workdir=runs/dropout --devices=2           40 minutes
-  python -m experiments.dropout --workdir=runs/dropout-try --smoke            3 minutes
+  python -m experiments.dropout --workdir=runs/dropout --devices=2           20 minutes
+  python -m experiments.dropout --workdir=runs/dropout-try --smoke            a minute
 
 Dropout at rate p scales what it leaves by 1 / (1 - p). That keeps the mean of a unit
 $x$, but takes its second moment to $E[x^2] / (1 - p)$: in training, the variance of
@@ -18,8 +18,15 @@ last norm.
 
 Scores are of the networks at the end without dropout, on training and test set, by
 exact statistics. Figures: dropout_all.png and dropout_few.png, loss, accuracies and
-their gap by arm; curves_all.png and curves_few.png; variance_ratio.png. What came out
-is in experiments/README.md.
+their gap by arm; curves_all.png and curves_few.png; variance_ratio.png.
+
+What came out (5 seeds; all of it in experiments/README.md): without norm, dropout only
+slows these sigmoids: after 5 epochs the test accuracy is .73 without it, .68 at rate
+.1, and at .5 no network has begun to learn. Batch norm, at .87, needs none. On 3,000
+images it fits them (.98, and .84 on the test set: the gap is larger than without norm,
+not smaller, as those networks fit nothing); dropout after the last norm narrows the gap
+by a fifth and predicts as well. Dropout before a norm makes its moving variance 1.20
+times the exact one, and costs 1.3 points by moving averages.
 """
 
 from __future__ import annotations
@@ -114,6 +121,24 @@ def log_ratios(rows: Sequence[Row], arm: str) -> list[float]:
 
 def _scores(rows: Sequence[Row], arm: str, name: str) -> list[float]:
     return [scores(row)[name] for row in study.runs_of(rows, arm)]
+
+
+def summary(rows: Sequence[Row]) -> Row:
+    """Return the epoch in which each run's training accuracy reached .85, by arm.
+
+    It is that of the steps as they were taken, with dropout; None was not reached.
+    """
+    reached = {
+        arm: [
+            next(
+                (i for i, a in enumerate(row["train_accuracy"], 1) if a and a >= 0.85),
+                None,
+            )
+            for row in study.runs_of(rows, arm)
+        ]
+        for arm in dict.fromkeys(row["arm"] for row in rows)
+    }
+    return {"first_epoch_at_85": reached}
 
 
 def verdicts(rows: Sequence[Row]) -> list[Verdict]:
@@ -295,6 +320,7 @@ if __name__ == "__main__":
             verdicts=verdicts,
             draw=draw,
             train=True,
+            summary=summary,
             smoke_arms=[f"few-{arm}" for arm in ARMS],
         )
     )

@@ -282,21 +282,33 @@ def _pooled_moments(
         moments, x = of_batch(batch)
         return list(map(merge, total, moments)), x
 
-    def cut(a: Array) -> Array:
-        # Every num_whole-th example to a batch: of data sharded in contiguous parts,
-        # each device then holds its share of every batch. Batches of consecutive
-        # examples would lie on one device each, and all be sent to all.
-        return a[:size].reshape(batch_size, num_whole, *a.shape[1:]).swapaxes(0, 1)
+    def batch_at(t: Array) -> Any:
+        # Every num_whole-th example: of data sharded in contiguous parts, each device
+        # then holds its share of every batch. Batches of consecutive examples would lie
+        # on one device each, and all be sent to all.
+        def of_array(a: Array) -> Array:
+            a = a[:size].reshape(batch_size, num_whole, *a.shape[1:])
+            return lax.dynamic_index_in_dim(a, t, axis=1, keepdims=False)
+
+        return jax.tree.map(of_array, (inputs, weights))
 
     kept_of_whole, kept_of_rest = (None, None) if kept is None else kept
     rest = (jax.tree.map(lambda a: a[size:], (inputs, weights)), kept_of_rest)
     if not num_whole:
         moments, x = of_batch(rest)
         return moments, (None, x)
-    whole = (jax.tree.map(cut, (inputs, weights)), kept_of_whole)
-    first, _ = jax.eval_shape(of_batch, jax.tree.map(lambda a: a[0], whole))
+
+    def add_at(total: list[Moments], at: Any) -> tuple[list[Moments], Any]:
+        t, given = at
+        return add(total, (batch_at(t), given))
+
+    whole = (jnp.arange(num_whole), kept_of_whole)
+    first, _ = jax.eval_shape(
+        lambda t, given: of_batch((batch_at(t), given)),
+        *jax.tree.map(lambda a: a[0], whole),
+    )
     zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), first)
-    total, xs = lax.scan(add, zero, whole)
+    total, xs = lax.scan(add_at, zero, whole)
     if size == len(inputs):
         return total, (xs, None)
     total, x = add(total, rest)

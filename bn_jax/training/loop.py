@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from bn_jax import data as data_lib
 from bn_jax import population
-from bn_jax.training import diagnosis, feed, parallel
+from bn_jax.training import diagnosis, feed, memory, parallel
 from bn_jax.training import step as step_lib
 from bn_jax.training.config import ConfigError, TrainConfig
 from bn_jax.training.evaluation import BATCH_SIZE, Evaluator
@@ -395,6 +395,7 @@ def _score(
     num_examples: int | None = None,
 ) -> Score:
     """Evaluate; `devices`, of this process, measure the exact statistics."""
+    memory.return_freed()  # here most is needed
     images = data.train.images[:num_examples]
     if len(images) % len(devices):
         devices = devices[:1]

@@ -52,6 +52,17 @@ def test_history_holds_each_epochs_means(fitted, reports):
         assert 0 <= report.test_accuracy <= 1
 
 
+@pytest.mark.parametrize("num_devices", [1, 2])
+def test_lowered_loop_is_that_of_the_steps(num_devices, tiny_config, tiny_data):
+    config = dataclasses.replace(tiny_config, batch_size=30)
+    placement = parallel.place(config, devices=str(num_devices))
+    trainer = loop.Trainer(config, tiny_data, placement=placement)
+    program = trainer.lower().compile().as_text()
+    assert "transpose(jvp(LeNet))/conv1" in program
+    assert ("all-reduce" in program) == (num_devices == 2)
+    assert trainer.step == 0
+
+
 def test_training_learns(tiny_config, tiny_data):
     fitted = loop.fit(dataclasses.replace(tiny_config, epochs=12), tiny_data)
     assert fitted.history[-1].train_accuracy > 0.95

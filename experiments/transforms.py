@@ -12,7 +12,7 @@ ranks made uniform or Gaussian.
 Instance norm follows the convolutions alone, since in a dense layer it would leave
 nothing. Features that do not divide into groups of the size asked for are cut into the
 largest groups below it. The rate is the chapter's, 1.0, for all: this compares drop-in
-replacements, not each at its best. Figures: transforms.png, loss, accuracy and speed;
+replacements, not each at its best. Figures: transforms.png, loss and accuracies;
 covariance.png, of the features of the first dense layer before and after each, in the
 untrained network. What came out is in experiments/README.md.
 """
@@ -168,6 +168,39 @@ def of_arm(rows: Sequence[Row], arm: str, name: str) -> list[float]:
     return [guessing if math.isnan(value) else value for value in values]
 
 
+def at_equal_time(rows: Sequence[Row], arm: str) -> list[float]:
+    """Return the training loss of an arm's runs in the time of batch norm's epochs.
+
+    An epoch's loss is taken for that at its end, with straight lines between; NaN where
+    the arm is not through its first epoch by then.
+    """
+    import numpy as np
+
+    runs = study.runs_of(rows, arm)
+    (norm, *_) = study.runs_of(rows, "batch_norm")
+    epochs = np.arange(1, len(norm["loss"]) + 1)
+    speed = runs[0]["examples_per_second"] / norm["examples_per_second"]
+    losses = [[math.nan if v is None else v for v in row["loss"]] for row in runs]
+    return [
+        float(np.interp(speed * epochs[-1], epochs, loss, left=math.nan))
+        for loss in losses
+    ]
+
+
+def summary(rows: Sequence[Row]) -> Row:
+    """Return each arm's mean loss in the time that batch norm's epochs take."""
+    means = {
+        arm: sum(losses) / len(losses)
+        for arm in dict.fromkeys(row["arm"] for row in rows)
+        for losses in [at_equal_time(rows, arm)]
+    }
+    return {
+        "loss_at_equal_time": {
+            arm: None if math.isnan(mean) else mean for arm, mean in means.items()
+        }
+    }
+
+
 def verdicts(rows: Sequence[Row]) -> list[Verdict]:
     from bn_jax.analysis import intervals
     from bn_jax.analysis.verdicts import decide
@@ -285,18 +318,20 @@ def draw(rows: Sequence[Row], folder: Path) -> None:
     from bn_jax import plots
 
     present = [arm for arm in ARMS if any(row["arm"] == arm for row in rows)]
-    speeds = {row["arm"]: row["examples_per_second"] for row in rows}
-    panels = {
-        label: {
-            ARMS[arm][1]: study.mean_and_range(of_arm(rows, arm, name))
-            for arm in present
-        }
-        for label, name in (
-            ("training loss, nats", "loss"),
-            ("test accuracy, moving averages", "test_accuracy"),
-        )
+    values = {
+        "training loss, nats": lambda arm: of_arm(rows, arm, "loss"),
+        "the same, in batch norm's time": lambda arm: at_equal_time(rows, arm),
+        "test accuracy, moving averages": lambda arm: of_arm(
+            rows, arm, "test_accuracy"
+        ),
+        "test accuracy, its batch of 500": lambda arm: [
+            row["test_accuracy_batch"] or 0.1 for row in study.runs_of(rows, arm)
+        ],
     }
-    panels["examples a second"] = {ARMS[arm][1]: (speeds[arm],) * 3 for arm in present}
+    panels = {
+        label: {ARMS[arm][1]: study.mean_and_range(of(arm)) for arm in present}
+        for label, of in values.items()
+    }
     seeds = {row["config"]["seed"] for row in rows}
     epochs = rows[0]["config"]["epochs"]
     plots.estimates(
@@ -324,6 +359,7 @@ if __name__ == "__main__":
             draw=draw,
             exact=False,
             complete=with_covariance,
+            summary=summary,
             smoke_arms=("batch_norm", "layer", "zca-16", "uniform"),
         )
     )

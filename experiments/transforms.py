@@ -14,7 +14,13 @@ nothing. Features that do not divide into groups of the size asked for are cut i
 largest groups below it. The rate is the chapter's, 1.0, for all: this compares drop-in
 replacements, not each at its best. Figures: transforms.png, loss and accuracies;
 covariance.png, of the features of the first dense layer before and after each, in the
-untrained network. What came out is in experiments/README.md.
+untrained network.
+
+What came out (3 seeds, 3 epochs; all of it in experiments/README.md): ZCA in groups of
+16 trains to .082 nats less than batch norm in as many steps, at .63 of the speed, and
+by the batch's own statistics predicts best, .881 to .857; by moving averages it is
+worse than batch norm. PCA hardly trains. Ranks train like batch norm, at a twelfth of
+its speed; layer, group and instance norm are .15 to .37 nats behind at this rate.
 """
 
 from __future__ import annotations

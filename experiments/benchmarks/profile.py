@@ -5,7 +5,7 @@ one device and on two with synced statistics; of batch norm alone, forward and b
 ours and the plain one-pass form, at the shapes of `batch_norm`; and of exact statistics
 of the training set, by pass.
 
-  python -m experiments.benchmarks.profile --workdir=runs/profile             2 minutes
+  python -m experiments.benchmarks.profile --workdir=runs/profile             3 minutes
   python -m experiments.benchmarks.profile --workdir=runs/profile-try --smoke
 
 Times are those of XLA's operations, which take in several of ours: one counts for the

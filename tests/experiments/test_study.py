@@ -12,7 +12,8 @@ import pytest
 from bn_jax import results as results_lib
 from experiments import report, study
 
-# Two arms, the second of which depends on the first; two steps each.
+# Arms of two steps each; the second depends on the first, and a smoke run, which is all
+# that is made of it here, leaves the large one and the claim about it out.
 MADE_UP = """
 from bn_jax.analysis import intervals
 from bn_jax.analysis.verdicts import decide
@@ -27,7 +28,10 @@ def config(design, **choices):
 
 def first(design, rows):
     assert not rows
-    return {"first": [config(design, seed=seed) for seed in range(design.seeds)]}
+    return {
+        "large": [config(design)],
+        "first": [config(design, seed=seed) for seed in range(design.seeds)],
+    }
 
 def second(design, rows):
     rate = 0.1 * len(rows)
@@ -38,8 +42,13 @@ def complete(folder, rows, data):
     return [{**row, "gammas": len(gamma[i])} for i, row in enumerate(rows)]
 
 def verdicts(rows):
-    losses = [study.last(row, "loss") for row in rows if row["arm"] == "first"]
-    return [decide("it learns", "loss", intervals.of_mean(losses), reason="", above=0)]
+    def learns(arm):
+        losses = [study.last(row, "loss") for row in study.runs_of(rows, arm)]
+        interval = intervals.of_mean(losses)
+        return decide("it learns", "loss", interval, reason="", above=0)
+
+    arms = ("large", "first")
+    return study.judge(rows, [study.Claim([a], lambda a=a: learns(a)) for a in arms])
 
 def draw(rows, folder):
     (folder / "figure.txt").write_text(f"{len(rows)} rows")
@@ -47,7 +56,7 @@ def draw(rows, folder):
 study.start(Study(
     name="made_up", design=Design(epochs=2, seeds=3), stages=(first, second),
     verdicts=verdicts, draw=draw, complete=complete, exact=False,
-    summary=lambda rows: {"more": len(rows)},
+    summary=lambda rows: {"more": len(rows)}, smoke_arms=("first", "second"),
 ))
 """
 

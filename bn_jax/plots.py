@@ -94,8 +94,9 @@ def arms_by_epoch(
 ) -> None:
     """Draw loss, training and test accuracy by epoch, a line an arm.
 
-    Lines are means over seeds, bands reach from the least to the greatest seed. Stars
-    are means of the accuracy by exact statistics, with their range.
+    Lines are means over seeds, bands reach from the least to the greatest seed; after
+    divergence a run is left out. Stars are means of the accuracy by exact statistics,
+    with their range.
 
     Args:
       rows: one per run, with `arm`, `test_accuracy_exact`, and the per-epoch lists
@@ -112,17 +113,17 @@ def arms_by_epoch(
         "test_accuracy": "test accuracy (moving averages)",
     }
     for axes, (name, label) in zip(figure.subplots(1, 3), panels.items(), strict=True):
-        for (arm, title), (style, width) in zip(titles.items(), ARM_LINES, strict=True):
+        for (arm, title), (style, width) in zip(
+            titles.items(), ARM_LINES, strict=False
+        ):
             colour = COLOURS[arm]
             runs = [row for row in rows if row["arm"] == arm]
-            by_epoch = list(zip(*(row[name] for row in runs), strict=True))
-            epochs = range(1, len(by_epoch) + 1)
-            means = [sum(values) / len(values) for values in by_epoch]
-            low, high = map(min, by_epoch), map(max, by_epoch)
-            axes.fill_between(epochs, [*low], [*high], color=colour, alpha=0.2, lw=0)
+            epochs, means, low, high = _by_epoch([row[name] for row in runs])
+            axes.fill_between(epochs, low, high, color=colour, alpha=0.2, lw=0)
             axes.plot(epochs, means, style, color=colour, linewidth=width, label=title)
-            end = len(by_epoch) + 0.6
-            exact = [row[f"{name}_exact"] for row in runs if f"{name}_exact" in row]
+            end = len(runs[0][name]) + 0.6
+            scores = [row.get(f"{name}_exact") for row in runs]
+            exact = [score for score in scores if score is not None]
             if exact:
                 axes.plot([end, end], [min(exact), max(exact)], color=colour, lw=1)
                 axes.plot(end, sum(exact) / len(exact), "*", color=colour, ms=8)
@@ -143,6 +144,21 @@ def arms_by_epoch(
         handles, labels, fontsize=8, ncols=4, loc="outside lower center", frameon=False
     )
     figure.savefig(path, dpi=DOTS_PER_INCH)
+
+
+def _by_epoch(
+    runs: Sequence[Sequence[float | None]],
+) -> tuple[list[int], list[float], list[float], list[float]]:
+    """Return epochs, and mean, least and greatest value of the runs that reached it."""
+    epochs, means, low, high = [], [], [], []
+    for epoch, of_runs in enumerate(zip(*runs, strict=True), start=1):
+        values = [value for value in of_runs if value is not None]
+        if values:
+            epochs.append(epoch)
+            means.append(sum(values) / len(values))
+            low.append(min(values))
+            high.append(max(values))
+    return epochs, means, low, high
 
 
 def members_by_epoch(
@@ -382,18 +398,7 @@ def small_multiples(
     for axes, (title, lines) in zip(grid.flat, panels.items(), strict=False):
         for line, runs in lines.items():
             arm, _, kind = line.partition(" ")
-            by_epoch = [
-                [v for v in values if v is not None]
-                for values in zip(*runs, strict=True)
-            ]
-            points = [
-                (epoch, sum(values) / len(values), min(values), max(values))
-                for epoch, values in enumerate(by_epoch, start=1)
-                if values
-            ]
-            if not points:
-                continue
-            epochs, mean, low, high = zip(*points, strict=True)
+            epochs, mean, low, high = _by_epoch(runs)
             style = "--" if kind else "-"
             axes.fill_between(epochs, low, high, color=COLOURS[arm], alpha=0.15, lw=0)
             axes.plot(

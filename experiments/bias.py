@@ -19,13 +19,15 @@ loss after two epochs is the same to 2e-6 nats.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bn_jax.training import fields
 from bn_jax.training.config import TrainConfig
 from experiments import study
-from experiments.study import Arms, Design, Row
+from experiments.study import Arms, Row
 
 if TYPE_CHECKING:
     from bn_jax.analysis.verdicts import Verdict
@@ -35,17 +37,21 @@ LAYERS = ("conv1", "conv2", "dense1", "dense2")
 TITLES = {"with_bias": "with biases", "without_bias": "without"}
 
 
+@dataclasses.dataclass(frozen=True)
+class Design(study.Design):
+    """Two arms from the same seeds."""
+
+    epochs: int = fields.option_of(TrainConfig, "epochs", 2)
+    seeds: int = fields.option_of(study.Design, "seeds", 5)
+    learning_rate: float = fields.option_of(TrainConfig, "learning_rate")
+
+
 def arms(design: Design, rows: Sequence[Row]) -> Arms:
     """Return runs with and without the biases, from the same seeds."""
     del rows
     return {
         arm: [
-            TrainConfig(
-                dataset=design.dataset,
-                bias_before_norm=arm == "with_bias",
-                seed=seed,
-                epochs=design.epochs,
-            )
+            design.config(bias_before_norm=arm == "with_bias", seed=seed)
             for seed in range(design.seeds)
         ]
         for arm in TITLES
@@ -175,7 +181,7 @@ def verdicts(rows: Sequence[Row]) -> list[Verdict]:
             "paired difference of the training loss, nats",
             intervals.of_difference(
                 *(
-                    [study.last(row, "loss") for row in of_arm[arm]]
+                    [study.final_loss(row) for row in of_arm[arm]]
                     for arm in ("without_bias", "with_bias")
                 )
             ),
@@ -214,7 +220,7 @@ if __name__ == "__main__":
     study.start(
         study.Study(
             name="bias",
-            design=Design(epochs=2, seeds=5),
+            design=Design,
             stages=(arms,),
             verdicts=verdicts,
             draw=draw,

@@ -31,63 +31,106 @@ times the exact one, and costs 1.3 points by moving averages.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bn_jax.training import fields
 from bn_jax.training.config import TrainConfig
 from experiments import study
-from experiments.study import Arms, Design, Row
+from experiments.study import Arms, Row
 
 if TYPE_CHECKING:
     from bn_jax.analysis.verdicts import Verdict
 
-ARMS: dict[str, dict[str, Any]] = {
-    "none": {"norm": "none"},
-    "dropout_10": {"norm": "none", "dropout_rate": 0.1},
-    "dropout_30": {"norm": "none", "dropout_rate": 0.3},
-    "dropout_50": {"norm": "none", "dropout_rate": 0.5},
-    "batch_norm": {},
-    "norm_dropout_before": {"dropout_rate": 0.5, "dropout_at": "dense"},
-    "norm_dropout_after": {"dropout_rate": 0.5, "dropout_at": "last"},
-}
-TITLES = {
-    "none": "neither",
-    "dropout_10": "dropout .1",
-    "dropout_30": "dropout .3",
-    "dropout_50": "dropout .5",
-    "batch_norm": "batch norm",
-    "norm_dropout_before": "batch norm, dropout .5 before a norm",
-    "norm_dropout_after": "batch norm, dropout .5 after the last",
-}
 SIZES = ("all", "few")
-FEW = 3_000
-FEW_OF_SAMPLE = 600  # of the embedded 6,000
-# Epochs on few images for one on all: about as many steps. Without norm LeNet spends
-# the first hundreds of them at the loss of guessing; after 8 it is hardly off it.
-LONGER = 20
+# Of --smoke: the embedded sample has 6,000.
+FEW_OF_SAMPLE = 600
+
+
+@dataclasses.dataclass(frozen=True)
+class Design(study.Design):
+    """Rates of dropout, with and without norm, on all images and on few."""
+
+    epochs: int = fields.option_of(TrainConfig, "epochs", 5)
+    seeds: int = fields.option_of(study.Design, "seeds", 5)
+    learning_rate: float = fields.option_of(TrainConfig, "learning_rate")
+    rates: tuple[float, ...] = fields.option(
+        (0.1, 0.3, 0.5),
+        "Of dropout without norm; one claim is on .5.",
+        valid=fields.BELOW_1,
+    )
+    rate_with_norm: float = fields.option(
+        0.5, "Of dropout before and after a norm.", valid=fields.BELOW_1
+    )
+    sizes: tuple[str, ...] = fields.option(
+        SIZES, "Train on all images, on few, or on both.", choices=SIZES
+    )
+    few_examples: int = fields.option(
+        3_000, "How many are few.", valid=fields.AT_LEAST_1
+    )
+    longer: int = fields.option(
+        20,
+        "Epochs on few images for one on all; 20 for about as many steps. Without norm "
+        "LeNet spends the first hundreds of them at the loss of guessing; after 8 "
+        "epochs it is hardly off it.",
+        valid=fields.AT_LEAST_1,
+    )
+
+
+def choices(design: Design) -> dict[str, dict[str, Any]]:
+    """Return what each arm has."""
+    with_norm = {"dropout_rate": design.rate_with_norm}
+    return {
+        "none": {"norm": "none"},
+        **{
+            f"dropout_{100 * rate:g}": {"norm": "none", "dropout_rate": rate}
+            for rate in sorted(design.rates)
+        },
+        "batch_norm": {},
+        "norm_dropout_before": {**with_norm, "dropout_at": "dense"},
+        "norm_dropout_after": {**with_norm, "dropout_at": "last"},
+    }
 
 
 def arms(design: Design, rows: Sequence[Row]) -> Arms:
     """Return a run for each arm and seed, on all images and on few."""
     del rows
-    few = FEW_OF_SAMPLE if design.dataset == "sample" else FEW
-    sizes = {"all": (0, design.epochs), "few": (few, LONGER * design.epochs)}
+    sizes = {
+        "all": {},
+        "few": {
+            "train_examples": design.few_examples,
+            "epochs": design.longer * design.epochs,
+        },
+    }
     return {
         f"{size}-{arm}": [
-            TrainConfig(
-                dataset=design.dataset,
-                train_examples=train_examples,
-                epochs=epochs,
-                seed=seed,
-                **choices,
-            )
+            design.config(seed=seed, **sizes[size], **of_arm)
             for seed in range(design.seeds)
         ]
-        for size, (train_examples, epochs) in sizes.items()
-        for arm, choices in ARMS.items()
+        for size in design.sizes
+        for arm, of_arm in choices(design).items()
     }
+
+
+def _dropout(row: Row) -> str:
+    return f"dropout {row['config']['dropout_rate']:g}".replace(" 0.", " .")
+
+
+def titles(rows: Sequence[Row]) -> dict[str, str]:
+    """Return a title of each arm that has runs, whatever the number of images."""
+    found = {}
+    for row in rows:
+        _, _, arm = row["arm"].partition("-")
+        found[arm] = {
+            "none": "neither",
+            "batch_norm": "batch norm",
+            "norm_dropout_before": f"batch norm, {_dropout(row)} before a norm",
+            "norm_dropout_after": f"batch norm, {_dropout(row)} after the last",
+        }.get(arm, _dropout(row))
+    return found
 
 
 def scores(row: Row) -> dict[str, float]:
@@ -101,7 +144,8 @@ def scores(row: Row) -> dict[str, float]:
     loss, train = row[f"train_loss_{kind}"], row[f"train_accuracy_{kind}"]
     average = study.last(row, "test_accuracy")
     if loss is None:
-        loss, train, average = math.log(10), 0.1, 0.1
+        loss = study.guessing("loss")
+        train = average = study.guessing("accuracy")
     test = study.final_test_accuracy(row)
     return {
         "train_loss": loss,
@@ -136,7 +180,7 @@ def summary(rows: Sequence[Row]) -> Row:
             )
             for row in study.runs_of(rows, arm)
         ]
-        for arm in dict.fromkeys(row["arm"] for row in rows)
+        for arm in study.arms_of(rows)
     }
     return {"first_epoch_at_85": reached}
 
@@ -152,12 +196,12 @@ def verdicts(rows: Sequence[Row]) -> list[Verdict]:
 
     def replaces_dropout(size: str) -> Verdict:
         best = max(
-            (arm for arm in ARMS if arm.startswith("dropout")),
+            (arm for arm in names if arm.startswith("dropout")),
             key=lambda arm: sum(_scores(rows, f"{size}-{arm}", "test_accuracy")),
         )
         return decide(
             f"batch norm can take the place of dropout, {size} images: it predicts "
-            f"better than dropout without norm (the best is {TITLES[best]})",
+            f"better than dropout without norm (the best is {names[best]})",
             "paired difference of the test accuracy, exact statistics",
             change("test_accuracy", size, "batch_norm", best),
             above=0.0,
@@ -165,10 +209,11 @@ def verdicts(rows: Sequence[Row]) -> list[Verdict]:
             "runs, which favours dropout",
         )
 
-    on_all, on_few = ([f"{size}-{arm}" for arm in ARMS] for size in SIZES)
+    names = titles(rows)
+    on_all, on_few = ([f"{size}-{arm}" for arm in names] for size in SIZES)
     claims = [
         study.Claim(
-            on_all,
+            ["all-none", "all-dropout_50"],
             lambda: decide(
                 "dropout of .5 slows training without norm: after as many steps the "
                 "loss is higher",
@@ -228,16 +273,17 @@ def verdicts(rows: Sequence[Row]) -> list[Verdict]:
             ),
         ),
     ]
-    return study.judge(rows, claims)
+    return study.judge(study.arms_of(rows), claims)
 
 
 def draw(rows: Sequence[Row], folder: Path) -> None:
     from bn_jax import plots
 
     ratios = {}
+    names = titles(rows)
     for size in SIZES:
-        runs = {arm: study.runs_of(rows, f"{size}-{arm}") for arm in ARMS}
-        if not runs["none"]:  # a smoke run trains on few alone
+        runs = {arm: study.runs_of(rows, f"{size}-{arm}") for arm in names}
+        if not runs["none"]:
             continue
         count = runs["none"][0]["config"]["train_examples"]
         images = f"{count:,} images" if count else "all images"
@@ -246,10 +292,10 @@ def draw(rows: Sequence[Row], folder: Path) -> None:
         plots.estimates(
             {
                 label: {
-                    TITLES[arm]: study.mean_and_range(
+                    names[arm]: study.mean_and_range(
                         _scores(rows, f"{size}-{arm}", name)
                     )
-                    for arm in ARMS
+                    for arm in names
                 }
                 for name, label in (
                     ("train_loss", "training loss, nats"),
@@ -264,7 +310,7 @@ def draw(rows: Sequence[Row], folder: Path) -> None:
             runs, f"{note}band: least to greatest", folder / f"curves_{size}.png"
         )
         ratios[f"moving / exact variance, {images}"] = {
-            TITLES[arm]: study.mean_and_range(
+            names[arm]: study.mean_and_range(
                 [row["norm4_variance_ratio"] for row in runs[arm]]
             )
             for arm in ("batch_norm", "norm_dropout_before", "norm_dropout_after")
@@ -280,13 +326,14 @@ def draw(rows: Sequence[Row], folder: Path) -> None:
 def _draw_curves(runs: dict[str, list[Row]], note: str, path: Path) -> None:
     from bn_jax import plots
 
-    panels = {  # what has which norm
-        "no dropout": {"none": "none", "batch_norm": "batch_norm"},
-        "dropout .1": {"none": "dropout_10"},
-        "dropout .3": {"none": "dropout_30"},
-        "dropout .5": {"none": "dropout_50", "batch_norm": "norm_dropout_before"},
-        "dropout .5 after the last norm": {"batch_norm": "norm_dropout_after"},
-    }
+    # Which arm is without norm, and which with.
+    panels = {"no dropout": {"none": "none", "batch_norm": "batch_norm"}}
+    for arm, of_arm in runs.items():
+        if arm.startswith("dropout"):
+            panels[_dropout(of_arm[0])] = {"none": arm}
+    with_norm = _dropout(runs["norm_dropout_before"][0])
+    panels.setdefault(with_norm, {})["batch_norm"] = "norm_dropout_before"
+    panels[f"{with_norm} after the last norm"] = {"batch_norm": "norm_dropout_after"}
     plots.small_multiples(
         {
             title: {
@@ -315,12 +362,12 @@ if __name__ == "__main__":
     study.start(
         study.Study(
             name="dropout",
-            design=Design(epochs=5, seeds=5),
+            design=Design,
             stages=(arms,),
             verdicts=verdicts,
             draw=draw,
             train=True,
             summary=summary,
-            smoke_arms=[f"few-{arm}" for arm in ARMS],
+            smoke={"sizes": ("few",), "few_examples": FEW_OF_SAMPLE},
         )
     )

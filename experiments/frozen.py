@@ -26,22 +26,24 @@ arXiv:2003.00152.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bn_jax.training import fields
 from bn_jax.training.config import TrainConfig
 from experiments import study
-from experiments.study import Arms, Design, Row
+from experiments.study import Arms, Row
 
 if TYPE_CHECKING:
     from bn_jax.analysis.intervals import Interval
     from bn_jax.analysis.verdicts import Verdict
     from bn_jax.data import ImageData
 
-# The chapter's rate is for sigmoids; ReLUs, in its later chapters, have a tenth of it.
-RATES = {"sigmoid": 1.0, "relu": 0.1}
+ACTIVATIONS = ("sigmoid", "relu")
 NORMS = ("norm1", "norm2", "norm3", "norm4")
 SMALL = 0.01  # of a gamma, as Frankle et al. count the features that are off
 # By what learns, and whether gamma and beta do.
@@ -56,25 +58,48 @@ TITLES = {
 }
 FREE, NEITHER = TITLES["all", True, True], TITLES["all", False, False]
 NORM, RANDOM = TITLES["norm", True, True], TITLES["random", True, True]
+TRAINED = tuple(dict.fromkeys(trained for trained, _, _ in TITLES))
+
+
+@dataclasses.dataclass(frozen=True)
+class Design(study.Design):
+    """Activations with their rates, and what learns."""
+
+    epochs: int = fields.option_of(TrainConfig, "epochs", 4)
+    activations: tuple[str, ...] = fields.option(
+        ACTIVATIONS, "After each layer.", choices=ACTIVATIONS
+    )
+    sigmoid_rate: float = fields.option(
+        1.0, "Learning rate with sigmoids, the chapter's.", valid=fields.POSITIVE
+    )
+    relu_rate: float = fields.option(
+        0.1, "And with ReLUs, as in its later chapters.", valid=fields.POSITIVE
+    )
+    trained: tuple[str, ...] = fields.option(
+        TRAINED,
+        "What learns: all, with gamma and beta, one or neither; the norms' gamma and "
+        "beta alone; these and the last layer; as many other parameters.",
+        choices=TRAINED,
+    )
 
 
 def arms(design: Design, rows: Sequence[Row]) -> Arms:
     """Return a run for each activation, choice of what learns, and seed."""
     del rows
     found: dict[str, list[TrainConfig]] = {}
-    for activation, choice, seed in itertools.product(
-        RATES, TITLES, range(design.seeds)
+    rates = {"sigmoid": design.sigmoid_rate, "relu": design.relu_rate}
+    for activation, (trained, gamma, beta), seed in itertools.product(
+        design.activations, TITLES, range(design.seeds)
     ):
-        trained, gamma, beta = choice
-        config = TrainConfig(
-            dataset=design.dataset,
+        if trained not in design.trained:
+            continue
+        config = design.config(
             activation=activation,
-            learning_rate=RATES[activation],
+            learning_rate=rates[activation],
             trained=trained,
             train_gamma=gamma,
             train_beta=beta,
             seed=seed,
-            epochs=design.epochs,
         )
         found.setdefault(f"{activation}-{trained}", []).append(config)
     return found
@@ -95,14 +120,14 @@ def with_small_gammas(folder: Path, rows: list[Row], data: ImageData) -> list[Ro
 
 
 def by_choice(rows: Sequence[Row], activation: str) -> dict[str, list[Row]]:
-    """Return the runs with an activation by what learns, in order of seeds."""
+    """Return the runs with an activation by what learned, in order of seeds."""
     found: dict[str, list[Row]] = {title: [] for title in TITLES.values()}
     for row in sorted(rows, key=lambda row: row["config"]["seed"]):
         config = row["config"]
         if config["activation"] == activation:
             choice = (config["trained"], config["train_gamma"], config["train_beta"])
             found[TITLES[choice]].append(row)
-    return found
+    return {title: runs for title, runs in found.items() if runs}
 
 
 def change(runs: dict[str, list[Row]], choice: str) -> Interval:
@@ -118,45 +143,54 @@ def verdicts(rows: Sequence[Row]) -> list[Verdict]:
     from bn_jax.analysis import intervals
     from bn_jax.analysis.verdicts import decide
 
-    found = []
-    for activation in RATES:
-        runs = by_choice(rows, activation)
+    def changes(activation: str, runs: dict[str, list[Row]]) -> Verdict:
         value, low, high, n = change(runs, NEITHER)
         direction = "higher"
         if value < 0:
             value, low, high, direction = -value, -high, -low, "lower"
-        found += [
-            decide(
-                f"{activation}: fixing gamma and beta changes the training loss (it is "
-                f"{direction})",
-                f"paired difference of the training loss, nats, counted as {direction}",
-                intervals.Interval(value, low, high, n),
-                above=0.01,
-                reason="two standard deviations of the published re-runs; the "
-                "direction is taken from the same runs, which favours the claim",
-            ),
-            decide(
-                f"{activation}: gamma and beta alone learn more than as many other "
-                "parameters",
-                "paired difference of the test accuracy, exact statistics",
-                intervals.of_difference(
-                    *(
-                        [study.final_test_accuracy(row) for row in runs[choice]]
-                        for choice in (NORM, RANDOM)
-                    )
-                ),
-                above=0.0,
-                reason="the sign is the claim, as Frankle et al. found in ResNets",
-            ),
-            decide(
-                f"{activation}: trained alone, gammas switch features off",
-                f"share of gammas below {SMALL} in absolute value, over the four norms",
-                intervals.of_mean([row["small_gammas"] for row in runs[NORM]]),
-                above=0.1,
-                reason="a tenth of the features; Frankle et al. found about a third in "
-                "ResNets, after many more steps",
-            ),
+        return decide(
+            f"{activation}: fixing gamma and beta changes the training loss (it is "
+            f"{direction})",
+            f"paired difference of the training loss, nats, counted as {direction}",
+            intervals.Interval(value, low, high, n),
+            above=0.01,
+            reason="two standard deviations of the published re-runs; the "
+            "direction is taken from the same runs, which favours the claim",
+        )
+
+    def learn_more(activation: str, runs: dict[str, list[Row]]) -> Verdict:
+        norm, others = (
+            [study.final_test_accuracy(row) for row in runs[choice]]
+            for choice in (NORM, RANDOM)
+        )
+        return decide(
+            f"{activation}: gamma and beta alone learn more than as many other "
+            "parameters",
+            "paired difference of the test accuracy, exact statistics",
+            intervals.of_difference(norm, others),
+            above=0.0,
+            reason="the sign is the claim, as Frankle et al. found in ResNets",
+        )
+
+    def switch_off(activation: str, runs: dict[str, list[Row]]) -> Verdict:
+        return decide(
+            f"{activation}: trained alone, gammas switch features off",
+            f"share of gammas below {SMALL} in absolute value, over the four norms",
+            intervals.of_mean([row["small_gammas"] for row in runs[NORM]]),
+            above=0.1,
+            reason="a tenth of the features; Frankle et al. found about a third in "
+            "ResNets, after many more steps",
+        )
+
+    needs = {changes: (FREE, NEITHER), learn_more: (NORM, RANDOM), switch_off: (NORM,)}
+    found = []
+    for activation in ACTIVATIONS:
+        runs = by_choice(rows, activation)
+        claims = [
+            study.Claim(choices, functools.partial(decision, activation, runs))
+            for decision, choices in needs.items()
         ]
+        found += study.judge(runs, claims)
     return found
 
 
@@ -164,9 +198,15 @@ def draw(rows: Sequence[Row], folder: Path) -> None:
     from bn_jax import plots
 
     changes = {}
-    for activation, rate in RATES.items():
+    for activation in ACTIVATIONS:
         runs = by_choice(rows, activation)
-        note = f"{activation}, rate {rate:g}; n = {len(runs[FREE])} seeds; "
+        if not runs:
+            continue
+        first = next(iter(runs.values()))
+        note = (
+            f"{activation}, rate {first[0]['config']['learning_rate']:g}; "
+            f"n = {len(first)} seeds; "
+        )
         plots.estimates(
             {
                 label: {
@@ -182,27 +222,30 @@ def draw(rows: Sequence[Row], folder: Path) -> None:
             f"what learns; {note}line: least to greatest",
             folder / f"{activation}.png",
         )
-        changes[f"change of the loss, nats, {activation}"] = {
-            choice: change(runs, choice)
-            for choice in TITLES.values()
-            if choice.startswith(f"{FREE} but")
-        }
-    plots.estimates(
-        changes,
-        "what learns, to all; paired by seed; line: 95% interval",
-        folder / "changes.png",
-        reference=0.0,
-    )
+        if FREE in runs:
+            changes[f"change of the loss, nats, {activation}"] = {
+                choice: change(runs, choice)
+                for choice in runs
+                if choice.startswith(f"{FREE} but")
+            }
+    if changes:
+        plots.estimates(
+            changes,
+            "what learns, to all; paired by seed; line: 95% interval",
+            folder / "changes.png",
+            reference=0.0,
+        )
 
 
 if __name__ == "__main__":
     study.start(
         study.Study(
             name="frozen",
-            design=Design(epochs=4, seeds=3),
+            design=Design,
             stages=(arms,),
             verdicts=verdicts,
             draw=draw,
             complete=with_small_gammas,
+            smoke={"activations": ("sigmoid",)},
         )
     )

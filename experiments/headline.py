@@ -30,9 +30,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bn_jax.training import fields
 from bn_jax.training.config import TrainConfig
 from experiments import study
-from experiments.study import Arms, Design, Row
+from experiments.study import Arms, Claim, Row
 
 if TYPE_CHECKING:
     from bn_jax.analysis.verdicts import Verdict
@@ -41,17 +42,18 @@ if TYPE_CHECKING:
 # `none_padded` is the published run without; `none` differs from the first two in norm
 # and rate alone.
 ARMS: dict[str, dict[str, Any]] = {
-    "batch_norm": {"norm": "batch_norm", "learning_rate": 1.0},
-    "flax": {"norm": "flax", "learning_rate": 1.0},
-    "none": {"norm": "none", "learning_rate": 0.9},
-    "none_padded": {"norm": "none", "learning_rate": 0.9, "first_padding": 2},
+    "batch_norm": {"norm": "batch_norm"},
+    "flax": {"norm": "flax"},
+    "none": {"norm": "none"},
+    "none_padded": {"norm": "none", "first_padding": 2},
 }
 TITLES = {
-    "batch_norm": "batch norm, ours (rate 1.0)",
-    "flax": "batch norm, Flax's own (rate 1.0)",
-    "none": "no batch norm (rate 0.9)",
+    "batch_norm": "batch norm, ours",
+    "flax": "batch norm, Flax's own",
+    "none": "no batch norm",
     "none_padded": "no batch norm, images padded by 2",
 }
+WITH_NORM = ("batch_norm", "flax")
 SCORES = ("loss", "train_accuracy", "test_accuracy", "test_accuracy_exact")
 # Mean and standard deviation over re-runs of the notebooks (d2l-zh in PyTorch, n = 49
 # with batch norm and 130 without), of the first convolution over PyTorch's re-runs.
@@ -67,19 +69,44 @@ PUBLISHED = {
         "test_accuracy": (0.804, 0.015),
     },
 }
-PUBLISHED_GAMMA, PUBLISHED_ABS_BETA = (2.33, 0.99), (1.50, 1.01)
+LEARNED = {  # of the first layer, by title
+    "gamma": lambda row: row["gamma"],
+    "|beta|": lambda row: [abs(b) for b in row["beta"]],
+}
+PUBLISHED_LEARNED = ((2.33, 0.99), (1.50, 1.01))
+
+
+@dataclasses.dataclass(frozen=True)
+class Design(study.Design):
+    """The arms, and their learning rates."""
+
+    epochs: int = fields.option_of(TrainConfig, "epochs", 10)
+    seeds: int = fields.option_of(study.Design, "seeds", 10)
+    arms: tuple[str, ...] = fields.option(
+        tuple(ARMS),
+        "What is trained; none_padded is as published, none differs from the first two "
+        "in norm and rate alone.",
+        choices=tuple(ARMS),
+    )
+    rate: float = fields.option(
+        1.0, "Learning rate with batch norm.", valid=fields.POSITIVE
+    )
+    rate_without: float = fields.option(0.9, "And without.", valid=fields.POSITIVE)
 
 
 def arms(design: Design, rows: Sequence[Row]) -> Arms:
     """Return a run for each arm and seed."""
     del rows
-    base = TrainConfig(dataset=design.dataset, epochs=design.epochs)
     return {
         arm: [
-            dataclasses.replace(base, seed=seed, **choices)
+            design.config(
+                seed=seed,
+                learning_rate=design.rate if arm in WITH_NORM else design.rate_without,
+                **ARMS[arm],
+            )
             for seed in range(design.seeds)
         ]
-        for arm, choices in ARMS.items()
+        for arm in design.arms
     }
 
 
@@ -100,13 +127,14 @@ def with_gamma_beta(folder: Path, rows: list[Row], data: ImageData) -> list[Row]
 
 
 def scores(rows: Sequence[Row], arm: str, name: str) -> list[float]:
-    """Return a score of an arm at the end of training, by seed."""
+    """Return a score of an arm at the end, by seed; of guessing, if it diverged."""
     # Without statistics there is but one way to predict.
     values = [
         row.get(name, row[name.removesuffix("_exact")])
         for row in study.runs_of(rows, arm)
     ]
-    return [v[-1] if isinstance(v, list) else v for v in values]
+    ends = [v[-1] if isinstance(v, list) else v for v in values]
+    return [study.guessing(name) if end is None else end for end in ends]
 
 
 def summarize(values: Sequence[float]) -> dict[str, float | int | None]:
@@ -140,127 +168,168 @@ def verdicts(rows: Sequence[Row]) -> list[Verdict]:
     def of(arm: str, name: str) -> list[float]:
         return scores(rows, arm, name)
 
-    exact, average = (
-        of("batch_norm", name) for name in ("test_accuracy_exact", "test_accuracy")
-    )
-    n = len(exact)
-    gammas = [row["gamma"] for row in rows if row["arm"] == "batch_norm"]
-    betas = [row["beta"] for row in rows if row["arm"] == "batch_norm"]
-    found = [
-        decide(
-            "with batch norm LeNet trains to the published loss",
-            "mean training loss, nats",
-            intervals.of_mean(of("batch_norm", "loss")),
-            above=0.258,
-            below=0.278,
-            reason="two standard deviations around the mean of 49 published re-runs",
-        ),
-        decide(
-            "with batch norm LeNet trains to the published training accuracy",
-            "mean training accuracy",
-            intervals.of_mean(of("batch_norm", "train_accuracy")),
-            above=0.897,
-            below=0.905,
-            reason="two standard deviations around the mean of 49 published re-runs",
-        ),
-        decide(
-            "without batch norm, on padded images, it trains to the published loss",
-            "mean training loss, nats",
-            intervals.of_mean(of("none_padded", "loss")),
-            above=0.4477,
-            below=0.4905,
-            reason="two standard deviations around the mean of 130 published re-runs",
-        ),
-        decide(
-            "ours and Flax's layer are the same function",
-            "largest difference of the loss at the first step, nats, over seeds",
-            intervals.Interval(*[difference_at(rows, 1)] * 3, n),
-            below=1e-5,
-            reason="rounding of float32 sums; the largest of all seeds, not a mean",
-        ),
-        decide(
-            "by exact statistics, batch norm classifies the test set better than none",
-            "paired difference of the test accuracy",
-            intervals.of_difference(exact, of("none", "test_accuracy")),
-            above=0.0,
-            reason="the sign is the claim",
-        ),
-        decide(
-            "exact statistics predict better than moving averages",
-            "paired difference of the test accuracy",
-            intervals.of_difference(exact, average),
-            above=0.0,
-            reason="the sign is the claim",
-        ),
-    ]
-    for name, values, (mean, sd) in (
-        ("gamma", [statistics.mean(g) for g in gammas], PUBLISHED_GAMMA),
-        (
-            "|beta|",
-            [statistics.mean(map(abs, b)) for b in betas],
-            PUBLISHED_ABS_BETA,
-        ),
-    ):
-        found.append(
-            decide(
-                f"{name} of the first layer is learned as published",
-                f"mean {name} of the 6 channels",
-                intervals.of_mean(values),
+    def exact_less(arm: str, name: str) -> intervals.Interval:
+        return intervals.of_difference(
+            of("batch_norm", "test_accuracy_exact"), of(arm, name)
+        )
+
+    def as_published(title: str, of_run: Any, mean: float, sd: float) -> Claim:
+        def means() -> list[float]:
+            runs = study.runs_of(rows, "batch_norm")
+            return [statistics.mean(of_run(row)) for row in runs]
+
+        return Claim(
+            ["batch_norm"],
+            lambda: decide(
+                f"{title} of the first layer is learned as published",
+                f"mean {title} of the 6 channels",
+                intervals.of_mean(means()),
                 above=mean - sd,
                 below=mean + sd,
                 reason="a deviation of single channels in the published re-runs; those "
                 "of one run vary together",
-            )
+            ),
         )
+
+    claims = [
+        Claim(
+            ["batch_norm"],
+            lambda: decide(
+                "with batch norm LeNet trains to the published loss",
+                "mean training loss, nats",
+                intervals.of_mean(of("batch_norm", "loss")),
+                above=0.258,
+                below=0.278,
+                reason="two standard deviations around the mean of 49 published "
+                "re-runs",
+            ),
+        ),
+        Claim(
+            ["batch_norm"],
+            lambda: decide(
+                "with batch norm LeNet trains to the published training accuracy",
+                "mean training accuracy",
+                intervals.of_mean(of("batch_norm", "train_accuracy")),
+                above=0.897,
+                below=0.905,
+                reason="two standard deviations around the mean of 49 published "
+                "re-runs",
+            ),
+        ),
+        Claim(
+            ["none_padded"],
+            lambda: decide(
+                "without batch norm, on padded images, it trains to the published loss",
+                "mean training loss, nats",
+                intervals.of_mean(of("none_padded", "loss")),
+                above=0.4477,
+                below=0.4905,
+                reason="two standard deviations around the mean of 130 published "
+                "re-runs",
+            ),
+        ),
+        Claim(
+            WITH_NORM,
+            lambda: decide(
+                "ours and Flax's layer are the same function",
+                "largest difference of the loss at the first step, nats, over seeds",
+                intervals.Interval(
+                    *[difference_at(rows, 1)] * 3, len(study.runs_of(rows, "flax"))
+                ),
+                below=1e-5,
+                reason="rounding of float32 sums; the largest of all seeds, not a mean",
+            ),
+        ),
+        Claim(
+            ["batch_norm", "none"],
+            lambda: decide(
+                "by exact statistics, batch norm classifies the test set better than "
+                "none",
+                "paired difference of the test accuracy",
+                exact_less("none", "test_accuracy"),
+                above=0.0,
+                reason="the sign is the claim",
+            ),
+        ),
+        Claim(
+            ["batch_norm"],
+            lambda: decide(
+                "exact statistics predict better than moving averages",
+                "paired difference of the test accuracy",
+                exact_less("batch_norm", "test_accuracy"),
+                above=0.0,
+                reason="the sign is the claim",
+            ),
+        ),
+        *(
+            as_published(title, of_run, *published)
+            for (title, of_run), published in zip(
+                LEARNED.items(), PUBLISHED_LEARNED, strict=True
+            )
+        ),
+    ]
+    return study.judge(study.arms_of(rows), claims)
+
+
+def titles(rows: Sequence[Row]) -> dict[str, str]:
+    """Return a legend of the arms that have runs, with the rates that they differ in.
+
+    `none_padded` has the rate of `none`.
+    """
+    present = study.arms_of(rows)
+    found = {arm: title for arm, title in TITLES.items() if arm in present}
+    for arm in found.keys() - {"none_padded"}:
+        rate = study.runs_of(rows, arm)[0]["config"]["learning_rate"]
+        found[arm] += f" (rate {rate})"
     return found
 
 
 def draw(rows: Sequence[Row], folder: Path) -> None:
     from bn_jax import plots
 
-    plots.arms_by_epoch(rows, TITLES, PUBLISHED, folder / "curves.png")
+    legend = titles(rows)
+    plots.arms_by_epoch(rows, legend, PUBLISHED, folder / "curves.png")
     seeds = {row["config"]["seed"] for row in rows}
-    plots.distributions(
-        {
-            "learned gamma, first layer": {
-                TITLES[arm]: [
-                    g for row in rows if row["arm"] == arm for g in row["gamma"]
-                ]
-                for arm in ("batch_norm", "flax")
-            },
-            "learned |beta|, first layer": {
-                TITLES[arm]: [
-                    abs(b) for row in rows if row["arm"] == arm for b in row["beta"]
-                ]
-                for arm in ("batch_norm", "flax")
-            },
-        },
-        (PUBLISHED_GAMMA, PUBLISHED_ABS_BETA),
-        f"6 channels of {len(seeds)} seeds; grey: mean and standard "
-        "deviation of published re-runs",
-        folder / "gamma_beta.png",
-    )
+    learned = {
+        f"learned {title}, first layer": {
+            legend[arm]: [v for row in study.runs_of(rows, arm) for v in of_run(row)]
+            for arm in WITH_NORM
+            if arm in legend
+        }
+        for title, of_run in LEARNED.items()
+    }
+    if all(learned.values()):
+        plots.distributions(
+            learned,
+            PUBLISHED_LEARNED,
+            f"6 channels of {len(seeds)} seeds; grey: mean and standard "
+            "deviation of published re-runs",
+            folder / "gamma_beta.png",
+        )
 
 
 def summary(rows: Sequence[Row]) -> dict[str, Any]:
     """Return the scores of each arm, and how ours and Flax's differ."""
-    return {
+    present = study.arms_of(rows)
+    found = {
         "arms": {
             arm: {name: summarize(scores(rows, arm, name)) for name in SCORES}
-            for arm in ARMS
-        },
-        "ours_against_flax": {
+            for arm in present
+        }
+    }
+    if set(WITH_NORM) <= set(present):
+        found["ours_against_flax"] = {
             f"loss_difference_at_step_{step}": difference_at(rows, step)
             for step in (1, 20)
-        },
-    }
+        }
+    return found
 
 
 if __name__ == "__main__":
     study.start(
         study.Study(
             name="headline",
-            design=Design(epochs=10, seeds=10),
+            design=Design,
             stages=(arms,),
             verdicts=verdicts,
             draw=draw,

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from absl import app, flags, logging
 
-from bn_jax.training import config as config_lib
-from bn_jax.training.config import ConfigError
+from bn_jax.training import fields
+from bn_jax.training.config import RunOptions
+from bn_jax.training.fields import ConfigError
 
 if TYPE_CHECKING:
     from bn_jax.data import ImageData
@@ -39,7 +40,7 @@ def workdir() -> Path:
 
 def define_run_flags() -> None:
     """Define the flags that say where training takes place: devices, data, folder."""
-    config_lib.define_flags(config_lib.RunOptions)
+    fields.define_flags(RunOptions)
     define_data_flags()
     define_workdir_flag()
     flags.DEFINE_string(
@@ -94,7 +95,7 @@ def set_up_jax() -> None:
     from bn_jax.training import distributed
 
     given = flags.FLAGS
-    options = config_lib.options_from_flags(given)
+    options = fields.from_flags(RunOptions, given)
     joins = given.distributed
     if joins is None:
         joins = given.coordinator_address is not None or distributed.is_detected()

@@ -21,37 +21,64 @@ some do not.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bn_jax.training import fields
 from bn_jax.training.config import TrainConfig
 from experiments import study
-from experiments.study import Arms, Design, Row
+from experiments.study import Arms, Row
 
 if TYPE_CHECKING:
     from bn_jax.analysis.verdicts import Verdict
 
-RATES = (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
-NUM_LONG = 5  # rates that are trained for longer
-LONGER = 10 / 3  # how much: 10 epochs for 3
 WORKABLE = 0.8
 TITLES = {"batch_norm": "batch norm", "none": "no batch norm"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Design(study.Design):
+    """A grid of rates, and how much longer its best are trained."""
+
+    epochs: int = fields.option_of(TrainConfig, "epochs", 3)
+    rates: tuple[float, ...] = fields.option(
+        (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0),
+        "Learning rates; a step of about half a decade is taken for the uncertainty of "
+        "a band's width.",
+        valid=fields.POSITIVE,
+    )
+    long_rates: int = fields.option(
+        5,
+        "At how many of them, the best of each norm, runs are longer; 0 for none.",
+        valid=fields.NOT_NEGATIVE,
+    )
+    longer: float = fields.option(
+        10 / 3, "How many times as long.", valid=fields.POSITIVE
+    )
 
 
 def short(design: Design, rows: Sequence[Row]) -> Arms:
     """Return a run for each rate and seed."""
     del rows
-    return {norm: _configs(design, norm, RATES, design.epochs) for norm in TITLES}
+    return {
+        norm: _configs(design, norm, sorted(design.rates), design.epochs)
+        for norm in TITLES
+    }
 
 
 def long(design: Design, rows: Sequence[Row]) -> Arms:
     """Return longer runs at the rates with the highest training accuracy."""
-    epochs = round(LONGER * design.epochs)
+    if not design.long_rates:
+        return {}
+    epochs = max(1, round(design.longer * design.epochs))
     return {
-        f"{norm}-long": _configs(design, norm, best_rates(rows, norm), epochs)
+        f"{norm}-long": _configs(
+            design, norm, best_rates(rows, norm, design.long_rates), epochs
+        )
         for norm in TITLES
     }
 
@@ -60,25 +87,24 @@ def _configs(
     design: Design, norm: str, rates: Sequence[float], epochs: int
 ) -> list[TrainConfig]:
     return [
-        TrainConfig(
-            dataset=design.dataset,
-            norm=norm,
-            learning_rate=rate,
-            seed=seed,
-            epochs=epochs,
-        )
+        design.config(norm=norm, learning_rate=rate, seed=seed, epochs=epochs)
         for rate, seed in itertools.product(rates, range(design.seeds))
     ]
 
 
-def best_rates(rows: Sequence[Row], norm: str) -> list[float]:
+def rates_of(rows: Sequence[Row]) -> list[float]:
+    """Return the rates that have runs, in order of size."""
+    return sorted({_rate(row) for row in rows})
+
+
+def best_rates(rows: Sequence[Row], norm: str, count: int) -> list[float]:
     """Return the rates whose mean training accuracy is highest, in order of size."""
 
     def mean_accuracy(rate: float) -> float:
         runs = [r for r in rows if r["arm"] == norm and _rate(r) == rate]
         return sum(_accuracy(r) for r in runs) / len(runs)
 
-    return sorted(sorted(RATES, key=mean_accuracy)[-NUM_LONG:])
+    return sorted(sorted(rates_of(rows), key=mean_accuracy)[-count:])
 
 
 def _rate(row: Row) -> float:
@@ -89,12 +115,12 @@ def _rate(row: Row) -> float:
 def _accuracy(row: Row) -> float:
     """Return the training accuracy at the end; chance, .1, of a run that diverged."""
     accuracy = study.last(row, "train_accuracy")
-    return 0.1 if math.isnan(accuracy) else accuracy
+    return study.guessing("accuracy") if math.isnan(accuracy) else accuracy
 
 
 def longest(rows: Sequence[Row], norm: str) -> dict[float, dict[int, Row]]:
     """Return the longest run at each rate, by seed."""
-    found: dict[float, dict[int, Row]] = {rate: {} for rate in RATES}
+    found: dict[float, dict[int, Row]] = {rate: {} for rate in rates_of(rows)}
     for row in rows:  # the longer ones come last
         if row["arm"].removesuffix("-long") == norm:
             found[_rate(row)][row["config"]["seed"]] = row
@@ -104,7 +130,7 @@ def longest(rows: Sequence[Row], norm: str) -> dict[float, dict[int, Row]]:
 def workable(rows: Sequence[Row], norm: str, seed: int, least: float) -> list[float]:
     """Return the rates at which a seed's run learns, in order of size."""
     runs = longest(rows, norm)
-    return [rate for rate in RATES if _accuracy(runs[rate][seed]) >= least]
+    return [rate for rate in runs if _accuracy(runs[rate][seed]) >= least]
 
 
 def verdicts(rows: Sequence[Row]) -> list[Verdict]:
@@ -204,7 +230,7 @@ def draw(rows: Sequence[Row], folder: Path) -> None:
             for norm in TITLES
             for suffix, name in (("", "train_accuracy"), (" test", "test_accuracy"))
         }
-        for rate in RATES
+        for rate in rates_of(rows)
     }
     plots.small_multiples(
         curves,
@@ -223,7 +249,7 @@ if __name__ == "__main__":
     study.start(
         study.Study(
             name="learning_rates",
-            design=Design(epochs=3, seeds=3),
+            design=Design,
             stages=(short, long),
             verdicts=verdicts,
             draw=draw,

@@ -26,7 +26,8 @@ from pathlib import Path
 
 from absl import flags
 
-from bn_jax.training import config as config_lib
+from bn_jax.training import fields
+from bn_jax.training.config import RunOptions, TrainConfig
 from experiments import launch
 
 # What rounding may change of a loss or an accuracy: an image or two of 10,000.
@@ -34,7 +35,7 @@ ROUNDING = 3e-4
 
 
 def define_flags() -> None:
-    config_lib.define_flags(config_lib.TrainConfig)
+    fields.define_flags(TrainConfig)
     launch.define_run_flags()
     flags.DEFINE_boolean(
         "smoke", False, "Try everything in seconds: the sample, 1 epoch, unless given."
@@ -54,35 +55,35 @@ def main(argv: Sequence[str]) -> None:
     launch.check_no_arguments(argv)
     given = flags.FLAGS
     if (given.workdir is None) == (given.load is None):
-        raise config_lib.ConfigError(
+        raise fields.ConfigError(
             "give --workdir=DIR to train into a folder, or --load=DIR to evaluate what "
             "a run left there; --help lists all flags"
         )
     if given.load is not None:
-        fields = dataclasses.fields(config_lib.TrainConfig)
-        ignored = [f"--{f.name}" for f in fields if given[f.name].present]
+        names = [field.name for field in dataclasses.fields(TrainConfig)]
+        ignored = [f"--{name}" for name in names if given[name].present]
         if ignored:
-            raise config_lib.ConfigError(
+            raise fields.ConfigError(
                 f"--load takes the config of the run, so leave out {', '.join(ignored)}"
             )
         evaluate_again(given.load)
         return
     launch.set_up_jax()
     smoke = {"dataset": "sample", "epochs": 1} if given.smoke else {}
-    config = config_lib.from_flags(given, defaults=smoke)
+    config = fields.from_flags(TrainConfig, given, defaults=smoke)
     if given.sweep is not None:
         train_sweep(given.workdir, given.sweep, config)
     else:
         train(given.workdir, config)
 
 
-def train(workdir: str, config: config_lib.TrainConfig) -> None:
+def train(workdir: str, config: TrainConfig) -> None:
     """Train `config` into `workdir` and print what came out."""
     from bn_jax.training import distributed  # here, so that --help is quick
     from bn_jax.training import run as run_lib
 
     data = launch.load_data(config.dataset)
-    options = config_lib.options_from_flags(flags.FLAGS)
+    options = fields.from_flags(RunOptions, flags.FLAGS)
     run = run_lib.train_into(workdir, config, data, options)
     if not distributed.is_primary():
         return
@@ -103,14 +104,14 @@ def train(workdir: str, config: config_lib.TrainConfig) -> None:
     print(f"written to {workdir}: {', '.join(names)}")
 
 
-def train_sweep(workdir: str, spec: str, base: config_lib.TrainConfig) -> None:
+def train_sweep(workdir: str, spec: str, base: TrainConfig) -> None:
     """Train the members of a sweep into `workdir` and print a line for each."""
     from bn_jax.training import sweep, sweep_run
 
     configs = sweep.parse(spec, base)
     data = launch.load_data(base.dataset)
     print(f"{len(configs)} members of the sweep", flush=True)
-    options = config_lib.options_from_flags(flags.FLAGS)
+    options = fields.from_flags(RunOptions, flags.FLAGS)
     rows = sweep_run.sweep_into(workdir, configs, data, options)
     names = [part.partition("=")[0].strip() for part in spec.split(";")]
     for row in rows:

@@ -32,26 +32,24 @@ seeds differ by.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bn_jax.training import fields
 from bn_jax.training.config import TrainConfig
 from experiments import study
-from experiments.study import Arms, Design, Row
+from experiments.study import Arms, Claim, Row
 
 if TYPE_CHECKING:
     from bn_jax.analysis.verdicts import Verdict
 
 # (momentum, epsilon), all in one program.
 CHAPTER, FLAX, KERAS = (0.9, 1e-5), (0.99, 1e-5), (0.99, 1e-3)
-SLOWEST = (0.999, 1e-5)
-MOMENTA = ((0.0, 1e-5), (0.5, 1e-5), CHAPTER, FLAX, SLOWEST)
-LARGE = (0.9, 1e-3)
-EPSILONS = ((0.9, 1e-12), CHAPTER, LARGE)
-NUMBERS = tuple(dict.fromkeys((*MOMENTA, *EPSILONS, KERAS)))
+SLOWEST, LARGE = (0.999, 1e-5), (0.9, 1e-3)
 LIBRARIES = {CHAPTER: "chapter, PyTorch", FLAX: "Flax", KERAS: "Keras"}
 # By arm; these have the chapter's momentum and epsilon.
 NORMS = {
@@ -71,51 +69,87 @@ TITLES = {
 FAST, TWO_PASSES = TITLES["fast_variance"], TITLES["two_pass_variance"]
 
 
+@dataclasses.dataclass(frozen=True)
+class Design(study.Design):
+    """Momenta, epsilons and other options."""
+
+    epochs: int = fields.option_of(TrainConfig, "epochs", 3)
+    learning_rate: float = fields.option_of(TrainConfig, "learning_rate")
+    momenta: tuple[float, ...] = fields.option(
+        (0.0, 0.5, 0.9, 0.99, 0.999),
+        "At the chapter's epsilon, 1e-5. The libraries' defaults are always trained.",
+        valid=fields.SHARE,
+    )
+    epsilons: tuple[float, ...] = fields.option(
+        (1e-12, 1e-5, 1e-3),
+        "At the chapter's momentum, .9.",
+        valid=fields.POSITIVE,
+    )
+    norms: tuple[str, ...] = fields.option(
+        tuple(NORMS),
+        "Other options, with the chapter's momentum and epsilon.",
+        choices=tuple(NORMS),
+    )
+
+
+def numbers(design: Design) -> list[tuple[float, float]]:
+    """Return pairs of momentum and epsilon, each once."""
+    momentum, epsilon = CHAPTER
+    momenta = [(m, epsilon) for m in design.momenta]
+    epsilons = [(momentum, e) for e in design.epsilons]
+    return list(dict.fromkeys((*momenta, *epsilons, *LIBRARIES)))
+
+
 def arms(design: Design, rows: Sequence[Row]) -> Arms:
     """Return a run for each option and seed."""
     del rows
+
+    def config(norm: str, pair: tuple[float, float], seed: int) -> TrainConfig:
+        momentum, epsilon = pair
+        return design.config(norm=norm, momentum=momentum, epsilon=epsilon, seed=seed)
+
     seeds = range(design.seeds)
-
-    def config(norm: str, numbers: tuple[float, float], seed: int) -> TrainConfig:
-        momentum, epsilon = numbers
-        return TrainConfig(
-            dataset=design.dataset,
-            norm=norm,
-            momentum=momentum,
-            epsilon=epsilon,
-            seed=seed,
-            epochs=design.epochs,
-        )
-
     return {
         "numbers": [
-            config("batch_norm", numbers, seed)
-            for numbers, seed in itertools.product(NUMBERS, seeds)
+            config("batch_norm", pair, seed)
+            for pair, seed in itertools.product(numbers(design), seeds)
         ],
         **{
-            arm: [config(norm, CHAPTER, seed) for seed in seeds]
-            for arm, norm in NORMS.items()
+            arm: [config(NORMS[arm], CHAPTER, seed) for seed in seeds]
+            for arm in design.norms
         },
     }
 
 
-def title(numbers: tuple[float, float]) -> str:
+def title(pair: tuple[float, float]) -> str:
     """Return a label of momentum and epsilon."""
-    momentum, epsilon = numbers
-    whose = f" ({LIBRARIES[numbers]})" if numbers in LIBRARIES else ""
+    momentum, epsilon = pair
+    whose = f" ({LIBRARIES[pair]})" if pair in LIBRARIES else ""
     return f"momentum {momentum:g}, epsilon {epsilon:g}{whose}"
 
 
 def by_option(rows: Sequence[Row]) -> dict[str, dict[int, Row]]:
     """Return the runs of each option that has any, by title and seed."""
-    found: dict[str, dict[int, Row]] = {title(numbers): {} for numbers in NUMBERS}
-    found |= {name: {} for name in TITLES.values()}
+    found: dict[str, dict[int, Row]] = {_option(row): {} for row in rows}
     for row in sorted(rows, key=lambda row: row["config"]["seed"]):
-        config = row["config"]
-        numbers = (config["momentum"], config["epsilon"])
-        name = title(numbers) if row["arm"] == "numbers" else TITLES[row["arm"]]
-        found[name][config["seed"]] = row
-    return {name: runs for name, runs in found.items() if runs}
+        found[_option(row)][row["config"]["seed"]] = row
+    return found
+
+
+def _option(row: Row) -> str:
+    """Return the title of a run's option."""
+    return title(_pair(row)) if row["arm"] == "numbers" else TITLES[row["arm"]]
+
+
+def _pair(row: Row) -> tuple[float, float]:
+    """Return a run's momentum and epsilon."""
+    return row["config"]["momentum"], row["config"]["epsilon"]
+
+
+def momenta_of(rows: Sequence[Row]) -> list[tuple[float, float]]:
+    """Return the pairs that have runs and the chapter's epsilon, by momentum."""
+    pairs = {_pair(row) for row in rows if row["arm"] == "numbers"}
+    return sorted(pair for pair in pairs if pair[1] == CHAPTER[1])
 
 
 def scores(row: Row) -> dict[str, float]:
@@ -125,17 +159,17 @@ def scores(row: Row) -> dict[str, float]:
       `loss`, of training; and test accuracies, by moving averages as `average` and by
       exact statistics as `exact`.
     """
-    loss, average = study.last(row, "loss"), study.last(row, "test_accuracy")
-    if math.isnan(loss):
-        loss, average = math.log(10), 0.1
+    average = study.last(row, "test_accuracy")
+    if math.isnan(average):
+        average = study.guessing("accuracy")
     exact = study.final_test_accuracy(row)
-    return {"loss": loss, "average": average, "exact": exact}
+    return {"loss": study.final_loss(row), "average": average, "exact": exact}
 
 
 def spread_over_momenta(rows: Sequence[Row]) -> float:
     """Return how far momenta are apart in any epoch's loss from the same seed."""
     runs = by_option(rows)
-    of_momenta = [runs[title(numbers)] for numbers in MOMENTA]
+    of_momenta = [runs[title(pair)] for pair in momenta_of(rows)]
     return max(
         max(losses) - min(losses)
         for seed in of_momenta[0]
@@ -170,68 +204,91 @@ def verdicts(rows: Sequence[Row]) -> list[Verdict]:
     def change(name: str, option: str, other: str) -> intervals.Interval:
         return intervals.of_difference(of(option, name), of(other, name))
 
-    spread = spread_over_momenta(rows)
-    first = difference_in_first_steps(rows, FAST, TWO_PASSES)
-    slowest = title(SLOWEST)
-    return [
-        decide(
-            "momentum takes no part in training",
-            "largest difference of an epoch's training loss, nats, over momenta from "
-            "the same seed",
-            intervals.Interval(spread, spread, spread, n),
-            below=1e-6,
-            reason="exactly 0, as the batch normalises; rounding of float32, were it "
-            "compiled otherwise",
+    def exactly(value: float) -> intervals.Interval:
+        return intervals.Interval(value, value, value, n)
+
+    chapter, flax, slowest, large = map(title, (CHAPTER, FLAX, SLOWEST, LARGE))
+    claims = [
+        Claim(
+            [chapter, flax],
+            lambda: decide(
+                "momentum takes no part in training",
+                "largest difference of an epoch's training loss, nats, over momenta "
+                "from the same seed",
+                exactly(spread_over_momenta(rows)),
+                below=1e-6,
+                reason="exactly 0, as the batch normalises; rounding of float32, were "
+                "it compiled otherwise",
+            ),
         ),
-        decide(
-            "a momentum of .999 is too slow for 700 steps",
-            "paired difference of the test accuracy, moving averages minus exact",
-            intervals.of_difference(of(slowest, "average"), of(slowest, "exact")),
-            below=-0.05,
-            reason="5 points, several times what seeds differ by; after 700 steps the "
-            "initial 0 and 1 still weigh .999^700 = .50",
+        Claim(
+            [slowest],
+            lambda: decide(
+                "a momentum of .999 is too slow for 700 steps",
+                "paired difference of the test accuracy, moving averages minus exact",
+                intervals.of_difference(of(slowest, "average"), of(slowest, "exact")),
+                below=-0.05,
+                reason="5 points, several times what seeds differ by; after 700 steps "
+                "the initial 0 and 1 still weigh .999^700 = .50",
+            ),
         ),
-        decide(
-            "a slower average predicts better: Flax's and Keras's momentum of .99, to "
-            "the chapter's and PyTorch's .9",
-            "paired difference of the test accuracy, moving averages",
-            change("average", title(FLAX), title(CHAPTER)),
-            above=0.0,
-            reason="the sign is the claim: at rate 1.0 averages over 10 steps are "
-            "noisy, those over 100 lag behind",
+        Claim(
+            [flax, chapter],
+            lambda: decide(
+                "a slower average predicts better: Flax's and Keras's momentum of .99, "
+                "to the chapter's and PyTorch's .9",
+                "paired difference of the test accuracy, moving averages",
+                change("average", flax, chapter),
+                above=0.0,
+                reason="the sign is the claim: at rate 1.0 averages over 10 steps are "
+                "noisy, those over 100 lag behind",
+            ),
         ),
-        decide(
-            "Keras's epsilon of 1e-3 trains like 1e-5",
-            "paired difference of the training loss, nats",
-            change("loss", title(LARGE), title(CHAPTER)),
-            above=-0.01,
-            below=0.01,
-            reason="two standard deviations of the published re-runs",
+        Claim(
+            [large, chapter],
+            lambda: decide(
+                "Keras's epsilon of 1e-3 trains like 1e-5",
+                "paired difference of the training loss, nats",
+                change("loss", large, chapter),
+                above=-0.01,
+                below=0.01,
+                reason="two standard deviations of the published re-runs",
+            ),
         ),
-        decide(
-            "on these images Flax's fast variance is as good as that in two passes",
-            "largest difference of the loss in the first 20 steps, nats, over seeds",
-            intervals.Interval(first, first, first, n),
-            below=1e-4,
-            reason="rounding of float32, which 20 steps at rate 1.0 enlarge about a "
-            "hundredfold; digits are lost where means are large beside deviations, "
-            "here they are near them",
+        Claim(
+            [FAST, TWO_PASSES],
+            lambda: decide(
+                "on these images Flax's fast variance is as good as that in two passes",
+                "largest difference of the loss in the first 20 steps, nats, over "
+                "seeds",
+                exactly(difference_in_first_steps(rows, FAST, TWO_PASSES)),
+                below=1e-4,
+                reason="rounding of float32, which 20 steps at rate 1.0 enlarge about "
+                "a hundredfold; digits are lost where means are large beside "
+                "deviations, here they are near them",
+            ),
         ),
-        decide(
-            "without scale and bias the loss is higher",
-            "paired difference of the training loss, nats",
-            change("loss", TITLES["neither"], title(CHAPTER)),
-            above=0.01,
-            reason="two standard deviations of the published re-runs",
+        Claim(
+            [TITLES["neither"], chapter],
+            lambda: decide(
+                "without scale and bias the loss is higher",
+                "paired difference of the training loss, nats",
+                change("loss", TITLES["neither"], chapter),
+                above=0.01,
+                reason="two standard deviations of the published re-runs",
+            ),
         ),
     ]
+    return study.judge(runs, claims)
 
 
 def summary(rows: Sequence[Row]) -> Row:
     """Return how far our layer, too, is from Flax's in two passes: by rounding."""
+    present = by_option(rows)
     differences = {
         name: difference_in_first_steps(rows, option, TWO_PASSES)
         for name, option in (("fast_variance", FAST), ("ours", title(CHAPTER)))
+        if {option, TWO_PASSES} <= present.keys()
     }
     return {"loss_difference_to_two_passes_in_20_steps": differences}
 
@@ -264,7 +321,7 @@ def draw(rows: Sequence[Row], folder: Path) -> None:
         {
             "test accuracy": {
                 name: {
-                    1 - numbers[0]: ends(title(numbers), name) for numbers in MOMENTA
+                    1 - pair[0]: ends(title(pair), name) for pair in momenta_of(rows)
                 }
                 for name in titles
             }
@@ -280,11 +337,11 @@ if __name__ == "__main__":
     study.start(
         study.Study(
             name="options",
-            design=Design(epochs=3, seeds=3),
+            design=Design,
             stages=(arms,),
             verdicts=verdicts,
             draw=draw,
             summary=summary,
-            smoke_arms=("numbers", "neither", "fast_variance", "two_pass_variance"),
+            smoke={"norms": ("neither", "fast_variance", "two_pass_variance")},
         )
     )

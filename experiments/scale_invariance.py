@@ -28,6 +28,7 @@ rate-tuning by batch normalization", arXiv:1812.03981.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import time
@@ -35,17 +36,29 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from bn_jax.training import fields
 from bn_jax.training.config import TrainConfig
 from experiments import study
-from experiments.study import Design, Row
+from experiments.study import Claim, Row
 
 if TYPE_CHECKING:
     from bn_jax.analysis.verdicts import Verdict
     from bn_jax.data import ImageData
 
 LAYERS = ("conv1", "conv2", "dense1", "dense2")
-RATES = (0.1, 1.0, 10.0)
-NORMS = ("batch_norm", "none")
+TITLES = {"batch_norm": "batch norm", "none": "no batch norm"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Design(study.Design):
+    """Rates, with and without norm."""
+
+    epochs: int = fields.option_of(TrainConfig, "epochs", 3)
+    rates: tuple[float, ...] = fields.option(
+        (0.1, 1.0, 10.0),
+        "Learning rates; the claims are on 1.0, and on .1 beside 10.",
+        valid=fields.POSITIVE,
+    )
 
 
 class Probed(NamedTuple):
@@ -84,9 +97,9 @@ def measure(design: Design, data: ImageData, folder: Path) -> tuple[list[Row], f
     path = folder / study.ROWS
     rows = results.read_rows(path) if path.exists() else []
     done = {(row["arm"], row["learning_rate"], row["seed"]) for row in rows}
-    for norm in NORMS:
+    for norm in TITLES:
         run = None
-        for choice in itertools.product([norm], RATES, range(design.seeds)):
+        for choice in itertools.product([norm], design.rates, range(design.seeds)):
             if choice in done:
                 continue
             run = run or compiled(norm, design, data)
@@ -109,7 +122,7 @@ def compiled(norm: str, design: Design, data: ImageData) -> Any:
     from bn_jax.training import state as state_lib
     from bn_jax.training import step as step_lib
 
-    config = TrainConfig(dataset=design.dataset, norm=norm, epochs=design.epochs)
+    config = design.config(norm=norm)
     model = state_lib.make_model(config, num_classes=len(data.class_names))
     steps_per_epoch = len(data.train.labels) // config.batch_size
     stored = loop.on_device(data.train)
@@ -203,46 +216,65 @@ def verdicts(rows: Sequence[Row]) -> list[Verdict]:
     from bn_jax.analysis import intervals
     from bn_jax.analysis.verdicts import decide
 
-    at_one = {norm: _rows(rows, norm, 1.0) for norm in NORMS}
-    largest = {
-        norm: [max(row["mean_abs_cosine"]) for row in of_norm]
-        for norm, of_norm in at_one.items()
-    }
-    low, high = (_rows(rows, "batch_norm", rate) for rate in (RATES[0], RATES[-1]))
-    return [
-        decide(
-            "with batch norm, weights and their gradient are orthogonal",
-            "mean over steps of |cosine| at rate 1.0, of the layer where it is largest",
-            intervals.of_mean(largest["batch_norm"]),
-            below=0.01,
-            reason="0 for epsilon 0; random directions of the smallest layer, 150 "
-            "weights, have .065",
-        ),
-        decide(
-            "without, they are not",
-            "mean over steps of |cosine| at rate 1.0, of the layer where it is largest",
-            intervals.of_mean(largest["none"]),
-            above=0.01,
-            reason="the same threshold",
-        ),
-        decide(
-            "squared norms grow by the rate squared times the sum of squared gradients",
-            "relative difference at rate 1.0, of the layer where it is largest",
-            intervals.of_mean([growth_error(row) for row in at_one["batch_norm"]]),
-            below=0.05,
-            reason="exact for epsilon 0; a twentieth allows for epsilon",
-        ),
-        decide(
-            "of rates 100 times apart, the effective ones end less than 10 times apart",
-            "log10 of the ratio of effective rates, of rates 10 and .1",
-            intervals.of_difference(
-                [math.log10(effective_rate(row)) for row in high],
-                [math.log10(effective_rate(row)) for row in low],
+    def cosine(norm: str) -> intervals.Interval:
+        runs = _rows(rows, norm, 1.0)
+        return intervals.of_mean([max(row["mean_abs_cosine"]) for row in runs])
+
+    def log_effective(rate: float) -> list[float]:
+        runs = _rows(rows, "batch_norm", rate)
+        return [math.log10(effective_rate(row)) for row in runs]
+
+    of_cosine = (
+        "mean over steps of |cosine| at rate 1.0, of the layer where it is largest"
+    )
+    claims = [
+        Claim(
+            [("batch_norm", 1.0)],
+            lambda: decide(
+                "with batch norm, weights and their gradient are orthogonal",
+                of_cosine,
+                cosine("batch_norm"),
+                below=0.01,
+                reason="0 for epsilon 0; random directions of the smallest layer, 150 "
+                "weights, have .065",
             ),
-            below=1.0,
-            reason="half of the two decades between the rates",
+        ),
+        Claim(
+            [("none", 1.0)],
+            lambda: decide(
+                "without, they are not",
+                of_cosine,
+                cosine("none"),
+                above=0.01,
+                reason="the same threshold",
+            ),
+        ),
+        Claim(
+            [("batch_norm", 1.0)],
+            lambda: decide(
+                "squared norms grow by the rate squared times the sum of squared "
+                "gradients",
+                "relative difference at rate 1.0, of the layer where it is largest",
+                intervals.of_mean(
+                    [growth_error(row) for row in _rows(rows, "batch_norm", 1.0)]
+                ),
+                below=0.05,
+                reason="exact for epsilon 0; a twentieth allows for epsilon",
+            ),
+        ),
+        Claim(
+            [("batch_norm", 0.1), ("batch_norm", 10.0)],
+            lambda: decide(
+                "of rates 100 times apart, the effective ones end less than 10 times "
+                "apart",
+                "log10 of the ratio of effective rates, of rates 10 and .1",
+                intervals.of_difference(log_effective(10.0), log_effective(0.1)),
+                below=1.0,
+                reason="half of the two decades between the rates",
+            ),
         ),
     ]
+    return study.judge([(row["arm"], row["learning_rate"]) for row in rows], claims)
 
 
 def draw(rows: Sequence[Row], folder: Path) -> None:
@@ -250,9 +282,9 @@ def draw(rows: Sequence[Row], folder: Path) -> None:
 
     panels: dict[str, Any] = {}
     seeds = len({row["seed"] for row in rows})
-    for norm, title in (("batch_norm", "batch norm"), ("none", "no batch norm")):
+    for norm, title in TITLES.items():
         lines = {}
-        for rate in RATES:
+        for rate in sorted({row["learning_rate"] for row in rows}):
             runs = _rows(rows, norm, rate)
             shortest = min(len(row["drawn_steps"]) for row in runs)
             lines[f"rate {rate:g}"] = {
@@ -274,7 +306,7 @@ if __name__ == "__main__":
     study.start(
         study.Study(
             name="scale_invariance",
-            design=Design(epochs=3, seeds=3),
+            design=Design,
             measure=measure,
             verdicts=verdicts,
             draw=draw,

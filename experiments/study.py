@@ -7,6 +7,7 @@ sweep goes on; runs.jsonl, a row a run; results.json, the verdicts; and the figu
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -14,8 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from absl import flags
 
-from bn_jax.training import config as config_lib
-from bn_jax.training.config import TrainConfig
+from bn_jax.training import fields
+from bn_jax.training.config import RunOptions, TrainConfig
 from experiments import launch
 
 if TYPE_CHECKING:
@@ -26,12 +27,36 @@ Row = dict[str, Any]
 Arms = Mapping[str, Sequence[TrainConfig]]
 
 
-class Design(NamedTuple):
-    """How large an experiment is."""
+@dataclasses.dataclass(frozen=True)
+class Design:
+    """What an experiment trains; each adds its own to these.
 
-    epochs: int
-    seeds: int
-    dataset: str = "auto"
+    Raises:
+      ConfigError: naming each bad field, its value, and what was expected.
+    """
+
+    epochs: int = fields.option_of(TrainConfig, "epochs")
+    seeds: int = fields.option(
+        3, "Each choice is trained with the seeds from 0.", valid=fields.AT_LEAST_1
+    )
+    dataset: str = fields.option_of(TrainConfig, "dataset")
+    batch_size: int = fields.option_of(TrainConfig, "batch_size")
+
+    def __post_init__(self) -> None:
+        """Check each field's type and range."""
+        fields.check(self)
+
+    def config(self, **choices: Any) -> TrainConfig:
+        """Return a run: the fields that it shares with the design, and choices."""
+        shared = {f.name for f in dataclasses.fields(TrainConfig)} & vars(self).keys()
+        return TrainConfig(**{name: getattr(self, name) for name in shared} | choices)
+
+    def to_dict(self) -> Row:
+        """Return the fields as a dict that JSON can hold."""
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in dataclasses.asdict(self).items()
+        }
 
 
 class Study(NamedTuple):
@@ -39,7 +64,7 @@ class Study(NamedTuple):
 
     Attributes:
       name: of the experiment, and of its folder of results.
-      design: its size by default.
+      design: a dataclass of what it trains, with a flag for each field.
       verdicts: of all rows.
       draw: writes figures of all rows into a folder.
       stages: each gives arms of runs, of the design and the rows so far.
@@ -49,27 +74,26 @@ class Study(NamedTuple):
       measure: gives the rows, and the seconds that they took, where they are not of
         sweeps; called with the design, the data and the folder.
       summary: more for results.json, of all rows.
-      smoke_arms: those that `--smoke` trains, where all would take more than a minute
-        to compile; None trains all.
+      smoke: fields of the design that `--smoke` sets, besides those of `SMOKE`.
     """
 
     name: str
-    design: Design
+    design: type[Design]
     verdicts: Callable[[Sequence[Row]], list[Verdict]]
     draw: Callable[[Sequence[Row], Path], None]
-    stages: Sequence[Callable[[Design, Sequence[Row]], Arms]] = ()
+    stages: Sequence[Callable[[Any, Sequence[Row]], Arms]] = ()
     exact: bool = True
     train: bool = False
     complete: Callable[[Path, list[Row], ImageData], list[Row]] = lambda _, rows, __: (
         rows
     )
-    measure: Callable[[Design, ImageData, Path], tuple[list[Row], float]] | None = None
+    measure: Callable[[Any, ImageData, Path], tuple[list[Row], float]] | None = None
     summary: Callable[[Sequence[Row]], Row] = lambda _: {}
-    smoke_arms: Collection[str] | None = None
+    smoke: Mapping[str, Any] = {}
 
 
 ROWS = "runs.jsonl"
-SMOKE = Design(epochs=1, seeds=2, dataset="sample")
+SMOKE = {"epochs": 1, "seeds": 2, "dataset": "sample"}
 
 
 def start(study: Study) -> None:
@@ -79,18 +103,21 @@ def start(study: Study) -> None:
 
 def _define_flags(study: Study) -> None:
     launch.define_run_flags()
-    design = study.design
-    flags.DEFINE_string("dataset", design.dataset, "As in experiments.lenet.")
-    flags.DEFINE_integer("epochs", design.epochs, "Of each run.", lower_bound=1)
-    flags.DEFINE_integer("seeds", design.seeds, "Their number.", lower_bound=1)
+    fields.define_flags(study.design)
+    smoke = ", ".join(
+        f"{name} {','.join(value) if isinstance(value, tuple) else value}"
+        for name, value in _smoke(study).items()
+    )
     flags.DEFINE_boolean(
-        "smoke",
-        False,
-        f"The sample, {SMOKE.epochs} epoch and {SMOKE.seeds} seeds, unless given.",
+        "smoke", False, f"Try it in a minute; where not given: {smoke}."
     )
     flags.DEFINE_boolean(
         "plot_only", False, "Judge and draw anew the runs that --workdir holds."
     )
+
+
+def _smoke(study: Study) -> Row:
+    return {**SMOKE, **study.smoke}
 
 
 def _main(study: Study, argv: Sequence[str]) -> None:
@@ -104,23 +131,21 @@ def _main(study: Study, argv: Sequence[str]) -> None:
         _print(study.verdicts(rows))
         return
     launch.set_up_jax()
-    smoke = SMOKE._asdict() if flags.FLAGS.smoke else {}
-    design = Design(**{name: launch.given_or(name, smoke) for name in Design._fields})
-    with launch.experiment(study.name, design._asdict()) as folder:
-        run(study, design, folder, arms=study.smoke_arms if smoke else None)
+    smoke = _smoke(study) if flags.FLAGS.smoke else {}
+    design = fields.from_flags(study.design, flags.FLAGS, defaults=smoke)
+    with launch.experiment(study.name, design.to_dict()) as folder:
+        run(study, design, folder)
 
 
-def run(
-    study: Study, design: Design, folder: Path, arms: Collection[str] | None = None
-) -> None:
-    """Train what is not trained yet, of all arms or of these; judge, draw and write."""
+def run(study: Study, design: Design, folder: Path) -> None:
+    """Train what is not trained yet; judge, draw and write."""
     from bn_jax import results
 
     data = launch.load_data(design.dataset)
     if study.measure is not None:
         rows, seconds = study.measure(design, data, folder)
     else:
-        rows, seconds = _sweeps(study, design, data, folder, arms)
+        rows, seconds = _sweeps(study, design, data, folder)
     results.write_rows(folder / ROWS, rows)
     verdicts = study.verdicts(rows)
     study.draw(rows, folder)
@@ -128,7 +153,7 @@ def run(
         "verdicts": [verdict.to_dict() for verdict in verdicts],
         **study.summary(rows),
         "runs": len(rows),
-        **design._asdict(),
+        **design.to_dict(),
         "data_source": data.source,
         "seconds": seconds,
         "environment": results.environment(),
@@ -139,11 +164,7 @@ def run(
 
 
 def _sweeps(
-    study: Study,
-    design: Design,
-    data: ImageData,
-    folder: Path,
-    only: Collection[str] | None,
+    study: Study, design: Design, data: ImageData, folder: Path
 ) -> tuple[list[Row], float]:
     """Return a row for each run of each arm, and the seconds that training took.
 
@@ -152,13 +173,11 @@ def _sweeps(
     from bn_jax import results
     from bn_jax.training import sweep_run
 
-    options = config_lib.options_from_flags(flags.FLAGS)
+    options = fields.from_flags(RunOptions, flags.FLAGS)
     rows: list[Row] = []
     seconds = 0.0
     for stage in study.stages:
         for arm, configs in stage(design, rows).items():
-            if only is not None and arm not in only:
-                continue
             print(f"{arm}: {len(configs)} runs", flush=True)
             of_arm = sweep_run.sweep_into(
                 folder / arm,
@@ -177,16 +196,26 @@ def _sweeps(
 
 
 class Claim(NamedTuple):
-    """A claim that can be judged once its arms have runs."""
+    """A claim that can be judged once what it needs was trained.
 
-    arms: Collection[str]
+    Attributes:
+      needs: arms, or choices, by whatever names the experiment has.
+      judge: gives the verdict.
+    """
+
+    needs: Collection[Any]
     judge: Callable[[], Verdict]
 
 
-def judge(rows: Sequence[Row], claims: Sequence[Claim]) -> list[Verdict]:
-    """Return the verdicts on the claims whose arms have runs, in their order."""
-    present = {row["arm"] for row in rows}
-    return [claim.judge() for claim in claims if present.issuperset(claim.arms)]
+def judge(trained: Collection[Any], claims: Sequence[Claim]) -> list[Verdict]:
+    """Return the verdicts on the claims of which all was trained, in their order."""
+    present = set(trained)
+    return [claim.judge() for claim in claims if present.issuperset(claim.needs)]
+
+
+def arms_of(rows: Sequence[Row]) -> list[str]:
+    """Return the arms that have runs, in their order."""
+    return list(dict.fromkeys(row["arm"] for row in rows))
 
 
 def _print(verdicts: Sequence[Verdict]) -> None:
@@ -222,10 +251,15 @@ def runs_of(rows: Sequence[Row], arm: str) -> list[Row]:
     return sorted(of_arm, key=lambda row: row["config"]["seed"])
 
 
+def guessing(name: str) -> float:
+    """Return a score of guessing, which a run that diverged counts as."""
+    return math.log(10) if "loss" in name else 0.1
+
+
 def final_loss(row: Mapping[str, Any]) -> float:
     """Return the training loss at the end; that of guessing if the run diverged."""
     loss = last(row, "loss")
-    return math.log(10) if math.isnan(loss) else loss
+    return guessing("loss") if math.isnan(loss) else loss
 
 
 def has_diverged(row: Mapping[str, Any]) -> bool:
@@ -243,9 +277,9 @@ def final_test_accuracy(row: Mapping[str, Any]) -> float:
     """
     for name in ("test_accuracy_exact", "test_accuracy_batch"):
         if name in row:
-            return 0.1 if row[name] is None else row[name]
+            return guessing(name) if row[name] is None else row[name]
     accuracy = last(row, "test_accuracy")
-    return 0.1 if math.isnan(accuracy) else accuracy
+    return guessing("accuracy") if math.isnan(accuracy) else accuracy
 
 
 def mean_and_range(values: Sequence[float]) -> tuple[float, float, float]:

@@ -25,15 +25,17 @@ layer, group and instance norm are .15 to .37 nats behind at this rate.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bn_jax.training import fields
 from bn_jax.training.config import TrainConfig
 from experiments import study
-from experiments.study import Arms, Design, Row
+from experiments.study import Arms, Row
 
 if TYPE_CHECKING:
     from bn_jax.analysis.verdicts import Verdict
@@ -73,21 +75,30 @@ GROUP = 15  # of the 120 features: the greatest divisor up to 16
 SHOWN = 24  # features of the covariance that is drawn
 
 
+@dataclasses.dataclass(frozen=True)
+class Design(study.Design):
+    """Transforms by name."""
+
+    epochs: int = fields.option_of(TrainConfig, "epochs", 3)
+    learning_rate: float = fields.option_of(TrainConfig, "learning_rate")
+    arms: tuple[str, ...] = fields.option(
+        tuple(ARMS), "Which transforms are trained.", choices=tuple(ARMS)
+    )
+
+
 def arms(design: Design, rows: Sequence[Row]) -> Arms:
     """Return a run for each transform and seed."""
     del rows
     return {
         arm: [
-            TrainConfig(
-                dataset=design.dataset,
-                norm=norm,
+            design.config(
+                norm=ARMS[arm][0],
                 norm_layers="1100" if arm == "instance" else "1111",
                 seed=seed,
-                epochs=design.epochs,
             )
             for seed in range(design.seeds)
         ]
-        for arm, (norm, _) in ARMS.items()
+        for arm in design.arms
     }
 
 
@@ -169,9 +180,8 @@ def transformed(norm: str, x: Any) -> Any:
 
 def of_arm(rows: Sequence[Row], arm: str, name: str) -> list[float]:
     """Return a value at the end, of an arm's runs by seed; of guessing, if diverged."""
-    guessing = math.log(10) if name == "loss" else 0.1
     values = [study.last(row, name) for row in study.runs_of(rows, arm)]
-    return [guessing if math.isnan(value) else value for value in values]
+    return [study.guessing(name) if math.isnan(value) else value for value in values]
 
 
 def at_equal_time(rows: Sequence[Row], arm: str) -> list[float]:
@@ -195,9 +205,12 @@ def at_equal_time(rows: Sequence[Row], arm: str) -> list[float]:
 
 def summary(rows: Sequence[Row]) -> Row:
     """Return each arm's mean loss in the time that batch norm's epochs take."""
+    present = study.arms_of(rows)
+    if "batch_norm" not in present:
+        return {}
     means = {
         arm: sum(losses) / len(losses)
-        for arm in dict.fromkeys(row["arm"] for row in rows)
+        for arm in present
         for losses in [at_equal_time(rows, arm)]
     }
     return {
@@ -317,7 +330,7 @@ def verdicts(rows: Sequence[Row]) -> list[Verdict]:
             ),
         ),
     ]
-    return study.judge(rows, claims)
+    return study.judge(study.arms_of(rows), claims)
 
 
 def draw(rows: Sequence[Row], folder: Path) -> None:
@@ -334,15 +347,18 @@ def draw(rows: Sequence[Row], folder: Path) -> None:
             row["test_accuracy_batch"] or 0.1 for row in study.runs_of(rows, arm)
         ],
     }
+    if "batch_norm" not in present:
+        del values["the same, in batch norm's time"]
     panels = {
         label: {ARMS[arm][1]: study.mean_and_range(of(arm)) for arm in present}
         for label, of in values.items()
     }
     seeds = {row["config"]["seed"] for row in rows}
-    epochs = rows[0]["config"]["epochs"]
+    epochs, rate = (rows[0]["config"][name] for name in ("epochs", "learning_rate"))
     plots.estimates(
         panels,
-        f"{epochs} epochs at rate 1.0; n = {len(seeds)} seeds; line: least to greatest",
+        f"{epochs} epochs at rate {rate}; n = {len(seeds)} seeds; line: least to "
+        "greatest",
         folder / "transforms.png",
     )
     firsts = [row for row in rows if "covariance" in row]
@@ -359,13 +375,13 @@ if __name__ == "__main__":
     study.start(
         study.Study(
             name="transforms",
-            design=Design(epochs=3, seeds=3),
+            design=Design,
             stages=(arms,),
             verdicts=verdicts,
             draw=draw,
             exact=False,
             complete=with_covariance,
             summary=summary,
-            smoke_arms=("batch_norm", "layer", "zca-16", "uniform"),
+            smoke={"arms": ("batch_norm", "layer", "zca-16", "uniform")},
         )
     )

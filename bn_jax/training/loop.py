@@ -17,8 +17,9 @@ from bn_jax import data as data_lib
 from bn_jax import population
 from bn_jax.training import diagnosis, feed, memory, parallel
 from bn_jax.training import step as step_lib
-from bn_jax.training.config import ConfigError, TrainConfig
+from bn_jax.training.config import TrainConfig
 from bn_jax.training.evaluation import BATCH_SIZE, Evaluator
+from bn_jax.training.fields import ConfigError
 from bn_jax.training.state import (
     TrainState,
     dropout_key,

@@ -30,7 +30,8 @@ from bn_jax import data as data_lib
 from bn_jax import models, population
 from bn_jax.training import evaluation, feed, loop, parallel
 from bn_jax.training import step as step_lib
-from bn_jax.training.config import ConfigError, TrainConfig
+from bn_jax.training.config import TrainConfig
+from bn_jax.training.fields import ConfigError
 from bn_jax.training.state import (
     TrainState,
     dropout_key,

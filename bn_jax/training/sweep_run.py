@@ -15,7 +15,8 @@ from tqdm import tqdm
 from bn_jax import data as data_lib
 from bn_jax import results
 from bn_jax.training import checkpoint, interrupt
-from bn_jax.training.config import ConfigError, RunOptions, TrainConfig
+from bn_jax.training.config import RunOptions, TrainConfig
+from bn_jax.training.fields import ConfigError
 from bn_jax.training.state import init_variables, make_model
 from bn_jax.training.sweep import SWEPT, Progress, Sweep
 

@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import flags
 
-from bn_jax.training import config as config_lib
+from bn_jax.training import fields
 from experiments import launch
 from experiments.benchmarks import timing
 
@@ -439,7 +439,7 @@ def parse_shape(name: str) -> tuple[int, ...]:
     """
     sizes = name.split("x")
     if len(sizes) != 4 or not all(s.isdigit() and int(s) for s in sizes):
-        raise config_lib.ConfigError(f"shapes={name!r}; expected such as 256x24x24x6")
+        raise fields.ConfigError(f"shapes={name!r}; expected such as 256x24x24x6")
     return tuple(map(int, sizes))
 
 
@@ -459,7 +459,7 @@ def main(argv: Sequence[str]) -> None:
         return
     unknown = [name for name in names if name not in ARMS]
     if unknown:
-        raise config_lib.ConfigError(
+        raise fields.ConfigError(
             f"arms={','.join(unknown)}; expected of {', '.join(ARMS)}"
         )
     skipped = timing.missing({name: ARMS[name].needs for name in names})

@@ -37,6 +37,7 @@ import numpy as np
 from absl import flags
 
 from bn_jax.training import config as config_lib
+from bn_jax.training import fields
 from experiments import launch
 from experiments.benchmarks import timing
 
@@ -517,7 +518,7 @@ def choose_arms(names: Sequence[str]) -> tuple[dict[str, Arm], dict[str, str]]:
     """
     unknown = [name for name in names if name not in ARMS]
     if unknown:
-        raise config_lib.ConfigError(
+        raise fields.ConfigError(
             f"arms={','.join(unknown)}; expected of {', '.join(ARMS)}"
         )
     skipped = timing.missing({name: ARMS[name].needs for name in names})
@@ -532,7 +533,7 @@ def choose_arms(names: Sequence[str]) -> tuple[dict[str, Arm], dict[str, str]]:
     for name, reason in skipped.items():
         print(f"left out: {name} ({reason})", flush=True)
     if not arms:
-        raise config_lib.ConfigError("no arm is left; pip install -e '.[bench]'")
+        raise fields.ConfigError("no arm is left; pip install -e '.[bench]'")
     return arms, skipped
 
 
@@ -549,7 +550,7 @@ def load_data(given: Mapping[str, Any]) -> ImageData:
         return data
     size = given["steps"] * given["batch_size"]
     if size > len(data.train.labels):
-        raise config_lib.ConfigError(
+        raise fields.ConfigError(
             f"steps={given['steps']} of batch_size={given['batch_size']} take {size} "
             f"examples of {len(data.train.labels)}; give fewer"
         )

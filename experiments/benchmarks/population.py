@@ -27,6 +27,7 @@ from typing import Any
 from absl import flags
 
 from bn_jax.training import config as config_lib
+from bn_jax.training import fields
 from experiments import launch
 from experiments.benchmarks import timing
 
@@ -78,7 +79,7 @@ def sizes_of(names: Sequence[str], num_examples: int) -> list[int]:
       ConfigError: if one is not a positive number.
     """
     if not all(name.isdigit() and int(name) for name in names):
-        raise config_lib.ConfigError(f"sizes={names}; expected such as 1000,4000")
+        raise fields.ConfigError(f"sizes={names}; expected such as 1000,4000")
     return sorted({min(int(name), num_examples) for name in names})
 
 

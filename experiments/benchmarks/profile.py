@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 from absl import flags
 
 from bn_jax.training import config as config_lib
+from bn_jax.training import fields
 from experiments import launch
 from experiments.benchmarks import batch_norm, timing
 
@@ -249,7 +250,7 @@ def main(argv: Sequence[str]) -> None:
     rounds, arms = launch.given_or("rounds", smoke), flags.FLAGS.arms
     unknown = sorted(set(arms) - set(ARMS))
     if unknown:
-        raise config_lib.ConfigError(
+        raise fields.ConfigError(
             f"arms={','.join(unknown)}; expected some of {', '.join(ARMS)}"
         )
     config = {"dataset": dataset, "rounds": rounds, "arms": arms}

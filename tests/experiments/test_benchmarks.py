@@ -120,7 +120,7 @@ def test_versions_are_of_what_is_installed():
 def test_lenet_refuses_an_unknown_arm_and_reports_a_missing_library(
     monkeypatch, capsys
 ):
-    with pytest.raises(lenet.config_lib.ConfigError, match="arms=tensorflow; expected"):
+    with pytest.raises(lenet.fields.ConfigError, match="arms=tensorflow; expected"):
         lenet.choose_arms(["ours", "tensorflow"])
     missing = {**lenet.ARMS, "torch": lenet.Arm("PyTorch", needs=["no_such_library"])}
     monkeypatch.setattr(lenet, "ARMS", missing)
@@ -301,7 +301,7 @@ def test_shapes_have_names():
         64,
     )
     for wrong in ("64x56", "axbxcxd", "1x2x3x0", "1x2x3x-4"):
-        with pytest.raises(batch_norm.config_lib.ConfigError, match="expected such as"):
+        with pytest.raises(batch_norm.fields.ConfigError, match="expected such as"):
             batch_norm.parse_shape(wrong)
 
 
@@ -312,7 +312,7 @@ def test_population_sizes_are_at_most_all_examples():
         6_000,
     ]
     assert population.sizes_of(["16000", "60000"], 6_000) == [6_000]
-    with pytest.raises(population.config_lib.ConfigError, match="expected such as"):
+    with pytest.raises(population.fields.ConfigError, match="expected such as"):
         population.sizes_of(["1e3"], 6_000)
 
 

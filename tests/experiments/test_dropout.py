@@ -5,9 +5,8 @@ import pytest
 from bn_jax.training import sweep
 from bn_jax.training.config import TrainConfig
 from experiments import dropout
-from experiments.study import Design
 
-ARMS = dropout.arms(Design(epochs=5, seeds=3), [])
+ARMS = dropout.arms(dropout.Design(epochs=5, seeds=3), [])
 # By arm: training loss, training accuracy, test accuracy, all by exact statistics.
 MADE_UP = {
     "none": (0.5, 0.75, 0.71875),
@@ -76,9 +75,20 @@ def test_few_images_take_about_as_many_steps_as_all():
     assert steps == [1100, 1170]
 
 
-def test_few_of_the_sample_are_fewer():
-    arms = dropout.arms(Design(epochs=1, seeds=1, dataset="sample"), [])
-    assert {c.train_examples for (c,) in arms.values()} == {0, 600}
+def test_design_has_the_rates_and_sizes_that_are_given():
+    design = dropout.Design(
+        seeds=1, rates=(0.25, 0.125), rate_with_norm=0.75, sizes=("few",), longer=3
+    )
+    arms = dropout.arms(design, [])
+    assert {arm: c.dropout_rate for arm, (c,) in arms.items()} == {
+        "few-none": 0.0,
+        "few-dropout_12.5": 0.125,
+        "few-dropout_25": 0.25,
+        "few-batch_norm": 0.0,
+        "few-norm_dropout_before": 0.75,
+        "few-norm_dropout_after": 0.75,
+    }
+    assert {(c.train_examples, c.epochs) for (c,) in arms.values()} == {(3000, 15)}
 
 
 def test_scores_are_by_exact_statistics_where_there_are_any():

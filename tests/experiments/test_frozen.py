@@ -6,9 +6,8 @@ from bn_jax import results
 from bn_jax.training import checkpoint, sweep
 from bn_jax.training.state import init_variables, make_model
 from experiments import frozen
-from experiments.study import Design
 
-DESIGN = Design(epochs=4, seeds=3, dataset="sample")
+DESIGN = frozen.Design(epochs=4, seeds=3, dataset="sample")
 ARMS = frozen.arms(DESIGN, [])
 # By what learns: the loss above that of all, and the accuracy.
 MADE_UP = {

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from experiments import headline
-from experiments.study import Design
 
 
 def row(arm, seed, **values):
@@ -13,7 +12,8 @@ def row(arm, seed, **values):
     if norms:
         norms |= {"gamma": [2.0, 3.0], "beta": [-1.0, 2.0]}
     steps = {"first_step_losses": [2.0] * 20}
-    return {"arm": arm, "config": {"seed": seed}, **scores, **norms, **steps, **values}
+    config = {"seed": seed, "learning_rate": 0.5 if arm == "flax" else 0.25}
+    return {"arm": arm, "config": config, **scores, **norms, **steps, **values}
 
 
 def rows(**of_batch_norm):
@@ -31,7 +31,7 @@ def verdict(claim, of_rows):
 
 
 def test_arms_differ_in_what_they_are_named_after():
-    arms = headline.arms(Design(epochs=10, seeds=3), [])
+    arms = headline.arms(headline.Design(epochs=10, seeds=3), [])
     assert [c.seed for c in arms["flax"]] == [0, 1, 2]
     first = {arm: configs[0] for arm, configs in arms.items()}
     assert first["batch_norm"].learning_rate == first["flax"].learning_rate == 1.0
@@ -81,6 +81,31 @@ def test_summary_is_mean_and_spread_of_each_arm():
     # The sample variance of .25 and .75 is .125.
     assert found.pop("sd") == pytest.approx(math.sqrt(0.125))
     assert found == {"mean": 0.5, "min": 0.25, "max": 0.75, "n": 2}
+
+
+def test_legend_names_the_rates_of_the_arms_that_there_are():
+    present = [r for r in rows() if r["arm"] != "none"]
+    assert headline.titles(present) == {
+        "batch_norm": "batch norm, ours (rate 0.25)",
+        "flax": "batch norm, Flax's own (rate 0.5)",
+        "none_padded": "no batch norm, images padded by 2",
+    }
+
+
+def test_run_that_diverged_counts_as_guessing_and_its_curve_ends(tmp_path):
+    lost = {
+        "loss": [1.0, None],
+        "train_accuracy": [0.5, None],
+        "test_accuracy": [0.5, None],
+        "test_accuracy_exact": None,
+    }
+    given = [row("batch_norm", 0, **lost), row("batch_norm", 1, **lost)]
+    assert headline.scores(given, "batch_norm", "loss") == [math.log(10)] * 2
+    for name in ("train_accuracy", "test_accuracy", "test_accuracy_exact"):
+        assert headline.scores(given, "batch_norm", name) == [0.1] * 2
+    headline.draw(given, tmp_path)
+    assert len(headline.verdicts(given)) == 5
+    assert headline.summary(given)["arms"]["batch_norm"]["loss"]["n"] == 2
 
 
 def test_figures_are_drawn(tmp_path):

@@ -6,9 +6,8 @@ from bn_jax.training import sweep
 from bn_jax.training.config import TrainConfig
 from bn_jax.training.state import make_model
 from experiments import options
-from experiments.study import Design
 
-DESIGN = Design(epochs=3, seeds=3, dataset="sample")
+DESIGN = options.Design(epochs=3, seeds=3, dataset="sample")
 ARMS = options.arms(DESIGN, [])
 FAST, TWO_PASSES = options.FAST, options.TWO_PASSES
 
@@ -69,7 +68,7 @@ def test_momenta_and_epsilons_of_the_claim_are_all_trained_once():
 
 def test_runs_are_found_by_option_and_seed():
     runs = options.by_option(made_up())
-    assert len(runs) == len(options.NUMBERS) + len(options.NORMS)
+    assert len(runs) == len(options.numbers(DESIGN)) + len(options.NORMS)
     assert all(list(by_seed) == [0, 1, 2] for by_seed in runs.values())
     keras = runs["momentum 0.99, epsilon 0.001 (Keras)"][2]["config"]
     assert (keras["momentum"], keras["epsilon"]) == (0.99, 1e-3)

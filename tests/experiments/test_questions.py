@@ -16,9 +16,8 @@ from bn_jax.training import step as step_lib
 from bn_jax.training.config import TrainConfig
 from bn_jax.training.sweep import _check
 from experiments import bias, learning_rates, scale_invariance, transforms, which_layers
-from experiments.study import Design
 
-DESIGN = Design(epochs=3, seeds=2, dataset="sample")
+DESIGN = {"epochs": 3, "seeds": 2, "dataset": "sample"}
 
 
 def outcome(module, rows, claim):
@@ -29,7 +28,7 @@ def outcome(module, rows, claim):
 @pytest.mark.parametrize("module", [bias, transforms, which_layers])
 def test_each_arm_is_a_sweep(module):
     (stage,) = [getattr(module, n) for n in ("arms", "subsets") if hasattr(module, n)]
-    for configs in stage(DESIGN, []).values():
+    for configs in stage(module.Design(**DESIGN), []).values():
         _check(configs)  # raises where one program cannot train them
         assert {c.seed for c in configs} == {0, 1}
 
@@ -48,7 +47,7 @@ def rate_rows(accuracy_of):
             "test_accuracy": [0.5],
         }
         for norm, rate, seed in itertools.product(
-            ("batch_norm", "none"), learning_rates.RATES, (0, 1)
+            ("batch_norm", "none"), learning_rates.Design().rates, (0, 1)
         )
     ]
 
@@ -83,8 +82,8 @@ def test_norm_with_no_workable_rate_has_no_ratio():
 
 def test_best_rates_are_trained_for_longer_and_count_instead():
     rows = rate_rows(lambda norm, rate, seed: 0.5 if rate >= 3 else 0.1)
-    assert learning_rates.best_rates(rows, "none") == [3.0, 10.0, 30.0, 100.0, 300.0]
-    arms = learning_rates.long(DESIGN, rows)
+    assert learning_rates.best_rates(rows, "none", 5) == [3.0, 10.0, 30.0, 100.0, 300.0]
+    arms = learning_rates.long(learning_rates.Design(**DESIGN), rows)
     assert {c.epochs for c in arms["none-long"]} == {10}
     for configs in arms.values():
         _check(configs)
@@ -204,10 +203,9 @@ def test_growth_and_effective_rate_are_by_the_formula():
     assert json.loads(json.dumps(row)) == row
 
 
-def test_runs_are_followed_and_those_there_are_not_repeated(tmp_path, monkeypatch):
+def test_runs_are_followed_and_those_there_are_not_repeated(tmp_path):
     data = data_lib.load("sample").with_train_examples(600)
-    monkeypatch.setattr(scale_invariance, "RATES", (0.5,))
-    design = Design(epochs=1, seeds=1, dataset="sample")
+    design = scale_invariance.Design(epochs=1, seeds=1, dataset="sample", rates=(0.5,))
     rows, seconds = scale_invariance.measure(design, data, tmp_path)
     assert [row["arm"] for row in rows] == ["batch_norm", "none"]
     assert seconds > 0

@@ -12,30 +12,34 @@ import pytest
 from bn_jax import results as results_lib
 from experiments import report, study
 
-# Arms of two steps each; the second depends on the first, and a smoke run, which is all
-# that is made of it here, leaves the large one and the claim about it out.
+# Arms of two steps each; the second depends on the first, and a smoke run leaves the
+# large one and the claim about it out.
 MADE_UP = """
+import dataclasses
+
 from bn_jax.analysis import intervals
 from bn_jax.analysis.verdicts import decide
-from bn_jax.training.config import TrainConfig
+from bn_jax.training import fields
 from experiments import study
-from experiments.study import Design, Study
+from experiments.study import Study
 
-def config(design, **choices):
-    return TrainConfig(
-        dataset=design.dataset, epochs=design.epochs, batch_size=3000, **choices
+@dataclasses.dataclass(frozen=True)
+class Design(study.Design):
+    epochs: int = fields.option_of(study.Design, "epochs", 2)
+    batch_size: int = fields.option_of(study.Design, "batch_size", 3000)
+    arms: tuple[str, ...] = fields.option(
+        ("large", "first"), "Arms.", choices=("large", "first")
     )
+    step: float = fields.option(0.1, "Of the rate.", valid=fields.POSITIVE)
 
 def first(design, rows):
     assert not rows
-    return {
-        "large": [config(design)],
-        "first": [config(design, seed=seed) for seed in range(design.seeds)],
-    }
+    seeds = {"large": [0], "first": range(design.seeds)}
+    return {arm: [design.config(seed=s) for s in seeds[arm]] for arm in design.arms}
 
 def second(design, rows):
-    rate = 0.1 * len(rows)
-    return {"second": [config(design, learning_rate=rate, norm="none")]}
+    rate = design.step * len(rows)
+    return {"second": [design.config(learning_rate=rate, norm="none")]}
 
 def complete(folder, rows, data):
     gamma = study.load_params(folder).get("norm1", {}).get("scale", [[]] * len(rows))
@@ -48,15 +52,16 @@ def verdicts(rows):
         return decide("it learns", "loss", interval, reason="", above=0)
 
     arms = ("large", "first")
-    return study.judge(rows, [study.Claim([a], lambda a=a: learns(a)) for a in arms])
+    claims = [study.Claim([a], lambda a=a: learns(a)) for a in arms]
+    return study.judge(study.arms_of(rows), claims)
 
 def draw(rows, folder):
     (folder / "figure.txt").write_text(f"{len(rows)} rows")
 
 study.start(Study(
-    name="made_up", design=Design(epochs=2, seeds=3), stages=(first, second),
+    name="made_up", design=Design, stages=(first, second),
     verdicts=verdicts, draw=draw, complete=complete, exact=False,
-    summary=lambda rows: {"more": len(rows)}, smoke_arms=("first", "second"),
+    summary=lambda rows: {"more": len(rows)}, smoke={"arms": ("first",)},
 ))
 """
 
@@ -97,6 +102,17 @@ def test_study_trains_what_is_missing_judges_and_draws(made_up, tmp_path):
     mean = (rows[0]["loss"][-1] + rows[1]["loss"][-1]) / 2
     assert verdict["value"] == pytest.approx(mean)
     assert results["more"] == 3
+    assert results["arms"] == ["first"]
+    config = json.loads((folder / "config.json").read_text())
+    assert config == {
+        "experiment": "made_up",
+        "epochs": 1,
+        "seeds": 2,
+        "dataset": "sample",
+        "batch_size": 3000,
+        "arms": ["first"],
+        "step": 0.1,
+    }
     assert results["seconds"] > 0
     assert f"{verdict['verdict']}: it learns" in ran.stdout
 
@@ -124,6 +140,34 @@ def test_study_trains_what_is_missing_judges_and_draws(made_up, tmp_path):
     ran = made_up("--smoke", "--seeds=5")
     assert ran.returncode == 1
     assert "seeds: 2 there, 5 now" in ran.stderr
+
+
+def test_flags_of_the_design_come_before_what_a_smoke_run_sets(made_up, tmp_path):
+    ran = made_up("--smoke", "--arms=large,first", "--seeds=1", "--step=0.25")
+    assert ran.returncode == 0, ran.stderr
+    rows = results_lib.read_rows(tmp_path / "run" / "runs.jsonl")
+    assert [row["arm"] for row in rows] == ["large", "first", "second"]
+    assert rows[2]["config"]["learning_rate"] == 0.5
+    assert ran.stdout.count("it learns") == 2
+    assert {row["config"]["batch_size"] for row in rows} == {3000}
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ("--arms=large,huge", "arms=('large', 'huge'); expected of each value one of"),
+        ("--arms=first,first", "expected one or more values, none of them twice"),
+        ("--step=0", "step=0.0; expected a number greater than 0"),
+        ("--seeds=0", "seeds=0; expected a number at least 1"),
+    ],
+)
+def test_bad_design_is_refused_before_anything_is_written(
+    made_up, tmp_path, flag, words
+):
+    ran = made_up("--smoke", flag)
+    assert ran.returncode == 1
+    assert words in ran.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_plots_of_no_run_are_refused(made_up):
@@ -191,3 +235,63 @@ def test_committed_verdicts_and_figures_are_those_of_the_committed_runs(name, tm
     module.draw(rows, tmp_path)
     drawn = {path.name for path in tmp_path.iterdir()}
     assert drawn == {path.name for path in folder.glob("*.png")}
+
+
+# Parts of the designs, in the committed rows: which, how many claims they decide, and
+# which figures they fill.
+PARTS = {
+    "headline": ("arm", ("flax", "none_padded"), 1, {"curves.png", "gamma_beta.png"}),
+    "learning_rates": ("learning_rate", (0.1, 1.0), 4, None),
+    "which_layers": ("norm_layers", ("1111", "0011"), 1, {"which_layers.png"}),
+    "dropout": (
+        "arm",
+        [f"few-{arm}" for arm in (
+            "none", "dropout_30", "batch_norm", "norm_dropout_before",
+            "norm_dropout_after",
+        )],
+        2,
+        {"dropout_few.png", "curves_few.png", "variance_ratio.png"},
+    ),
+    "frozen": ("trained", ("norm", "random"), 4, {"sigmoid.png", "relu.png"}),
+    "options": ("arm", ("numbers", "fast_variance"), 4, None),
+    "transforms": ("arm", ("layer", "zca-all", "pca-16"), 1, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_part_of_a_design_is_judged_and_drawn(name, tmp_path):
+    import importlib
+
+    module = importlib.import_module(f"experiments.{name}")
+    field, values, claims, figures = PARTS[name]
+    folder = report.RESULTS / name
+    everything = results_lib.read_rows(folder / "runs.jsonl")
+    rows = [row for row in everything if {**row["config"], **row}[field] in values]
+    assert 0 < len(rows) < len(everything)
+    assert len(module.verdicts(rows)) == claims
+    if hasattr(module, "summary"):
+        json.dumps(module.summary(rows))
+    module.draw(rows, tmp_path)
+    drawn = {path.name for path in tmp_path.iterdir()}
+    assert drawn == (figures or {path.name for path in folder.glob("*.png")})
+
+
+def test_rates_of_the_weights_without_those_of_the_claims_are_drawn(tmp_path):
+    from experiments import scale_invariance
+
+    everything = results_lib.read_rows(report.RESULTS / "scale_invariance/runs.jsonl")
+    rows = [row for row in everything if row["learning_rate"] == 10.0]
+    assert scale_invariance.verdicts(rows) == []
+    scale_invariance.draw(rows, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["scale_invariance.png"]
+
+
+@pytest.mark.parametrize("name", report.STUDIES)
+def test_designs_by_default_are_those_that_were_recorded(name):
+    import importlib
+
+    module = importlib.import_module(f"experiments.{name}")
+    design = module.Design()
+    assert json.loads(json.dumps(design.to_dict())) == design.to_dict()
+    recorded = report.recorded()[name]
+    assert (design.epochs, design.seeds) == (recorded["epochs"], recorded["seeds"])

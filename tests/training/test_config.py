@@ -7,7 +7,9 @@ from absl import flags
 from bn_jax import data as data_lib
 from bn_jax import models
 from bn_jax.training import config as config_lib
-from bn_jax.training.config import ConfigError, RunOptions, TrainConfig
+from bn_jax.training import fields
+from bn_jax.training.config import RunOptions, TrainConfig
+from bn_jax.training.fields import ConfigError
 
 
 def test_defaults_are_the_chapters():
@@ -108,8 +110,8 @@ def test_missing_and_unknown_fields_are_named():
 def flag_values():
     """The program's flags, with ours defined for this test alone."""
     before = set(flags.FLAGS)
-    config_lib.define_flags(TrainConfig)
-    config_lib.define_flags(RunOptions)
+    fields.define_flags(TrainConfig)
+    fields.define_flags(RunOptions)
     yield flags.FLAGS
     for name in set(flags.FLAGS) - before:
         delattr(flags.FLAGS, name)
@@ -120,14 +122,16 @@ def test_flags_override_the_entry_points_defaults_which_override_the_configs(
     flag_values,
 ):
     flag_values(["program", "--epochs=3", "--nobias_before_norm"])
-    config = config_lib.from_flags(flag_values, defaults={"epochs": 1, "seed": 8})
+    config = fields.from_flags(
+        TrainConfig, flag_values, defaults={"epochs": 1, "seed": 8}
+    )
     expected = TrainConfig(epochs=3, seed=8, bias_before_norm=False)
     assert config == expected
 
 
 def test_flags_give_the_options_of_a_run(flag_values):
     flag_values(["program", "--devices=4", "--input=stream", "--noresume"])
-    options = config_lib.options_from_flags(flag_values)
+    options = fields.from_flags(RunOptions, flag_values)
     assert options == RunOptions(devices="4", input="stream", resume=False)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from bn_jax.training import loop, parallel
-from bn_jax.training.config import ConfigError
+from bn_jax.training.fields import ConfigError
 
 
 @pytest.fixture(scope="module")

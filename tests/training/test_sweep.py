@@ -9,7 +9,8 @@ import pytest
 
 from bn_jax.results import RunError
 from bn_jax.training import interrupt, loop, sweep, sweep_run
-from bn_jax.training.config import ConfigError, RunOptions, TrainConfig
+from bn_jax.training.config import RunOptions, TrainConfig
+from bn_jax.training.fields import ConfigError
 from bn_jax.training.sweep import Sweep, parse
 
 

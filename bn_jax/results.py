@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from filelock import FileLock, Timeout
 
 from bn_jax.version import __version__
@@ -132,7 +133,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 def environment() -> dict[str, Any]:
-    """Return the versions, device and commit that numbers depend on."""
+    """Return the versions, processor, device and commit that numbers depend on."""
     device = jax.devices()[0]
     return {
         "bn_jax": __version__,
@@ -140,12 +141,19 @@ def environment() -> dict[str, Any]:
         **{name: importlib.metadata.version(name) for name in _PACKAGES},
         "platform": platform.platform(),
         "cpu_count": os.cpu_count(),
+        "cpu_instructions": _cpu_instructions(),
         "backend": device.platform,
         "device_kind": device.device_kind,
         "device_count": jax.device_count(),
         "commit": _commit(),
         "arguments": sys.argv[1:],
     }
+
+
+def _cpu_instructions() -> list[str]:
+    """Return the sets of vector instructions, whose widths decide how sums round."""
+    found: list[str] = np.show_config(mode="dicts")["SIMD Extensions"]["found"]
+    return found
 
 
 def _commit() -> str | None:

@@ -60,6 +60,13 @@ def number(verdict: Mapping[str, Any]) -> str:
     return f"{value:.3g} [{low:.3g}, {high:.3g}]"
 
 
+def command(name: str, results: Mapping[str, Any]) -> str:
+    """Return the command by which results were recorded."""
+    return " ".join(
+        ["python -m", f"experiments.{name}", *results["environment"]["arguments"]]
+    )
+
+
 def _cell(text: str) -> str:
     """Return a text that does not end its cell of a table."""
     return text.replace("|", "\\|")
@@ -83,7 +90,7 @@ def index(found: Mapping[str, Any]) -> list[str]:
             f"| [{question(name)}](results/{name}) | {', '.join(counts)} | "
             f"{_cell(first['statistic'])}: {number(first)} | "
             f"{results['seeds']} seeds | {results['seconds'] / 60:.0f} min | "
-            f"`python -m experiments.{name} --workdir=runs/{name}` |"
+            f"`{command(name, results)}` |"
         )
     return lines
 

@@ -23,6 +23,8 @@ def test_start_writes_config_and_environment(tmp_path):
     environment = results.read_json(workdir / "environment.json")
     assert environment["jax"] == jax.__version__
     assert (environment["backend"], environment["device_count"]) == ("cpu", 8)
+    # Names are numpy's, such as AVX512F or X86_V3; none where its build has but a base.
+    assert all(name.isupper() for name in environment["cpu_instructions"])
 
 
 def test_folder_of_something_else_is_refused_and_left_alone(tmp_path):

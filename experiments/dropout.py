@@ -45,6 +45,7 @@ from experiments.study import Arms, Row
 if TYPE_CHECKING:
     from bn_jax.analysis.verdicts import Verdict
 
+KINDS = ("none", "dropout", "batch_norm", "norm_dropout_before", "norm_dropout_after")
 SIZES = ("all", "few")
 # Of --smoke: the embedded sample has 6,000.
 FEW_OF_SAMPLE = 600
@@ -57,6 +58,12 @@ class Design(study.Design):
     epochs: int = fields.option_of(TrainConfig, "epochs", 5)
     seeds: int = fields.option_of(study.Design, "seeds", 5)
     learning_rate: float = fields.option_of(TrainConfig, "learning_rate")
+    arms: tuple[str, ...] = fields.option(
+        KINDS,
+        "Neither dropout nor norm; dropout alone; batch norm alone; batch norm with "
+        "dropout before a norm, or after the last.",
+        choices=KINDS,
+    )
     rates: tuple[float, ...] = fields.option(
         (0.1, 0.3, 0.5),
         "Of dropout without norm; one claim is on .5.",
@@ -83,15 +90,25 @@ class Design(study.Design):
 def choices(design: Design) -> dict[str, dict[str, Any]]:
     """Return what each arm has."""
     with_norm = {"dropout_rate": design.rate_with_norm}
-    return {
-        "none": {"norm": "none"},
-        **{
+    of_kind: dict[str, dict[str, dict[str, Any]]] = {
+        "none": {"none": {"norm": "none"}},
+        "dropout": {
             f"dropout_{100 * rate:g}": {"norm": "none", "dropout_rate": rate}
             for rate in sorted(design.rates)
         },
-        "batch_norm": {},
-        "norm_dropout_before": {**with_norm, "dropout_at": "dense"},
-        "norm_dropout_after": {**with_norm, "dropout_at": "last"},
+        "batch_norm": {"batch_norm": {}},
+        "norm_dropout_before": {
+            "norm_dropout_before": {**with_norm, "dropout_at": "dense"}
+        },
+        "norm_dropout_after": {
+            "norm_dropout_after": {**with_norm, "dropout_at": "last"}
+        },
+    }
+    return {
+        arm: of_arm
+        for kind, of_arms in of_kind.items()
+        if kind in design.arms
+        for arm, of_arm in of_arms.items()
     }
 
 
@@ -196,7 +213,7 @@ def verdicts(rows: Sequence[Row]) -> list[Verdict]:
 
     def replaces_dropout(size: str) -> Verdict:
         best = max(
-            (arm for arm in names if arm.startswith("dropout")),
+            dropouts,
             key=lambda arm: sum(_scores(rows, f"{size}-{arm}", "test_accuracy")),
         )
         return decide(
@@ -210,10 +227,14 @@ def verdicts(rows: Sequence[Row]) -> list[Verdict]:
         )
 
     names = titles(rows)
-    on_all, on_few = ([f"{size}-{arm}" for arm in names] for size in SIZES)
+    dropouts = [arm for arm in names if arm.startswith("dropout")] or ["dropout"]
+
+    def on(size: str, *arms: str) -> list[str]:
+        return [f"{size}-{arm}" for arm in arms]
+
     claims = [
         study.Claim(
-            ["all-none", "all-dropout_50"],
+            on("all", "none", "dropout_50"),
             lambda: decide(
                 "dropout of .5 slows training without norm: after as many steps the "
                 "loss is higher",
@@ -225,10 +246,15 @@ def verdicts(rows: Sequence[Row]) -> list[Verdict]:
                 "dropout",
             ),
         ),
-        study.Claim(on_all, lambda: replaces_dropout("all")),
-        study.Claim(on_few, lambda: replaces_dropout("few")),
+        *(
+            study.Claim(
+                on(size, "batch_norm", *dropouts),
+                lambda size=size: replaces_dropout(size),
+            )
+            for size in SIZES
+        ),
         study.Claim(
-            on_few,
+            on("few", "batch_norm", "none"),
             lambda: decide(
                 "batch norm regularises: on few images the gap is smaller than with "
                 "neither",
@@ -240,7 +266,7 @@ def verdicts(rows: Sequence[Row]) -> list[Verdict]:
             ),
         ),
         study.Claim(
-            on_all,
+            on("all", "norm_dropout_before", "norm_dropout_after"),
             lambda: decide(
                 "dropout before a norm shifts its variance between training and "
                 "prediction, dropout after the last does not",
@@ -257,7 +283,7 @@ def verdicts(rows: Sequence[Row]) -> list[Verdict]:
             ),
         ),
         study.Claim(
-            on_all,
+            on("all", "norm_dropout_before", "norm_dropout_after"),
             lambda: decide(
                 "dropout before a norm hurts prediction by moving averages, to dropout "
                 "after the last",
@@ -280,22 +306,22 @@ def draw(rows: Sequence[Row], folder: Path) -> None:
     from bn_jax import plots
 
     ratios = {}
-    names = titles(rows)
     for size in SIZES:
-        runs = {arm: study.runs_of(rows, f"{size}-{arm}") for arm in names}
-        if not runs["none"]:
+        of_size = [row for row in rows if row["arm"].startswith(size)]
+        if not of_size:
             continue
-        count = runs["none"][0]["config"]["train_examples"]
+        names = titles(of_size)
+        runs = {arm: study.runs_of(rows, f"{size}-{arm}") for arm in names}
+        config = of_size[0]["config"]
+        count = config["train_examples"]
         images = f"{count:,} images" if count else "all images"
-        epochs = runs["none"][0]["config"]["epochs"]
-        note = f"{images}, {epochs} epochs; n = {len(runs['none'])} seeds; "
+        seeds = {row["config"]["seed"] for row in of_size}
+        note = f"{images}, {config['epochs']} epochs; n = {len(seeds)} seeds; "
         plots.estimates(
             {
                 label: {
-                    names[arm]: study.mean_and_range(
-                        _scores(rows, f"{size}-{arm}", name)
-                    )
-                    for arm in names
+                    title: study.mean_and_range(_scores(rows, f"{size}-{arm}", name))
+                    for arm, title in names.items()
                 }
                 for name, label in (
                     ("train_loss", "training loss, nats"),
@@ -311,29 +337,29 @@ def draw(rows: Sequence[Row], folder: Path) -> None:
         )
         ratios[f"moving / exact variance, {images}"] = {
             names[arm]: study.mean_and_range(
-                [row["norm4_variance_ratio"] for row in runs[arm]]
+                [row["norm4_variance_ratio"] for row in of_arm]
             )
-            for arm in ("batch_norm", "norm_dropout_before", "norm_dropout_after")
+            for arm, of_arm in runs.items()
+            if "norm4_variance_ratio" in of_arm[0]
         }
-    plots.estimates(
-        ratios,
-        "last norm, median of its features; line: least to greatest of the seeds",
-        folder / "variance_ratio.png",
-        reference=1.0,
-    )
+    if all(ratios.values()):
+        plots.estimates(
+            ratios,
+            "last norm, median of its features; line: least to greatest of the seeds",
+            folder / "variance_ratio.png",
+            reference=1.0,
+        )
 
 
 def _draw_curves(runs: dict[str, list[Row]], note: str, path: Path) -> None:
     from bn_jax import plots
 
-    # Which arm is without norm, and which with.
-    panels = {"no dropout": {"none": "none", "batch_norm": "batch_norm"}}
+    panels: dict[str, dict[str, str]] = {}  # which arm is without norm, and which with
     for arm, of_arm in runs.items():
-        if arm.startswith("dropout"):
-            panels[_dropout(of_arm[0])] = {"none": arm}
-    with_norm = _dropout(runs["norm_dropout_before"][0])
-    panels.setdefault(with_norm, {})["batch_norm"] = "norm_dropout_before"
-    panels[f"{with_norm} after the last norm"] = {"batch_norm": "norm_dropout_after"}
+        title = _dropout(of_arm[0]) if "dropout" in arm else "no dropout"
+        if arm == "norm_dropout_after":
+            title += " after the last norm"
+        panels.setdefault(title, {})[of_arm[0]["config"]["norm"]] = arm
     plots.small_multiples(
         {
             title: {
@@ -368,6 +394,11 @@ if __name__ == "__main__":
             draw=draw,
             train=True,
             summary=summary,
-            smoke={"sizes": ("few",), "few_examples": FEW_OF_SAMPLE},
+            smoke={
+                "arms": ("none", "dropout", "batch_norm"),
+                "rates": (0.5,),
+                "sizes": ("few",),
+                "few_examples": FEW_OF_SAMPLE,
+            },
         )
     )

@@ -246,6 +246,6 @@ if __name__ == "__main__":
             verdicts=verdicts,
             draw=draw,
             complete=with_small_gammas,
-            smoke={"activations": ("sigmoid",)},
+            smoke={"activations": ("sigmoid",), "trained": ("all", "norm", "random")},
         )
     )

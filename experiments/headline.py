@@ -335,5 +335,6 @@ if __name__ == "__main__":
             draw=draw,
             complete=with_gamma_beta,
             summary=summary,
+            smoke={"arms": ("batch_norm", "flax", "none")},
         )
     )

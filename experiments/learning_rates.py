@@ -254,5 +254,6 @@ if __name__ == "__main__":
             verdicts=verdicts,
             draw=draw,
             exact=False,
+            smoke={"rates": (0.1, 1.0, 10.0), "long_rates": 1},
         )
     )

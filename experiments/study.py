@@ -105,7 +105,7 @@ def _define_flags(study: Study) -> None:
     launch.define_run_flags()
     fields.define_flags(study.design)
     smoke = ", ".join(
-        f"{name} {','.join(value) if isinstance(value, tuple) else value}"
+        f"{name} {','.join(map(str, value)) if isinstance(value, tuple) else value}"
         for name, value in _smoke(study).items()
     )
     flags.DEFINE_boolean(

@@ -382,6 +382,6 @@ if __name__ == "__main__":
             exact=False,
             complete=with_covariance,
             summary=summary,
-            smoke={"arms": ("batch_norm", "layer", "zca-16", "uniform")},
+            smoke={"arms": ("batch_norm", "layer", "zca-16")},
         )
     )

@@ -245,17 +245,14 @@ PARTS = {
     "which_layers": ("norm_layers", ("1111", "0011"), 1, {"which_layers.png"}),
     "dropout": (
         "arm",
-        [f"few-{arm}" for arm in (
-            "none", "dropout_30", "batch_norm", "norm_dropout_before",
-            "norm_dropout_after",
-        )],
+        ("few-none", "few-dropout_30", "few-batch_norm"),
         2,
         {"dropout_few.png", "curves_few.png", "variance_ratio.png"},
     ),
     "frozen": ("trained", ("norm", "random"), 4, {"sigmoid.png", "relu.png"}),
     "options": ("arm", ("numbers", "fast_variance"), 4, None),
     "transforms": ("arm", ("layer", "zca-all", "pca-16"), 1, None),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", PARTS)

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from bn_jax.analysis.verdicts import Verdict
     from bn_jax.data import ImageData
 
+flags.disclaim_key_flags()  # --help of an experiment lists them as its own
+
 Row = dict[str, Any]
 Arms = Mapping[str, Sequence[TrainConfig]]
 
@@ -37,7 +39,9 @@ class Design:
 
     epochs: int = fields.option_of(TrainConfig, "epochs")
     seeds: int = fields.option(
-        3, "Each choice is trained with the seeds from 0.", valid=fields.AT_LEAST_1
+        3,
+        "How many seeds, from 0, each choice is trained with.",
+        valid=fields.AT_LEAST_1,
     )
     dataset: str = fields.option_of(TrainConfig, "dataset")
     batch_size: int = fields.option_of(TrainConfig, "batch_size")

@@ -170,6 +170,14 @@ def test_bad_design_is_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
+def test_help_lists_the_flags_of_the_design(made_up):
+    listed = made_up("--help").stdout
+    for flag in ("--epochs", "--arms", "--step", "--devices", "--[no]plot_only"):
+        assert f"\n  {flag}: " in listed
+    words = " ".join(listed.split())
+    assert "where not given: epochs 1, seeds 2, dataset sample, arms first." in words
+
+
 def test_plots_of_no_run_are_refused(made_up):
     ran = made_up("--plot_only")
     assert ran.returncode == 1

@@ -170,9 +170,16 @@ def compiled(norm: str, design: Design, data: ImageData) -> Any:
 
 
 def follow(probed: Probed) -> Row:
-    """Return of a run what is judged and drawn, as JSON holds it."""
+    """Return of a run what is judged and drawn, as JSON holds it.
+
+    A run ends before the first step at which a number is not finite.
+    """
     import numpy as np
 
+    columns = [np.asarray(column).reshape(len(column), -1) for column in probed]
+    finite = np.isfinite(np.concatenate(columns, axis=1)).all(axis=1)
+    steps = len(finite) if finite.all() else max(1, int(finite.argmin()))
+    probed = Probed(*(column[:steps] for column in probed))
     squared = np.asarray(probed.squared_norm, np.float64)
     grown = squared[-1] - squared[0]
     # The last gradient has moved what comes after the last norm.

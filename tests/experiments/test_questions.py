@@ -203,6 +203,21 @@ def test_growth_and_effective_rate_are_by_the_formula():
     assert json.loads(json.dumps(row)) == row
 
 
+def test_run_is_followed_to_its_last_finite_step():
+    good, overflown = np.full(4, 5.0), np.array([5.0, np.inf, 5.0, 5.0])
+    probed = scale_invariance.Probed(
+        loss=np.array([2.0, 3.0, 4.0]),
+        accuracy=np.full(3, 0.5),
+        cosine=np.full((3, 4), 0.1),
+        squared_norm=np.stack([good, good + 1, good]),
+        squared_gradient=np.stack([good, good, overflown]),
+    )
+    row = scale_invariance.follow(probed)
+    assert row["steps"] == 2
+    assert row["final_squared_norm"] == [6.0] * 4
+    json.dumps(row, allow_nan=False)
+
+
 def test_runs_are_followed_and_those_there_are_not_repeated(tmp_path):
     data = data_lib.load("sample").with_train_examples(600)
     design = scale_invariance.Design(epochs=1, seeds=1, dataset="sample", rates=(0.5,))

@@ -120,7 +120,10 @@ def arms_by_epoch(
             runs = [row for row in rows if row["arm"] == arm]
             epochs, means, low, high = _by_epoch([row[name] for row in runs])
             axes.fill_between(epochs, low, high, color=colour, alpha=0.2, lw=0)
-            axes.plot(epochs, means, style, color=colour, linewidth=width, label=title)
+            marker = "." if len(epochs) == 1 else ""  # no line has one point
+            axes.plot(
+                epochs, means, style, color=colour, lw=width, label=title, marker=marker
+            )
             end = len(runs[0][name]) + 0.6
             scores = [row.get(f"{name}_exact") for row in runs]
             exact = [score for score in scores if score is not None]

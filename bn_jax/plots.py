@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ ARM_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY, AMBER, GREY)
 COLOURS = {"batch_norm": BLUE, "flax": ORANGE, "none": GREEN, "none_padded": PURPLE}
 # A thick line stays visible under a thin, dashed one that coincides with it.
 ARM_LINES = (("-", 4.0), ("--", 1.5), ("-", 1.5), ("-.", 1.5))
+LINES = dict(zip(COLOURS, ARM_LINES, strict=True))
 
 DOTS_PER_INCH = 150
 
@@ -113,10 +115,8 @@ def arms_by_epoch(
         "test_accuracy": "test accuracy (moving averages)",
     }
     for axes, (name, label) in zip(figure.subplots(1, 3), panels.items(), strict=True):
-        for (arm, title), (style, width) in zip(
-            titles.items(), ARM_LINES, strict=False
-        ):
-            colour = COLOURS[arm]
+        for arm, title in titles.items():
+            colour, (style, width) = COLOURS[arm], LINES[arm]
             runs = [row for row in rows if row["arm"] == arm]
             epochs, means, low, high = _by_epoch([row[name] for row in runs])
             axes.fill_between(epochs, low, high, color=colour, alpha=0.2, lw=0)
@@ -284,8 +284,9 @@ def growth(
     for axes in list(grid.flat)[len(panels) :]:
         axes.set_visible(False)
     for axes, (x_label, series) in zip(grid.flat, panels.items(), strict=False):
-        for (title, by_size), colour, (style, width) in zip(
-            series.items(), ARM_COLOURS, ARM_LINES, strict=False
+        looks = zip(itertools.cycle(ARM_COLOURS), itertools.cycle(ARM_LINES))
+        for (title, by_size), (colour, (style, width)) in zip(
+            series.items(), looks, strict=False
         ):
             colour = COLOURS.get(title, colour)
             median, low, high = list(zip(*by_size.values(), strict=True))[:3]
@@ -426,6 +427,7 @@ def small_multiples(
 
 def distributions(
     panels: Mapping[str, Mapping[str, Sequence[float]]],
+    titles: Mapping[str, str],
     references: Sequence[tuple[float, float]],
     note: str,
     path: Path,
@@ -433,7 +435,8 @@ def distributions(
     """Draw each value as a dot, in order of size, a row an arm.
 
     Args:
-      panels: values by title, for each panel's x label.
+      panels: values by arm, for each panel's x label.
+      titles: of the arms.
       references: (mean, standard deviation) for each panel, in grey.
       note: a line above.
       path: of the image to write.
@@ -447,14 +450,13 @@ def distributions(
     ):
         axes.axvspan(mean - sd, mean + sd, color=GREY, alpha=0.15, lw=0)
         axes.axvline(mean, color=GREY, linewidth=1)
-        for position, values in enumerate(arms.values()):
+        for position, (arm, values) in enumerate(arms.items()):
             offsets = [
                 position + 0.6 * ((i + 0.5) / len(values) - 0.5)
                 for i in range(len(values))
             ]
-            colour = ARM_COLOURS[position]
-            axes.plot(sorted(values), offsets, ".", color=colour, markersize=4)
-        axes.set_yticks(range(len(arms)), list(arms), fontsize=8)
+            axes.plot(sorted(values), offsets, ".", color=COLOURS[arm], markersize=4)
+        axes.set_yticks(range(len(arms)), [titles[arm] for arm in arms], fontsize=8)
         axes.set_xlabel(x_label)
         axes.spines[["top", "right"]].set_visible(False)
     grid[0][0].invert_yaxis()  # of all: they share it

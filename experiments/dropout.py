@@ -64,13 +64,13 @@ class Design(study.Design):
         "dropout before a norm, or after the last.",
         choices=KINDS,
     )
-    rates: tuple[float, ...] = fields.option(
+    dropout_rates: tuple[float, ...] = fields.option(
         (0.1, 0.3, 0.5),
-        "Of dropout without norm; one claim is on .5.",
+        "Without norm; one claim is on .5.",
         valid=fields.BELOW_1,
     )
-    rate_with_norm: float = fields.option(
-        0.5, "Of dropout before and after a norm.", valid=fields.BELOW_1
+    dropout_rate_with_norm: float = fields.option(
+        0.5, "Before a norm, and after the last.", valid=fields.BELOW_1
     )
     sizes: tuple[str, ...] = fields.option(
         SIZES, "Train on all images, on few, or on both.", choices=SIZES
@@ -89,12 +89,12 @@ class Design(study.Design):
 
 def choices(design: Design) -> dict[str, dict[str, Any]]:
     """Return what each arm has."""
-    with_norm = {"dropout_rate": design.rate_with_norm}
+    with_norm = {"dropout_rate": design.dropout_rate_with_norm}
     of_kind: dict[str, dict[str, dict[str, Any]]] = {
         "none": {"none": {"norm": "none"}},
         "dropout": {
             f"dropout_{100 * rate:g}": {"norm": "none", "dropout_rate": rate}
-            for rate in sorted(design.rates)
+            for rate in sorted(design.dropout_rates)
         },
         "batch_norm": {"batch_norm": {}},
         "norm_dropout_before": {
@@ -396,7 +396,7 @@ if __name__ == "__main__":
             summary=summary,
             smoke={
                 "arms": ("none", "dropout", "batch_norm"),
-                "rates": (0.5,),
+                "dropout_rates": (0.5,),
                 "sizes": ("few",),
                 "few_examples": FEW_OF_SAMPLE,
             },

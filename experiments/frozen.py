@@ -69,13 +69,13 @@ class Design(study.Design):
     activations: tuple[str, ...] = fields.option(
         ACTIVATIONS, "After each layer.", choices=ACTIVATIONS
     )
-    sigmoid_rate: float = fields.option(
-        1.0, "Learning rate with sigmoids, the chapter's.", valid=fields.POSITIVE
+    sigmoid_learning_rate: float = fields.option(
+        1.0, "With sigmoids, the chapter's.", valid=fields.POSITIVE
     )
-    relu_rate: float = fields.option(
+    relu_learning_rate: float = fields.option(
         0.1, "And with ReLUs, as in its later chapters.", valid=fields.POSITIVE
     )
-    trained: tuple[str, ...] = fields.option(
+    learning: tuple[str, ...] = fields.option(
         TRAINED,
         "What learns: all, with gamma and beta, one or neither; the norms' gamma and "
         "beta alone; these and the last layer; as many other parameters.",
@@ -87,11 +87,14 @@ def arms(design: Design, rows: Sequence[Row]) -> Arms:
     """Return a run for each activation, choice of what learns, and seed."""
     del rows
     found: dict[str, list[TrainConfig]] = {}
-    rates = {"sigmoid": design.sigmoid_rate, "relu": design.relu_rate}
+    rates = {
+        "sigmoid": design.sigmoid_learning_rate,
+        "relu": design.relu_learning_rate,
+    }
     for activation, (trained, gamma, beta), seed in itertools.product(
         design.activations, TITLES, range(design.seeds)
     ):
-        if trained not in design.trained:
+        if trained not in design.learning:
             continue
         config = design.config(
             activation=activation,
@@ -246,6 +249,6 @@ if __name__ == "__main__":
             verdicts=verdicts,
             draw=draw,
             complete=with_small_gammas,
-            smoke={"activations": ("sigmoid",), "trained": ("all", "norm", "random")},
+            smoke={"activations": ("sigmoid",), "learning": ("all", "norm", "random")},
         )
     )

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,24 +88,21 @@ class Design(study.Design):
         "in norm and rate alone.",
         choices=tuple(ARMS),
     )
-    rate: float = fields.option(
-        1.0, "Learning rate with batch norm.", valid=fields.POSITIVE
+    learning_rate: float = fields.option(1.0, "With batch norm.", valid=fields.POSITIVE)
+    learning_rate_without: float = fields.option(
+        0.9, "And without.", valid=fields.POSITIVE
     )
-    rate_without: float = fields.option(0.9, "And without.", valid=fields.POSITIVE)
 
 
 def arms(design: Design, rows: Sequence[Row]) -> Arms:
     """Return a run for each arm and seed."""
     del rows
+    without, seeds = design.learning_rate_without, range(design.seeds)
+    rates = {
+        arm: {} if arm in WITH_NORM else {"learning_rate": without} for arm in ARMS
+    }
     return {
-        arm: [
-            design.config(
-                seed=seed,
-                learning_rate=design.rate if arm in WITH_NORM else design.rate_without,
-                **ARMS[arm],
-            )
-            for seed in range(design.seeds)
-        ]
+        arm: [design.config(seed=seed, **ARMS[arm], **rates[arm]) for seed in seeds]
         for arm in design.arms
     }
 
@@ -173,60 +170,56 @@ def verdicts(rows: Sequence[Row]) -> list[Verdict]:
             of("batch_norm", "test_accuracy_exact"), of(arm, name)
         )
 
-    def as_published(title: str, of_run: Any, mean: float, sd: float) -> Claim:
-        def means() -> list[float]:
-            runs = study.runs_of(rows, "batch_norm")
-            return [statistics.mean(of_run(row)) for row in runs]
-
+    def as_published(
+        arm: str,
+        claim: str,
+        statistic: str,
+        values: Callable[[], list[float]],
+        bounds: tuple[float, float],
+        reason: str,
+    ) -> Claim:
+        low, high = bounds
         return Claim(
-            ["batch_norm"],
+            [arm],
             lambda: decide(
-                f"{title} of the first layer is learned as published",
-                f"mean {title} of the 6 channels",
-                intervals.of_mean(means()),
-                above=mean - sd,
-                below=mean + sd,
-                reason="a deviation of single channels in the published re-runs; those "
-                "of one run vary together",
+                claim,
+                statistic,
+                intervals.of_mean(values()),
+                above=low,
+                below=high,
+                reason=reason,
             ),
         )
 
+    def learned(title: str) -> list[float]:
+        runs = study.runs_of(rows, "batch_norm")
+        return [statistics.mean(LEARNED[title](row)) for row in runs]
+
+    reruns = "two standard deviations around the mean of {} published re-runs"
     claims = [
-        Claim(
-            ["batch_norm"],
-            lambda: decide(
-                "with batch norm LeNet trains to the published loss",
-                "mean training loss, nats",
-                intervals.of_mean(of("batch_norm", "loss")),
-                above=0.258,
-                below=0.278,
-                reason="two standard deviations around the mean of 49 published "
-                "re-runs",
-            ),
+        as_published(
+            "batch_norm",
+            "with batch norm LeNet trains to the published loss",
+            "mean training loss, nats",
+            lambda: of("batch_norm", "loss"),
+            (0.258, 0.278),
+            reruns.format(49),
         ),
-        Claim(
-            ["batch_norm"],
-            lambda: decide(
-                "with batch norm LeNet trains to the published training accuracy",
-                "mean training accuracy",
-                intervals.of_mean(of("batch_norm", "train_accuracy")),
-                above=0.897,
-                below=0.905,
-                reason="two standard deviations around the mean of 49 published "
-                "re-runs",
-            ),
+        as_published(
+            "batch_norm",
+            "with batch norm LeNet trains to the published training accuracy",
+            "mean training accuracy",
+            lambda: of("batch_norm", "train_accuracy"),
+            (0.897, 0.905),
+            reruns.format(49),
         ),
-        Claim(
-            ["none_padded"],
-            lambda: decide(
-                "without batch norm, on padded images, it trains to the published loss",
-                "mean training loss, nats",
-                intervals.of_mean(of("none_padded", "loss")),
-                above=0.4477,
-                below=0.4905,
-                reason="two standard deviations around the mean of 130 published "
-                "re-runs",
-            ),
+        as_published(
+            "none_padded",
+            "without batch norm, on padded images, it trains to the published loss",
+            "mean training loss, nats",
+            lambda: of("none_padded", "loss"),
+            (0.4477, 0.4905),
+            reruns.format(130),
         ),
         Claim(
             WITH_NORM,
@@ -262,10 +255,16 @@ def verdicts(rows: Sequence[Row]) -> list[Verdict]:
             ),
         ),
         *(
-            as_published(title, of_run, *published)
-            for (title, of_run), published in zip(
-                LEARNED.items(), PUBLISHED_LEARNED, strict=True
+            as_published(
+                "batch_norm",
+                f"{title} of the first layer is learned as published",
+                f"mean {title} of the 6 channels",
+                lambda title=title: learned(title),
+                (mean - sd, mean + sd),
+                "a deviation of single channels in the published re-runs; those of one "
+                "run vary together",
             )
+            for title, (mean, sd) in zip(LEARNED, PUBLISHED_LEARNED, strict=True)
         ),
     ]
     return study.judge(study.arms_of(rows), claims)
@@ -292,7 +291,7 @@ def draw(rows: Sequence[Row], folder: Path) -> None:
     seeds = {row["config"]["seed"] for row in rows}
     learned = {
         f"learned {title}, first layer": {
-            legend[arm]: [v for row in study.runs_of(rows, arm) for v in of_run(row)]
+            arm: [v for row in study.runs_of(rows, arm) for v in of_run(row)]
             for arm in WITH_NORM
             if arm in legend
         }
@@ -301,6 +300,7 @@ def draw(rows: Sequence[Row], folder: Path) -> None:
     if all(learned.values()):
         plots.distributions(
             learned,
+            legend,
             PUBLISHED_LEARNED,
             f"6 channels of {len(seeds)} seeds; grey: mean and standard "
             "deviation of published re-runs",

@@ -45,10 +45,9 @@ class Design(study.Design):
     """A grid of rates, and how much longer its best are trained."""
 
     epochs: int = fields.option_of(TrainConfig, "epochs", 3)
-    rates: tuple[float, ...] = fields.option(
+    learning_rates: tuple[float, ...] = fields.option(
         (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0),
-        "Learning rates; a step of about half a decade is taken for the uncertainty of "
-        "a band's width.",
+        "About half a decade apart, which a band's width counts for its ends.",
         valid=fields.POSITIVE,
     )
     long_rates: int = fields.option(
@@ -65,7 +64,7 @@ def short(design: Design, rows: Sequence[Row]) -> Arms:
     """Return a run for each rate and seed."""
     del rows
     return {
-        norm: _configs(design, norm, sorted(design.rates), design.epochs)
+        norm: _configs(design, norm, sorted(design.learning_rates), design.epochs)
         for norm in TITLES
     }
 
@@ -254,6 +253,6 @@ if __name__ == "__main__":
             verdicts=verdicts,
             draw=draw,
             exact=False,
-            smoke={"rates": (0.1, 1.0, 10.0), "long_rates": 1},
+            smoke={"learning_rates": (0.1, 1.0, 10.0), "long_rates": 1},
         )
     )

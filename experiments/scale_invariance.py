@@ -54,9 +54,9 @@ class Design(study.Design):
     """Rates, with and without norm."""
 
     epochs: int = fields.option_of(TrainConfig, "epochs", 3)
-    rates: tuple[float, ...] = fields.option(
+    learning_rates: tuple[float, ...] = fields.option(
         (0.1, 1.0, 10.0),
-        "Learning rates; the claims are on 1.0, and on .1 beside 10.",
+        "The claims are on 1.0, and on .1 beside 10.",
         valid=fields.POSITIVE,
     )
 
@@ -99,7 +99,9 @@ def measure(design: Design, data: ImageData, folder: Path) -> tuple[list[Row], f
     done = {(row["arm"], row["learning_rate"], row["seed"]) for row in rows}
     for norm in TITLES:
         run = None
-        for choice in itertools.product([norm], design.rates, range(design.seeds)):
+        for choice in itertools.product(
+            [norm], design.learning_rates, range(design.seeds)
+        ):
             if choice in done:
                 continue
             run = run or compiled(norm, design, data)

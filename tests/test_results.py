@@ -23,8 +23,15 @@ def test_start_writes_config_and_environment(tmp_path):
     environment = results.read_json(workdir / "environment.json")
     assert environment["jax"] == jax.__version__
     assert (environment["backend"], environment["device_count"]) == ("cpu", 8)
-    # Names are numpy's, such as AVX512F or X86_V3; none where its build has but a base.
-    assert all(name.isupper() for name in environment["cpu_instructions"])
+    assert all(name.isupper() for name in environment["cpu_instructions"])  # X86_V3
+
+
+def test_processor_with_no_more_than_numpy_was_compiled_for_has_no_instructions(
+    monkeypatch,
+):
+    for config in ({"SIMD Extensions": {"baseline": ["NEON"]}}, {}):
+        monkeypatch.setattr("numpy.show_config", lambda mode, config=config: config)
+        assert results.environment()["cpu_instructions"] == []
 
 
 def test_folder_of_something_else_is_refused_and_left_alone(tmp_path):

@@ -131,14 +131,12 @@ class _TupleParser(flags.ArgumentParser[Any]):
 
     def __init__(self, kind: type) -> None:
         self._kind = kind
+        self.syntactic_help = "one or more, with commas between"
 
     def parse(self, argument: Any) -> Any:
         if not isinstance(argument, str):
             return argument
         return tuple(self._kind(part.strip()) for part in argument.split(","))
-
-    def flag_type(self) -> str:
-        return f"a comma separated list of {self._kind.__name__}s"
 
 
 class _TupleSerializer(flags.ArgumentSerializer[Any]):

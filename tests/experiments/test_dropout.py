@@ -77,7 +77,11 @@ def test_few_images_take_about_as_many_steps_as_all():
 
 def test_design_has_the_rates_and_sizes_that_are_given():
     design = dropout.Design(
-        seeds=1, rates=(0.25, 0.125), rate_with_norm=0.75, sizes=("few",), longer=3
+        seeds=1,
+        dropout_rates=(0.25, 0.125),
+        dropout_rate_with_norm=0.75,
+        sizes=("few",),
+        longer=3,
     )
     arms = dropout.arms(design, [])
     assert {arm: c.dropout_rate for arm, (c,) in arms.items()} == {

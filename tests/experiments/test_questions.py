@@ -47,7 +47,7 @@ def rate_rows(accuracy_of):
             "test_accuracy": [0.5],
         }
         for norm, rate, seed in itertools.product(
-            ("batch_norm", "none"), learning_rates.Design().rates, (0, 1)
+            ("batch_norm", "none"), learning_rates.Design().learning_rates, (0, 1)
         )
     ]
 
@@ -220,7 +220,9 @@ def test_run_is_followed_to_its_last_finite_step():
 
 def test_runs_are_followed_and_those_there_are_not_repeated(tmp_path):
     data = data_lib.load("sample").with_train_examples(600)
-    design = scale_invariance.Design(epochs=1, seeds=1, dataset="sample", rates=(0.5,))
+    design = scale_invariance.Design(
+        epochs=1, seeds=1, dataset="sample", learning_rates=(0.5,)
+    )
     rows, seconds = scale_invariance.measure(design, data, tmp_path)
     assert [row["arm"] for row in rows] == ["batch_norm", "none"]
     assert seconds > 0

@@ -15,7 +15,16 @@ from bn_jax.training import state as state_lib
 from bn_jax.training import step as step_lib
 from bn_jax.training.config import TrainConfig
 from bn_jax.training.sweep import _check
-from experiments import bias, learning_rates, scale_invariance, transforms, which_layers
+from experiments import (
+    bias,
+    frozen,
+    headline,
+    learning_rates,
+    options,
+    scale_invariance,
+    transforms,
+    which_layers,
+)
 
 DESIGN = {"epochs": 3, "seeds": 2, "dataset": "sample"}
 
@@ -283,3 +292,98 @@ def test_features_are_those_before_the_norm_of_the_first_dense_layer():
     np.testing.assert_allclose(
         updates["batch_stats"]["norm3"]["mean"], 0.1 * x.mean(0), atol=1e-6
     )
+
+
+# Designs: each choice that has a flag reaches the runs.
+
+
+def configs_of(module, **choices):
+    """Return the runs of a design's first stage, by arm, from one seed."""
+    stage = next(
+        getattr(module, name)
+        for name in ("arms", "subsets", "short")
+        if hasattr(module, name)
+    )
+    return stage(module.Design(seeds=1, **choices), [])
+
+
+@pytest.mark.parametrize(
+    ("module", "choices", "field", "expected"),
+    [
+        (
+            headline,
+            {"arms": ("flax", "none"), "learning_rate_without": 0.25},
+            "learning_rate",
+            {"flax": [1.0], "none": [0.25]},
+        ),
+        (
+            headline,
+            {"arms": ("flax", "none"), "learning_rate": 0.5},
+            "learning_rate",
+            {"flax": [0.5], "none": [0.9]},
+        ),
+        (
+            bias,
+            {"learning_rate": 0.5},
+            "learning_rate",
+            {"with_bias": [0.5], "without_bias": [0.5]},
+        ),
+        (
+            learning_rates,
+            {"learning_rates": (3.0, 0.5)},
+            "learning_rate",
+            {"batch_norm": [0.5, 3.0], "none": [0.5, 3.0]},
+        ),
+        (
+            which_layers,
+            {"subsets": ("0011", "1111")},
+            "norm_layers",
+            {"subsets": ["0011", "1111"]},
+        ),
+        (
+            frozen,
+            {"activations": ("relu",), "learning": ("norm",)},
+            "trained",
+            {"relu-norm": ["norm"]},
+        ),
+        (
+            frozen,
+            {
+                "learning": ("random",),
+                "relu_learning_rate": 0.25,
+                "sigmoid_learning_rate": 0.5,
+            },
+            "learning_rate",
+            {"sigmoid-random": [0.5], "relu-random": [0.25]},
+        ),
+        (
+            options,
+            {"momenta": (0.25,), "epsilons": (0.5,), "norms": ("no_bias",)},
+            "momentum",
+            {"numbers": [0.25, 0.9, 0.9, 0.99, 0.99], "no_bias": [0.9]},
+        ),
+        (
+            transforms,
+            {"arms": ("layer", "zca-8")},
+            "norm",
+            {"layer": ["layer"], "zca-8": ["whitening:method=zca,max_group_size=8"]},
+        ),
+    ],
+)
+def test_choices_of_a_design_reach_its_runs(module, choices, field, expected):
+    found = configs_of(module, batch_size=128, epochs=2, **choices)
+    assert {
+        arm: [getattr(config, field) for config in configs]
+        for arm, configs in found.items()
+    } == expected
+    everyone = [config for configs in found.values() for config in configs]
+    assert {(config.batch_size, config.epochs) for config in everyone} == {(128, 2)}
+
+
+def test_longer_runs_are_as_many_and_as_long_as_the_design_says():
+    rows = rate_rows(lambda norm, rate, seed: 0.5 if rate >= 3 else 0.1)
+    design = learning_rates.Design(seeds=1, epochs=4, long_rates=2, longer=1.5)
+    for configs in learning_rates.long(design, rows).values():
+        assert [(c.learning_rate, c.epochs) for c in configs] == [(100, 6), (300, 6)]
+    none = learning_rates.Design(long_rates=0)
+    assert learning_rates.long(none, rows) == {}

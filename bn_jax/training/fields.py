@@ -129,14 +129,21 @@ def define_flags(kind: type) -> None:
 class _TupleParser(flags.ArgumentParser[Any]):
     """Reads values of one type with commas between."""
 
-    def __init__(self, kind: type) -> None:
-        self._kind = kind
+    def __init__(self, default: tuple[Any, ...]) -> None:
+        self._kind = type(default[0])
+        self._example = ",".join(map(str, default[:2]))
         self.syntactic_help = "one or more, with commas between"
 
     def parse(self, argument: Any) -> Any:
         if not isinstance(argument, str):
             return argument
-        return tuple(self._kind(part.strip()) for part in argument.split(","))
+        try:
+            return tuple(self._kind(part.strip()) for part in argument.split(","))
+        except ValueError:
+            raise ValueError(
+                f"expected values of type {self._kind.__name__} with commas between, "
+                f"such as {self._example}"
+            ) from None
 
 
 class _TupleSerializer(flags.ArgumentSerializer[Any]):
@@ -145,7 +152,7 @@ class _TupleSerializer(flags.ArgumentSerializer[Any]):
 
 
 def _define_tuple(name: str, default: tuple[Any, ...], help_text: str) -> None:
-    parser = _TupleParser(type(default[0]))
+    parser = _TupleParser(default)
     flags.DEFINE(parser, name, default, help_text, serializer=_TupleSerializer())
 
 

@@ -97,5 +97,6 @@ def test_defaults_of_an_entry_point_give_way_to_flags(flag_values):
 
 def test_list_that_is_no_list_of_numbers_is_refused(flag_values):
     values = flag_values(Options)
-    with pytest.raises(flags.IllegalFlagValueError, match="rates=1,fast"):
+    expected = "rates=1,fast: expected values of type float.*such as 0.1,1.0"
+    with pytest.raises(flags.IllegalFlagValueError, match=expected):
         values(["program", "--rates=1,fast"])

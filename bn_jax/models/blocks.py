@@ -7,13 +7,16 @@ of the formula.
 
 from __future__ import annotations
 
+import functools
 import itertools
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.sharding import AxisType, PartitionSpec
 
 Pair = tuple[int, int]
 
@@ -43,6 +46,25 @@ def conv2d_by_blocks(
     Returns:
       Activations `[C_out, (H + padding - K) // stride + 1, likewise for W, N]`.
     """
+    conv = functools.partial(_conv2d_by_blocks, strides=strides, padding=padding)
+    axes = _axes_of_batch(x)
+    if not axes:
+        return conv(x, kernel)
+    # Blocks and batch are one axis of the product, which the compiler cannot partition:
+    # all devices would get all of the batch. So each convolves its own part.
+    by_batch = PartitionSpec(None, None, None, axes)
+    return jax.shard_map(
+        conv,
+        in_specs=(by_batch, PartitionSpec()),
+        out_specs=by_batch,
+        axis_names=set(axes),
+    )(x, kernel)
+
+
+def _conv2d_by_blocks(
+    x: Array, kernel: Array, *, strides: Pair, padding: tuple[Pair, Pair]
+) -> Array:
+    """Return what `conv2d_by_blocks` does, on one device."""
     kh, kw, c_in, c_out = kernel.shape
     _, h, w, n = x.shape
     (stride_h, stride_w), ((above, below), (left, right)) = strides, padding
@@ -88,11 +110,7 @@ def conv2d_by_blocks(
         [lax.collapse(kernels[..., i, j], 1) for i, j in blocks.taps], axis=1
     )
 
-    if _batch_may_be_sharded():
-        # The batch has to stay an axis of its own, or all devices would get all of it.
-        y = jnp.tensordot(kernels, patches, axes=1)
-    else:
-        y = kernels @ lax.collapse(patches, 1)  # a tenth faster
+    y = kernels @ lax.collapse(patches, 1)
     y = _unfold(y.reshape(c_out, b, b, *blocks.number, n))
     return y[:, :out_h, :out_w]
 
@@ -179,10 +197,17 @@ def _block_size(kernel_shape: tuple[int, ...], strides: Pair) -> int:
     return 1 if c_in >= 64 or max(strides) > 1 or kh * kw == 1 else 2
 
 
-def _batch_may_be_sharded() -> bool:
-    """Return whether the program is traced for a mesh that the compiler partitions."""
+def _axes_of_batch(x: Array) -> tuple[str, ...]:
+    """Return the mesh axes to share a batch-last array's batch out over, if any.
+
+    Explicit axes are in the array's type. Automatic ones the compiler decides on later,
+    so all of them are taken, as far as they divide the batch.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    return any(
-        size > 1 and kind != jax.sharding.AxisType.Manual
-        for size, kind in zip(mesh.axis_sizes, mesh.axis_types, strict=True)
-    )
+    of_batch = jax.typeof(x).sharding.spec[-1]
+    axes = of_batch if isinstance(of_batch, tuple) else (of_batch,)
+    axes = tuple(name for name in axes if name is not None)
+    for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True):
+        if kind == AxisType.Auto and mesh.shape[name] > 1:
+            axes = (*axes, name)
+    return () if x.shape[-1] % math.prod(mesh.shape[name] for name in axes) else axes

@@ -189,6 +189,39 @@ def test_sharded_batch_is_never_gathered(devices):
     assert "all-reduce" in compiled  # of the kernel's gradient
 
 
+def test_explicitly_sharded_batch_keeps_its_sharding(devices):
+    conv, _ = convolutions(ODD)
+    x, kernel = inputs(ODD)
+
+    @jit_unoptimised
+    def convolved(x, kernel):
+        y, pull = jax.vjp(conv, x, kernel)
+        return y, *pull(jnp.sin(y))
+
+    axis_types = (AxisType.Explicit,) * 2
+    mesh = jax.make_mesh((2, 2), ("d", "m"), axis_types, devices=devices[:4])
+    by_batch = PartitionSpec(None, None, None, "d")
+    with jax.set_mesh(mesh):
+        of_shards = convolved(
+            jax.device_put(x, NamedSharding(mesh, by_batch)),
+            jax.device_put(kernel, NamedSharding(mesh, PartitionSpec())),
+        )
+    y, dx, dkernel = (jax.typeof(array).sharding.spec for array in of_shards)
+    assert y == dx == by_batch
+    assert dkernel == PartitionSpec(*[None] * 4)
+    assert_close(jax.device_get(of_shards), convolved(x, kernel))
+
+
+def test_batch_that_does_not_divide_over_the_mesh_is_convolved_whole(devices):
+    ours, _ = convolutions(ODD)
+    x, kernel = inputs(ODD)
+    odd = x[..., :3]
+    mesh = jax.make_mesh((2,), ("d",), (AxisType.Auto,), devices=devices[:2])
+    with jax.set_mesh(mesh):
+        results = everything(ours, odd, kernel)
+    assert_close(jax.device_get(results), everything(ours, odd, kernel))
+
+
 def test_empty_batch_gives_empty_activations():
     ours, theirs = convolutions(ODD)
     x, kernel = inputs(ODD)

@@ -37,6 +37,9 @@ def conv2d_by_blocks(
     the same numbers from fewer, wider patches: less memory moved for some products with
     0.
 
+    Under a mesh (`jax.set_mesh`) each device convolves its part of the batch, where the
+    devices divide it.
+
     Args:
       x: activations `[C_in, H, W, N]`.
       kernel: of shape `[K, K', C_in, C_out]`.
@@ -46,12 +49,12 @@ def conv2d_by_blocks(
     Returns:
       Activations `[C_out, (H + padding - K) // stride + 1, likewise for W, N]`.
     """
-    conv = functools.partial(_conv2d_by_blocks, strides=strides, padding=padding)
+    conv = functools.partial(_convolve, strides=strides, padding=padding)
     axes = _axes_of_batch(x)
     if not axes:
         return conv(x, kernel)
-    # Blocks and batch are one axis of the product, which the compiler cannot partition:
-    # all devices would get all of the batch. So each convolves its own part.
+    # Blocks and batch are one axis of the product, along which the compiler cannot
+    # partition: left to it, all devices would get all of the batch.
     by_batch = PartitionSpec(None, None, None, axes)
     return jax.shard_map(
         conv,
@@ -61,10 +64,10 @@ def conv2d_by_blocks(
     )(x, kernel)
 
 
-def _conv2d_by_blocks(
+def _convolve(
     x: Array, kernel: Array, *, strides: Pair, padding: tuple[Pair, Pair]
 ) -> Array:
-    """Return what `conv2d_by_blocks` does, on one device."""
+    """Return what `conv2d_by_blocks` does, of one device's part of the batch."""
     kh, kw, c_in, c_out = kernel.shape
     _, h, w, n = x.shape
     (stride_h, stride_w), ((above, below), (left, right)) = strides, padding
@@ -198,10 +201,11 @@ def _block_size(kernel_shape: tuple[int, ...], strides: Pair) -> int:
 
 
 def _axes_of_batch(x: Array) -> tuple[str, ...]:
-    """Return the mesh axes to share a batch-last array's batch out over, if any.
+    """Return the mesh axes along which to lay a batch, which is an array's last axis.
 
-    Explicit axes are in the array's type. Automatic ones the compiler decides on later,
-    so all of them are taken, as far as they divide the batch.
+    Where axes of the mesh are explicit, the array's type says it. Of automatic ones,
+    which the compiler lays out later, all are taken; none where the batch does not
+    divide.
     """
     mesh = jax.sharding.get_abstract_mesh()
     of_batch = jax.typeof(x).sharding.spec[-1]

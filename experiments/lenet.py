@@ -106,9 +106,9 @@ def train(workdir: str, config: TrainConfig) -> None:
 
 def train_sweep(workdir: str, spec: str, base: TrainConfig) -> None:
     """Train the members of a sweep into `workdir` and print a line for each."""
-    from bn_jax.training import sweep, sweep_run
+    from bn_jax.training import members, sweep_run
 
-    configs = sweep.parse(spec, base)
+    configs = members.parse(spec, base)
     data = launch.load_data(base.dataset)
     print(f"{len(configs)} members of the sweep", flush=True)
     options = fields.from_flags(RunOptions, flags.FLAGS)

@@ -1,104 +1,34 @@
 """Many configs trained side by side in one compiled program.
 
-The members of a sweep differ in `SWEPT` fields alone: numbers that the program takes as
-arguments. They share the data set on the device, and each has its own parameters, its
-own statistics and its own order of examples, so that it trains as it would alone.
-
-On GPU and TPU the members are mapped by `vmap`. On CPU, where that makes one large and
-slow convolution of many small ones, they take turns (`lax.map`), and the cores are used
-by as many host devices. Over several devices members are shared out along the axis
-`parallel.MODELS`.
+The members of a sweep (`members`) share the data set on the device, and each has its
+own parameters, its own statistics and its own order of examples, so that it trains as
+it would alone. How they share the devices is in `mapped`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import itertools
 import math
-import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from bn_jax import data as data_lib
 from bn_jax import models, population
-from bn_jax.training import evaluation, feed, loop, parallel
+from bn_jax.training import evaluation, feed, loop, mapped, members
 from bn_jax.training import step as step_lib
 from bn_jax.training.config import TrainConfig
-from bn_jax.training.fields import ConfigError
 from bn_jax.training.state import (
     TrainState,
-    dropout_key,
     init_state,
     make_init,
     make_model,
     make_optimizer,
 )
-
-# Fields that a program can take as arguments.
-SWEPT = (
-    "learning_rate",
-    "optimizer_momentum",
-    "momentum",
-    "epsilon",
-    "norm_layers",
-    "train_gamma",
-    "train_beta",
-    "seed",
-)
-
-Values = dict[str, Any]  # fields that differ, and the seed, as arrays
-
-
-def parse(spec: str, base: TrainConfig) -> list[TrainConfig]:
-    """Return the configs of a sweep written as "learning_rate=0.1,1.0;seed=0..4".
-
-    Args:
-      spec: fields with their values, all of which are combined; the last field varies
-        fastest. `a..b` stands for the integers from a to b.
-      base: gives the other fields.
-
-    Raises:
-      ConfigError: if a field cannot be swept, or a value is none of it.
-    """
-    fields = {field.name: type(field.default) for field in dataclasses.fields(base)}
-    choices: dict[str, list[Any]] = {}
-    for part in spec.split(";"):
-        name, _, text = (piece.strip() for piece in part.partition("="))
-        if name not in SWEPT or not text or name in choices:
-            raise ConfigError(
-                f"sweep={spec!r}: {part!r}; expected FIELD=VALUE,VALUE,... with each "
-                f"field once, of {', '.join(SWEPT)}"
-            )
-        choices[name] = [v for t in text.split(",") for v in _values(t, fields[name])]
-    members = itertools.product(*choices.values())
-    return [
-        dataclasses.replace(base, **dict(zip(choices, member, strict=True)))
-        for member in members
-    ]
-
-
-def _values(text: str, kind: type) -> list[Any]:
-    """Return the values that one entry of a list stands for."""
-    text = text.strip()
-    integers = re.fullmatch(r"(\d+)\.\.(\d+)", text)
-    if kind is int and integers is not None:
-        return list(range(int(integers[1]), int(integers[2]) + 1))
-    if kind is bool:
-        known = {"true": True, "1": True, "false": False, "0": False}
-        if text.lower() not in known:
-            raise ConfigError(f"{text!r} in a sweep; expected true or false")
-        return [known[text.lower()]]
-    try:
-        return [kind(text)]
-    except ValueError:
-        raise ConfigError(f"{text!r} in a sweep; expected {kind.__name__}") from None
 
 
 class Progress(NamedTuple):
@@ -119,7 +49,7 @@ class Sweep:
     finite state; the others go on.
 
     Args:
-      configs: of the members; they differ in `SWEPT` fields alone.
+      configs: of the members; they differ in `members.SWEPT` fields alone.
       data: the images.
       devices: that share the members; by default JAX's first.
       checkpoint_steps: `train` pauses at each multiple of it.
@@ -136,7 +66,7 @@ class Sweep:
         devices: Sequence[jax.Device] | None = None,
         checkpoint_steps: int | None = None,
     ) -> None:
-        _check(configs)
+        members.check(configs)
         data = data.with_train_examples(configs[0].train_examples)
         self.configs, self.data = list(configs), data
         self.devices = list(devices or jax.local_devices()[:1])
@@ -146,21 +76,21 @@ class Sweep:
         # Filled up, so that each device has as many; those added are left out later.
         padding = -len(configs) % len(self.devices)
         self._members = [*configs, *[configs[-1]] * padding]
-        self._values = stack_values(self._members)
+        self._values = members.stack_values(self._members)
         self._orders = {
             seed: self._order_of(seed) for seed in {c.seed for c in configs}
         }
         self.steps_per_epoch = len(data.train.labels) // self._base.batch_size
-        self._map = _Mapped(self.devices)
+        self._map = mapped.Mapped(self.devices)
+        of_all = (self._base, self.num_classes)
         self._run = self._map.compiled(
-            functools.partial(_run_member, self._base, self.num_classes,
-                              self.steps_per_epoch),
+            functools.partial(members.run_member, *of_all, self.steps_per_epoch),
             shared=(False, False, True, False, True, True),
             donate=(1,),
-        )  # fmt: skip
+        )
         self._evaluate, self._evaluate_by_batch = (
             self._map.compiled(
-                functools.partial(_evaluate_member, self._base, self.num_classes, way),
+                functools.partial(members.evaluate_member, *of_all, way),
                 shared=(False, False, True, True),
             )
             for way in (step_lib.predict, step_lib.predict_by_batch)
@@ -372,7 +302,7 @@ class Sweep:
     def _exact_statistics(self) -> Any:
         """Return each member's exact statistics of the training set, stacked."""
         inputs = jnp.asarray(self.data.train.images)
-        predict = _predict_of(self._base, self.num_classes)
+        predict = members.predict_of(self._base, self.num_classes)
         state, values = self._map.get(self._state), self._values
         stats = []
         for i in range(len(self._members)):
@@ -389,103 +319,6 @@ class Sweep:
         return jax.tree.map(lambda *leaves: np.stack(leaves), *stats)
 
 
-def _check(configs: Sequence[TrainConfig]) -> None:
-    """Refuse configs that one program cannot train."""
-    if not configs:
-        raise ConfigError("a sweep of no configs; give at least one")
-    for field in dataclasses.fields(TrainConfig):
-        values = {getattr(config, field.name) for config in configs}
-        if len(values) > 1 and field.name not in SWEPT:
-            raise ConfigError(
-                f"configs of a sweep differ in {field.name}: {sorted(map(str, values))}"
-                f"; they may in {', '.join(SWEPT)}"
-            )
-    if not configs[0].bias_before_norm and any(
-        config.norm_layers != "1111" for config in configs
-    ):
-        raise ConfigError(
-            "bias_before_norm=False in a sweep with layers without norm, which need a "
-            "bias; leave the biases in"
-        )
-
-
-def stack_values(configs: Sequence[TrainConfig]) -> Values:
-    """Return the fields that differ as arrays with a leading axis of configs.
-
-    What all configs share stays a constant of the program, which is the faster for it.
-    """
-    swept: Values = {}
-    for name in SWEPT:
-        values = [getattr(config, name) for config in configs]
-        if name != "seed" and len(set(values)) == 1:
-            continue
-        if name == "norm_layers":
-            swept[name] = np.array([[d == "1" for d in v] for v in values])
-        else:
-            kind = np.uint32 if name == "seed" else jnp.result_type(type(values[0]))
-            swept[name] = np.array(values, kind)
-    return swept
-
-
-def _run_member(
-    base: TrainConfig,
-    num_classes: int,
-    steps_per_epoch: int,
-    values: Values,
-    state: TrainState,
-    data: step_lib.Batch,
-    order: Any,
-    start: Any,
-    stop: Any,
-) -> tuple[TrainState, step_lib.Metrics]:
-    """Take one member's steps; see `step.run_steps`."""
-    config = base.with_traced(values)
-    train_step = step_lib.make_train_step(
-        make_model(config, num_classes=num_classes),
-        make_optimizer(config, steps_per_epoch=steps_per_epoch),
-        dropout_key=dropout_key(config),
-    )
-    return step_lib.run_steps(
-        train_step,
-        state,
-        step_lib.Stored(data, order),
-        start,
-        stop,
-        max_steps=parallel.STEPS_PER_CALL,
-    )
-
-
-def _evaluate_member(
-    base: TrainConfig,
-    num_classes: int,
-    predict: Callable[[Any, Any, Any], Any],
-    values: Values,
-    variables: Any,
-    batches: step_lib.Batch,
-    counts: Any,
-) -> step_lib.Sums:
-    """Evaluate one member, without dropout."""
-    config = base.with_traced({**values, "dropout_rate": 0.0})
-    model = make_model(config, num_classes=num_classes)
-    return step_lib.evaluate(model, variables, batches, counts, predict=predict)
-
-
-@functools.lru_cache(maxsize=8)
-def _predict_of(base: TrainConfig, num_classes: int) -> Callable[[Any, Any], Any]:
-    """Return `predict(variables, images)` of a member, whose values are variables.
-
-    It is the same function for the same arguments, so that it is compiled once.
-    """
-
-    def predict(variables: Mapping[str, Any], images: Any) -> Any:
-        own = {name: variables[name] for name in ("params", "batch_stats")}
-        config = base.with_traced(variables["swept"])
-        model = make_model(config, num_classes=num_classes)
-        return step_lib.predict(model, own, images)
-
-    return predict
-
-
 def _init_members(
     configs: Sequence[TrainConfig], images_shape: tuple[int, ...], sweep: Sweep
 ) -> TrainState:
@@ -493,7 +326,7 @@ def _init_members(
     of_seed: dict[int, TrainState] = {}
     # Values differ, shapes do not.
     config = configs[0].with_traced(
-        jax.tree.map(lambda leaf: leaf[0], stack_values(configs))
+        jax.tree.map(lambda leaf: leaf[0], members.stack_values(configs))
     )
     model = make_model(config, num_classes=sweep.num_classes)
     init = make_init(model, images_shape)
@@ -507,66 +340,6 @@ def _init_members(
     return jax.tree.map(
         lambda *leaves: np.stack(leaves), *(of_seed[c.seed] for c in configs)
     )
-
-
-def takes_turns(devices: Sequence[jax.Device]) -> bool:
-    """Return whether members that share a device are faster one after another."""
-    return devices[0].platform == "cpu"
-
-
-class _Mapped:
-    """Functions of one member, mapped over the members and over devices."""
-
-    def __init__(self, devices: Sequence[jax.Device]) -> None:
-        self._devices = devices
-        self._members = parallel.Members(devices)
-
-    def compiled(
-        self,
-        function: Callable[..., Any],
-        *,
-        shared: Sequence[bool],
-        donate: tuple[int, ...] = (),
-    ) -> Callable[..., Any]:
-        """Return a function of stacked members, compiled for the devices.
-
-        Args:
-          function: of one member.
-          shared: for each argument, whether all members share it.
-          donate: arguments that are used up.
-        """
-        in_turns = takes_turns(self._devices)
-
-        def of_members(*arguments: Any) -> Any:
-            if not in_turns:
-                axes = [None if is_shared else 0 for is_shared in shared]
-                return jax.vmap(function, axes)(*arguments)
-            own = [a for a, s in zip(arguments, shared, strict=True) if not s]
-
-            def of_member(own: Sequence[Any]) -> Any:
-                rest = iter(own)
-                return function(
-                    *(
-                        a if s else next(rest)
-                        for a, s in zip(arguments, shared, strict=True)
-                    )
-                )
-
-            return lax.map(of_member, own)
-
-        return self._members.compiled(of_members, shared=shared, donate=donate)
-
-    def put(self, tree: Any) -> Any:
-        """Return stacked members on the devices."""
-        return jax.tree.map(self._members.put, tree)
-
-    def put_shared(self, tree: Any) -> Any:
-        """Return what members share on each device."""
-        return jax.tree.map(self._members.put_shared, tree)
-
-    def get(self, tree: Any) -> Any:
-        """Return stacked members on the host."""
-        return jax.tree.map(self._members.get, tree)
 
 
 def _diverged_at(losses: np.ndarray) -> int | None:

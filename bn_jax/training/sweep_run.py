@@ -17,8 +17,9 @@ from bn_jax import results
 from bn_jax.training import checkpoint, interrupt
 from bn_jax.training.config import RunOptions, TrainConfig
 from bn_jax.training.fields import ConfigError
+from bn_jax.training.members import SWEPT
 from bn_jax.training.state import init_variables, make_model
-from bn_jax.training.sweep import SWEPT, Progress, Sweep
+from bn_jax.training.sweep import Progress, Sweep
 
 ROWS = "runs.jsonl"
 

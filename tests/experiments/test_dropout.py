@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from bn_jax.training import sweep
+from bn_jax.training import members
 from bn_jax.training.config import TrainConfig
 from experiments import dropout
 
@@ -52,7 +52,7 @@ def made_up():
 
 @pytest.mark.parametrize("arm", ARMS)
 def test_arm_is_a_sweep_over_seeds(arm):
-    sweep._check(ARMS[arm])
+    members.check(ARMS[arm])
     assert [config.seed for config in ARMS[arm]] == [0, 1, 2]
 
 

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from bn_jax import results
-from bn_jax.training import checkpoint, sweep
+from bn_jax.training import checkpoint, members
 from bn_jax.training.state import init_variables, make_model
 from experiments import frozen
 
@@ -43,7 +43,7 @@ def made_up():
 
 @pytest.mark.parametrize("arm", ARMS)
 def test_arm_is_a_sweep(arm):
-    sweep._check(ARMS[arm])
+    members.check(ARMS[arm])
     assert len(set(ARMS[arm])) == len(ARMS[arm])
 
 

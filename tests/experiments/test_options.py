@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from bn_jax.training import sweep
+from bn_jax.training import members
 from bn_jax.training.config import TrainConfig
 from bn_jax.training.state import make_model
 from experiments import options
@@ -44,7 +44,7 @@ def verdict(rows, words):
 
 @pytest.mark.parametrize("arm", ARMS)
 def test_arm_is_a_sweep_of_models_that_can_be_made(arm):
-    sweep._check(ARMS[arm])
+    members.check(ARMS[arm])
     make_model(ARMS[arm][0], num_classes=10)
     assert len(set(ARMS[arm])) == len(ARMS[arm])
     assert "/" not in arm and ":" not in arm

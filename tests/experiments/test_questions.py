@@ -11,10 +11,10 @@ import optax
 import pytest
 
 from bn_jax import data as data_lib
+from bn_jax.training import members
 from bn_jax.training import state as state_lib
 from bn_jax.training import step as step_lib
 from bn_jax.training.config import TrainConfig
-from bn_jax.training.sweep import _check
 from experiments import (
     bias,
     frozen,
@@ -38,7 +38,7 @@ def outcome(module, rows, claim):
 def test_each_arm_is_a_sweep(module):
     (stage,) = [getattr(module, n) for n in ("arms", "subsets") if hasattr(module, n)]
     for configs in stage(module.Design(**DESIGN), []).values():
-        _check(configs)  # raises where one program cannot train them
+        members.check(configs)  # raises where one program cannot train them
         assert {c.seed for c in configs} == {0, 1}
 
 
@@ -95,7 +95,7 @@ def test_best_rates_are_trained_for_longer_and_count_instead():
     arms = learning_rates.long(learning_rates.Design(**DESIGN), rows)
     assert {c.epochs for c in arms["none-long"]} == {10}
     for configs in arms.values():
-        _check(configs)
+        members.check(configs)
     (first, *_) = [r for r in rows if r["config"]["learning_rate"] == 3.0]
     longer = {**first, "arm": "batch_norm-long", "train_accuracy": [0.95]}
     of_seed = learning_rates.workable([*rows, longer], "batch_norm", 0, 0.8)

@@ -10,8 +10,9 @@ from bn_jax.data import DataError
 from bn_jax.training import loop, sweep_run
 from bn_jax.training.config import TrainConfig
 from bn_jax.training.fields import ConfigError
+from bn_jax.training.members import parse
 from bn_jax.training.state import make_model
-from bn_jax.training.sweep import Sweep, parse
+from bn_jax.training.sweep import Sweep
 
 
 def moved(config, data):

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from bn_jax.results import RunError
-from bn_jax.training import interrupt, loop, sweep, sweep_run
+from bn_jax.training import interrupt, loop, mapped, sweep_run
 from bn_jax.training.config import RunOptions, TrainConfig
 from bn_jax.training.fields import ConfigError
-from bn_jax.training.sweep import Sweep, parse
+from bn_jax.training.members import parse
+from bn_jax.training.sweep import Sweep
 
 
 def trained(configs, data, num_devices=1):
@@ -81,7 +82,7 @@ def test_devices_share_the_members_and_change_no_number(
 def test_vmapped_members_are_those_that_take_turns(tiny_config, tiny_data, monkeypatch):
     configs = parse("learning_rate=0.1,0.5", tiny_config)
     in_turns = trained(configs, tiny_data).progress()
-    monkeypatch.setattr(sweep, "takes_turns", lambda devices: False)
+    monkeypatch.setattr(mapped, "takes_turns", lambda devices: False)
     vmapped = trained(configs, tiny_data).progress()
     np.testing.assert_allclose(vmapped.step_losses, in_turns.step_losses, atol=1e-5)
 

@@ -24,8 +24,6 @@ table says which. The folder receives results.json, table.md and lenet.png.
 
 from __future__ import annotations
 
-import functools
-import itertools
 import os
 import tempfile
 import time
@@ -39,7 +37,7 @@ from absl import flags
 from bn_jax.training import config as config_lib
 from bn_jax.training import fields
 from experiments import launch
-from experiments.benchmarks import timing
+from experiments.benchmarks import lenet_peers, timing
 
 if TYPE_CHECKING:
     from bn_jax.data import ImageData
@@ -47,36 +45,8 @@ if TYPE_CHECKING:
 NUM_CHECKED_STEPS = 20
 # At learning rate 1 rounding grows over 20 steps, to 1e-4 at most where it was seen.
 LOSS_TOLERANCE = 1e-3
-LEARNING_RATE, MOMENTUM, EPSILON = 1.0, 0.9, 1e-5
-WIDTHS = (6, 16, 120, 84, 10)
-# The layers, in the order in which PyTorch and Keras list their parameters.
-LAYERS = ("conv1", "norm1", "conv2", "norm2", "dense1", "norm3", "dense2", "norm4")
 # Several processes share a GPU: none takes its memory in advance.
 SHARED_GPU = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-
-
-class Start(NamedTuple):
-    """Where all arms start."""
-
-    images: np.ndarray  # shape [N, 28, 28, 1], uint8
-    labels: np.ndarray  # shape [N], int32
-    params: dict[str, np.ndarray]  # ours, by path: "conv1/kernel"
-    order: np.ndarray  # the examples of the first epoch's steps, [steps, batch], int32
-
-
-class Means(NamedTuple):
-    """Over the steps of an epoch."""
-
-    loss: float
-    accuracy: float
-
-
-class Peer(NamedTuple):
-    """A model of another library, ready to train."""
-
-    replay: Callable[[np.ndarray], list[float]]  # of an order of examples: its losses
-    epoch: Callable[[], Means]  # one more, in a new order
-    about: Mapping[str, Any] = {}
 
 
 class Arm(NamedTuple):
@@ -87,340 +57,20 @@ class Arm(NamedTuple):
     devices: int = 1
     parallel: str = "pmap"
     layout: str | None = None
-    peer: Callable[[Start], Peer] | None = None
+    peer: Callable[[lenet_peers.Start], lenet_peers.Peer] | None = None
     needs: Sequence[str] = ()  # modules
     env: Mapping[str, str] = {}
 
 
-def torch_peer(*, from_scratch: bool) -> Callable[[Start], Peer]:
-    """Return the set-up of PyTorch, in the fastest of its variants."""
+def torch_arm(title: str, *, from_scratch: bool) -> Arm:
+    """Return an arm of PyTorch, in the fastest of the variants that flags allow."""
 
-    def set_up(start: Start) -> Peer:
-        import torch
-
-        torch.backends.cudnn.allow_tf32 = False  # float32 is float32 in every arm
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        # Not by permute: with one channel that is contiguous and yet channels last, and
-        # a convolution passes the latter on, to a far slower batch norm.
-        n, h, w, channels = start.images.shape
-        images = torch.tensor(start.images, device=device).reshape(n, channels, h, w)
-        labels = torch.tensor(start.labels, device=device, dtype=torch.int64)
-
-        def variant(memory_format: Any, is_compiled: bool) -> Any:
-            net = torch_lenet(from_scratch).to(device, memory_format=memory_format)
-            optimizer = torch.optim.SGD(net.parameters(), LEARNING_RATE)
-
-            def scores(x: Any, y: Any) -> tuple[Any, Any]:
-                logits = net(x)
-                loss = torch.nn.functional.cross_entropy(logits, y)
-                return loss, (logits.argmax(1) == y).float().mean()
-
-            scored = torch.compile(scores) if is_compiled else scores
-
-            def train(order: Any) -> Any:
-                metrics = []
-                for rows in order:
-                    x = (images[rows].float() / 255).contiguous(
-                        memory_format=memory_format
-                    )
-                    loss, accuracy = scored(x, labels[rows])
-                    optimizer.zero_grad()
-                    loss.backward()
-                    optimizer.step()
-                    metrics.append(torch.stack([loss.detach(), accuracy]))
-                return torch.stack(metrics).cpu()
-
-            return net, train
-
-        given = torch.tensor(start.order, device=device, dtype=torch.int64)
-        formats = {
-            "NCHW": torch.contiguous_format,
-            "channels last": torch.channels_last,
-        }
-        tried = given[:10]
-        trial: dict[str, float] = {}
-        refused: dict[str, str] = {}
-        made = {}
-        for (name, memory_format), is_compiled in itertools.product(
-            formats.items(), (False, True) if flags.FLAGS.torch_compile else (False,)
-        ):
-            title = f"{name}, {'compiled' if is_compiled else 'eager'}"
-            try:
-                made[title] = variant(memory_format, is_compiled)
-                seconds = seconds_of(functools.partial(made[title][1], tried))
-                trial[title] = 1e3 * seconds / len(tried)
-            except Exception as error:  # such as no compiler on this machine
-                refused[title] = f"{type(error).__name__}: {error}"[:200]
-        best = min(trial, key=trial.__getitem__)
-        net, train = made[best]
-        load_into_torch(net, start.params)  # what the trial trained is forgotten
-
-        def epoch() -> Means:
-            order = torch.randperm(len(labels), device=device)
-            means = train(order[: given.numel()].view_as(given)).mean(0)
-            return Means(*means.tolist())
-
-        return Peer(
-            replay=lambda rows: train(given[: len(rows)])[:, 0].tolist(),
-            epoch=epoch,
-            about={
-                "variant": best,
-                "trial_ms_per_step": trial,
-                "refused": refused,
-                "threads": torch.get_num_threads(),
-                "device": device,
-            },
+    def set_up(start: lenet_peers.Start) -> lenet_peers.Peer:
+        return lenet_peers.torch_peer(
+            start, from_scratch=from_scratch, may_compile=flags.FLAGS.torch_compile
         )
 
-    return set_up
-
-
-def seconds_of(call: Callable[[], Any], repeats: int = 3) -> float:
-    """Return the least time of a call, after one that warms it up."""
-    call()
-    seconds = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - started)
-    return min(seconds)
-
-
-def torch_lenet(from_scratch: bool) -> Any:
-    """Return the chapter's network, concise or with its batch norm from scratch."""
-    from torch import nn
-
-    norm_2d: Any = nn.BatchNorm2d
-    norm_1d: Any = nn.BatchNorm1d
-    if from_scratch:
-        norm_2d = norm_1d = scratch_norm()
-    conv1, conv2, dense1, dense2, classes = WIDTHS
-    return nn.Sequential(
-        nn.Conv2d(1, conv1, 5),
-        norm_2d(conv1),
-        nn.Sigmoid(),
-        nn.AvgPool2d(2),
-        nn.Conv2d(conv1, conv2, 5),
-        norm_2d(conv2),
-        nn.Sigmoid(),
-        nn.AvgPool2d(2),
-        nn.Flatten(),
-        nn.Linear(conv2 * 4 * 4, dense1),
-        norm_1d(dense1),
-        nn.Sigmoid(),
-        nn.Linear(dense1, dense2),
-        norm_1d(dense2),
-        nn.Sigmoid(),
-        nn.Linear(dense2, classes),
-    )
-
-
-def scratch_norm() -> Any:
-    """Return batch norm as a class of elementary PyTorch operations."""
-    import torch
-    from torch import nn
-
-    class BatchNorm(nn.Module):
-        def __init__(self, num_features: int) -> None:
-            super().__init__()
-            self.gamma = nn.Parameter(torch.ones(num_features))
-            self.beta = nn.Parameter(torch.zeros(num_features))
-            self.register_buffer("moving_mean", torch.zeros(num_features))
-            self.register_buffer("moving_var", torch.ones(num_features))
-
-        def forward(self, x: Any) -> Any:
-            shape = (1, -1, *[1] * (x.ndim - 2))
-            axes = [a for a in range(x.ndim) if a != 1]
-            if self.training:
-                mean = x.mean(axes)
-                var = ((x - mean.view(shape)) ** 2).mean(axes)
-                with torch.no_grad():
-                    self.moving_mean.mul_(MOMENTUM).add_(mean, alpha=1 - MOMENTUM)
-                    self.moving_var.mul_(MOMENTUM).add_(var, alpha=1 - MOMENTUM)
-            else:
-                mean, var = self.moving_mean, self.moving_var
-            x_hat = (x - mean.view(shape)) / torch.sqrt(var.view(shape) + EPSILON)
-            return self.gamma.view(shape) * x_hat + self.beta.view(shape)
-
-    return BatchNorm
-
-
-def torch_params(params: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-    """Return our parameters as PyTorch has them, in its order.
-
-    Kernels [H, W, in, out] become [out, in, H, W], those of dense layers [in, out]
-    become [out, in]. The first dense layer's inputs, pixels before channels in ours,
-    are channels before pixels there.
-    """
-    listed = []
-    for layer in (*LAYERS, "dense3"):
-        first, second = (
-            ("scale", "bias") if layer.startswith("norm") else ("kernel", "bias")
-        )
-        value = params[f"{layer}/{first}"]
-        if layer.startswith("conv"):
-            value = value.transpose(3, 2, 0, 1)
-        elif layer == "dense1":
-            channels = params["conv2/kernel"].shape[-1]
-            side = round((len(value) // channels) ** 0.5)
-            pixels = value.reshape(side, side, channels, -1)
-            value = pixels.transpose(3, 2, 0, 1).reshape(value.shape[::-1])
-        elif layer.startswith("dense"):
-            value = value.T
-        listed += [value, params[f"{layer}/{second}"]]
-    return listed
-
-
-def load_into_torch(net: Any, params: Mapping[str, np.ndarray]) -> None:
-    """Give a PyTorch network our parameters; its moving averages stay."""
-    import torch
-
-    with torch.no_grad():
-        for own, value in zip(net.parameters(), torch_params(params), strict=True):
-            own.copy_(torch.tensor(value))
-
-
-def flax_peer(start: Start) -> Peer:
-    """Set up Flax as its examples do: NHWC, a loop over a jitted, donating step."""
-    import jax
-    import jax.numpy as jnp
-    import optax
-    from flax import linen as nn
-    from flax import traverse_util
-
-    class LeNet(nn.Module):
-        @nn.compact
-        def __call__(self, x: Any, train: bool) -> Any:
-            norm = functools.partial(
-                nn.BatchNorm,
-                use_running_average=not train,
-                momentum=MOMENTUM,
-                epsilon=EPSILON,
-            )
-            x = nn.sigmoid(norm(name="norm1")(self.conv(1)(x)))
-            x = nn.avg_pool(x, (2, 2), (2, 2))
-            x = nn.sigmoid(norm(name="norm2")(self.conv(2)(x)))
-            x = nn.avg_pool(x, (2, 2), (2, 2))
-            x = x.reshape(len(x), -1)
-            x = nn.sigmoid(norm(name="norm3")(nn.Dense(WIDTHS[2], name="dense1")(x)))
-            x = nn.sigmoid(norm(name="norm4")(nn.Dense(WIDTHS[3], name="dense2")(x)))
-            return nn.Dense(WIDTHS[4], name="dense3")(x)
-
-        def conv(self, i: int) -> Any:
-            return nn.Conv(WIDTHS[i - 1], (5, 5), padding="VALID", name=f"conv{i}")
-
-    model, optimizer = LeNet(), optax.sgd(LEARNING_RATE)
-    images, labels = jnp.asarray(start.images), jnp.asarray(start.labels)
-
-    @functools.partial(jax.jit, donate_argnums=0)
-    def step(state: Any, images: Any, labels: Any, rows: Any) -> Any:
-        params, batch_stats, opt_state = state
-        x, y = images[rows].astype(jnp.float32) / 255, labels[rows]
-
-        def loss_of(params: Any) -> Any:
-            logits, updates = model.apply(
-                {"params": params, "batch_stats": batch_stats},
-                x,
-                train=True,
-                mutable=["batch_stats"],
-            )
-            losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
-            accuracy = jnp.mean(logits.argmax(-1) == y)
-            return losses.mean(), (accuracy, updates["batch_stats"])
-
-        (loss, (accuracy, batch_stats)), gradients = jax.value_and_grad(
-            loss_of, has_aux=True
-        )(params)
-        updates, opt_state = optimizer.update(gradients, opt_state, params)
-        params = optax.apply_updates(params, updates)
-        return (params, batch_stats, opt_state), (loss, accuracy)
-
-    flat = {name: jnp.array(value) for name, value in start.params.items()}
-    params = traverse_util.unflatten_dict(flat, sep="/")
-    variables = model.init(jax.random.key(0), jnp.zeros((1, 28, 28, 1)), train=False)
-    state = (params, variables["batch_stats"], optimizer.init(params))
-
-    def train(order: np.ndarray) -> np.ndarray:
-        nonlocal state
-        metrics = []
-        for rows in order:
-            state, of_step = step(state, images, labels, rows)
-            metrics.append(of_step)
-        return np.asarray(jax.device_get(metrics))
-
-    rng = np.random.default_rng(0)
-
-    def epoch() -> Means:
-        order = rng.permutation(len(start.labels)).astype(np.int32)
-        order = order[: start.order.size].reshape(start.order.shape)
-        return Means(*train(order).mean(0).tolist())
-
-    return Peer(replay=lambda order: train(order)[:, 0].tolist(), epoch=epoch)
-
-
-def keras_peer(start: Start) -> Peer:
-    """Set up Keras as its users do: Sequential, compile, fit."""
-    import keras
-    from keras import layers
-
-    conv1, conv2, dense1, dense2, classes = WIDTHS
-
-    def norm_sigmoid(i: int) -> list[Any]:
-        norm = layers.BatchNormalization(
-            momentum=MOMENTUM, epsilon=EPSILON, name=f"norm{i}"
-        )
-        return [norm, layers.Activation("sigmoid")]
-
-    model = keras.Sequential(
-        [
-            keras.Input((28, 28, 1), dtype="uint8"),
-            layers.Rescaling(1 / 255),
-            layers.Conv2D(conv1, 5, name="conv1"),
-            *norm_sigmoid(1),
-            layers.AveragePooling2D(2),
-            layers.Conv2D(conv2, 5, name="conv2"),
-            *norm_sigmoid(2),
-            layers.AveragePooling2D(2),
-            layers.Flatten(),
-            layers.Dense(dense1, name="dense1"),
-            *norm_sigmoid(3),
-            layers.Dense(dense2, name="dense2"),
-            *norm_sigmoid(4),
-            layers.Dense(classes, name="dense3"),
-        ]
-    )
-    model.compile(
-        optimizer=keras.optimizers.SGD(LEARNING_RATE),
-        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        metrics=["accuracy"],
-    )
-    for name in (*LAYERS, "dense3"):
-        layer = model.get_layer(name)
-        kinds = ("scale", "bias") if name.startswith("norm") else ("kernel", "bias")
-        moving = layer.get_weights()[2:]
-        layer.set_weights(
-            [*(start.params[f"{name}/{kind}"] for kind in kinds), *moving]
-        )
-
-    def replay(order: np.ndarray) -> list[float]:
-        losses = []
-        for rows in order:
-            model.reset_metrics()  # else it returns the mean of all steps so far
-            x, y = start.images[rows], start.labels[rows]
-            losses.append(float(model.train_on_batch(x, y)[0]))
-        return losses
-
-    steps, batch_size = start.order.shape
-    x, y = (array[: steps * batch_size] for array in (start.images, start.labels))
-
-    def epoch() -> Means:
-        fitted = model.fit(
-            x, y, batch_size=batch_size, epochs=1, verbose=0, shuffle=True
-        )
-        history = fitted.history
-        return Means(float(history["loss"][-1]), float(history["accuracy"][-1]))
-
-    return Peer(replay=replay, epoch=epoch)
+    return Arm(title, peer=set_up, needs=["torch"])
 
 
 ARMS = {
@@ -432,16 +82,12 @@ ARMS = {
     "ours_2_devices_jit": Arm(
         "ours, 2 devices, exact sync, jit", devices=2, parallel="jit"
     ),
-    "torch": Arm("PyTorch", peer=torch_peer(from_scratch=False), needs=["torch"]),
-    "torch_scratch": Arm(
-        "PyTorch, from-scratch norm",
-        peer=torch_peer(from_scratch=True),
-        needs=["torch"],
-    ),
-    "flax": Arm("Flax, NHWC, jitted step", peer=flax_peer, needs=["flax"]),
+    "torch": torch_arm("PyTorch", from_scratch=False),
+    "torch_scratch": torch_arm("PyTorch, from-scratch norm", from_scratch=True),
+    "flax": Arm("Flax, NHWC, jitted step", peer=lenet_peers.flax_peer, needs=["flax"]),
     "keras": Arm(
         "Keras on JAX, fit",
-        peer=keras_peer,
+        peer=lenet_peers.keras_peer,
         needs=["keras"],
         env={"KERAS_BACKEND": "jax"},
     ),
@@ -566,7 +212,7 @@ def make_trainer(data: ImageData, arm: Arm, batch_size: int) -> Any:
     config = config_lib.TrainConfig(
         epochs=10**6,
         batch_size=batch_size,
-        learning_rate=LEARNING_RATE,
+        learning_rate=lenet_peers.LEARNING_RATE,
         **arm.config,
     )
 
@@ -600,7 +246,7 @@ def write_start(path: Path, data: ImageData, batch_size: int) -> None:
     np.savez(path, order=order, **{f"params/{k}": v for k, v in params.items()})
 
 
-def read_start(path: str, data: ImageData) -> Start:
+def read_start(path: str, data: ImageData) -> lenet_peers.Start:
     """Return where all arms start."""
     with np.load(path) as file:
         params = {
@@ -608,7 +254,7 @@ def read_start(path: str, data: ImageData) -> Start:
             for name in file.files
             if name.startswith("params/")
         }
-        return Start(*data.train, params, file["order"])
+        return lenet_peers.Start(*data.train, params, file["order"])
 
 
 def time_arm(arm: Arm, given: Mapping[str, Any]) -> None:

@@ -30,7 +30,7 @@ from absl import flags
 from bn_jax.training import config as config_lib
 from bn_jax.training import fields
 from experiments import launch
-from experiments.benchmarks import batch_norm, timing
+from experiments.benchmarks import batch_norm, batch_norm_calls, timing
 
 BACKWARD = "transpose("
 STEPS = 5  # of batch norm alone, in a trace
@@ -152,9 +152,9 @@ def alone(
     import jax
 
     del data
-    case = batch_norm.make_case(shape)
+    case = batch_norm_calls.make_case(shape)
     layer = make_layer(case)
-    step = batch_norm.step_of(layer)
+    step = batch_norm_calls.step_of(layer)
     arguments = (layer.params, layer.state, *map(jax.numpy.asarray, case[:2]))
     names = sources(step.lower(*arguments).compile().as_text())
 
@@ -221,8 +221,8 @@ ARMS = {
         )
         for shape in batch_norm.SHAPES
         for name, title, make_layer in (
-            ("ours", "batch norm", batch_norm.bn_jax_layer),
-            ("one_pass", "plain one-pass", batch_norm.one_pass_layer),
+            ("ours", "batch norm", batch_norm_calls.bn_jax_layer),
+            ("one_pass", "plain one-pass", batch_norm_calls.one_pass_layer),
         )
     },
 }

@@ -1,4 +1,4 @@
-import itertools
+import functools
 import math
 import os
 import sys
@@ -11,8 +11,10 @@ from flax import linen as nn
 from bn_jax import results as results_lib
 from experiments.benchmarks import (
     batch_norm,
+    batch_norm_calls,
     growth,
     lenet,
+    lenet_peers,
     population,
     profile,
     start_up,
@@ -161,7 +163,7 @@ def lenet_params():
 
 def test_torch_parameters_compute_what_ours_do():
     params = lenet_params()
-    listed = lenet.torch_params(params)
+    listed = lenet_peers.torch_params(params)
     assert [p.shape for p in listed[:4]] == [(6, 1, 5, 5), (6,), (6,), (6,)]
     assert [p.shape for p in listed[4:9]] == [(16, 6, 5, 5), *[(16,)] * 3, (120, 256)]
     assert [p.shape for p in listed[9:]] == [
@@ -188,8 +190,8 @@ def test_torch_networks_agree_with_each_other():
     x = torch.tensor(rng.normal(size=(8, 1, 28, 28)), dtype=torch.float32)
     outputs, moved = [], []
     for from_scratch in (False, True):
-        net = lenet.torch_lenet(from_scratch)
-        lenet.load_into_torch(net, params)
+        net = lenet_peers.torch_lenet(from_scratch)
+        lenet_peers.load_into_torch(net, params)
         outputs.append(net(x).detach())
         moved.append(list(net.buffers())[0])
         outputs.append(net.eval()(x).detach())
@@ -200,16 +202,24 @@ def test_torch_networks_agree_with_each_other():
     assert (nn_predict - own_predict).abs().max() < 0.1
 
 
-def test_least_of_the_repeats_counts():
-    ticks = itertools.count()
-    assert lenet.seconds_of(lambda: next(ticks)) >= 0
-    assert next(ticks) == 4  # one that warms up and three
+def test_calls_take_turns_and_the_least_time_of_each_counts(monkeypatch):
+    durations = {"a": iter([3.0, 1.0, 2.0]), "b": iter([5.0, 5.0, 4.0])}
+    now, called = [0.0], []
+
+    def call(name):
+        called.append(name)
+        now[0] += next(durations[name])
+
+    monkeypatch.setattr(lenet_peers.time, "perf_counter", lambda: now[0])
+    calls = {name: functools.partial(call, name) for name in durations}
+    assert lenet_peers.least_seconds(calls, repeats=3) == {"a": 1.0, "b": 4.0}
+    assert called == ["a", "b"] * 3
 
 
 def test_reference_gradients_are_those_of_the_formula():
-    case = batch_norm.make_case((4, 3, 2, 5))
-    wide = batch_norm.Case(*(a.astype(float) for a in case))
-    true = batch_norm.reference(wide)
+    case = batch_norm_calls.make_case((4, 3, 2, 5))
+    wide = batch_norm_calls.Case(*(a.astype(float) for a in case))
+    true = batch_norm_calls.reference(wide)
     rng = np.random.default_rng(1)
     step = 1e-6
     for i, name in enumerate(("x", "gamma", "beta")):
@@ -218,7 +228,8 @@ def test_reference_gradients_are_those_of_the_formula():
         d = rng.normal(size=value.shape)
         up, down = (
             (
-                batch_norm.reference(wide._replace(**{name: value + s * d})).y * wide.dy
+                batch_norm_calls.reference(wide._replace(**{name: value + s * d})).y
+                * wide.dy
             ).sum()
             for s in (step, -step)
         )
@@ -241,9 +252,9 @@ IN_PROCESS = [
 
 @pytest.mark.parametrize("name", IN_PROCESS)
 def test_batch_norm_arm_computes_the_reference(name):
-    case = batch_norm.make_case((4, 3, 2, 5))
+    case = batch_norm_calls.make_case((4, 3, 2, 5))
     call = batch_norm.ARMS[name].make(case)
-    errors = batch_norm.errors(call.result(), batch_norm.reference(case))
+    errors = batch_norm_calls.errors(call.result(), batch_norm_calls.reference(case))
     assert max(errors.values()) < 1e-5
     assert batch_norm.check_errors({name: {"errors": {"4x3x2x5": errors}}}) < 1e-5
 
@@ -253,8 +264,10 @@ def test_batch_norm_peer_computes_the_reference(name):
     arm = batch_norm.ARMS[name]
     for module in arm.needs:
         pytest.importorskip(module)
-    case = batch_norm.make_case((4, 3, 2, 5))
-    errors = batch_norm.errors(arm.make(case).result(), batch_norm.reference(case))
+    case = batch_norm_calls.make_case((4, 3, 2, 5))
+    errors = batch_norm_calls.errors(
+        arm.make(case).result(), batch_norm_calls.reference(case)
+    )
     assert max(errors.values()) < 1e-5
 
 

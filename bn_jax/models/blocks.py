@@ -37,8 +37,8 @@ def conv2d_by_blocks(
     the same numbers from fewer, wider patches: less memory moved for some products with
     0.
 
-    Under a mesh (`jax.set_mesh`) each device convolves its part of the batch, where the
-    devices divide it.
+    Under a mesh (`jax.set_mesh`) each device convolves its part of the batch, as far as
+    the axes of the mesh divide it.
 
     Args:
       x: activations `[C_in, H, W, N]`.
@@ -204,14 +204,15 @@ def _axes_of_batch(x: Array) -> tuple[str, ...]:
     """Return the mesh axes along which to lay a batch, which is an array's last axis.
 
     Where axes of the mesh are explicit, the array's type says it. Of automatic ones,
-    which the compiler lays out later, all are taken; none where the batch does not
-    divide.
+    which the compiler lays out later, each is taken that still divides the batch.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    of_batch = jax.typeof(x).sharding.spec[-1]
-    axes = of_batch if isinstance(of_batch, tuple) else (of_batch,)
-    axes = tuple(name for name in axes if name is not None)
+    explicit = jax.typeof(x).sharding.spec[-1] or ()
+    axes = list(explicit) if isinstance(explicit, tuple) else [explicit]
+    part = x.shape[-1] // math.prod(mesh.shape[name] for name in axes)
     for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True):
-        if kind == AxisType.Auto and mesh.shape[name] > 1:
-            axes = (*axes, name)
-    return () if x.shape[-1] % math.prod(mesh.shape[name] for name in axes) else axes
+        size = mesh.shape[name]
+        if kind == AxisType.Auto and size > 1 and part % size == 0:
+            axes.append(name)
+            part //= size
+    return tuple(axes)

@@ -18,12 +18,12 @@ from bn_jax.training import parallel
 
 
 def takes_turns(devices: Sequence[jax.Device]) -> bool:
-    """Return whether members that share a device are faster one after another."""
+    """Return whether models that share a device are faster one after another."""
     return devices[0].platform == "cpu"
 
 
 class Mapped:
-    """Functions of one member, mapped over the members and over devices."""
+    """Functions of one model, mapped over stacked models and over devices."""
 
     def __init__(self, devices: Sequence[jax.Device]) -> None:
         self._devices = devices
@@ -36,22 +36,22 @@ class Mapped:
         shared: Sequence[bool],
         donate: tuple[int, ...] = (),
     ) -> Callable[..., Any]:
-        """Return a function of stacked members, compiled for the devices.
+        """Return a function of stacked models, compiled for the devices.
 
         Args:
-          function: of one member.
-          shared: for each argument, whether all members share it.
+          function: of one model.
+          shared: for each argument, whether all models share it.
           donate: arguments that are used up.
         """
         in_turns = takes_turns(self._devices)
 
-        def of_members(*arguments: Any) -> Any:
+        def of_models(*arguments: Any) -> Any:
             if not in_turns:
                 axes = [None if is_shared else 0 for is_shared in shared]
                 return jax.vmap(function, axes)(*arguments)
             own = [a for a, s in zip(arguments, shared, strict=True) if not s]
 
-            def of_member(own: Sequence[Any]) -> Any:
+            def of_model(own: Sequence[Any]) -> Any:
                 rest = iter(own)
                 return function(
                     *(
@@ -60,18 +60,18 @@ class Mapped:
                     )
                 )
 
-            return lax.map(of_member, own)
+            return lax.map(of_model, own)
 
-        return self._members.compiled(of_members, shared=shared, donate=donate)
+        return self._members.compiled(of_models, shared=shared, donate=donate)
 
     def put(self, tree: Any) -> Any:
-        """Return stacked members on the devices."""
+        """Return stacked models on the devices."""
         return jax.tree.map(self._members.put, tree)
 
     def put_shared(self, tree: Any) -> Any:
-        """Return what members share on each device."""
+        """Return what models share on each device."""
         return jax.tree.map(self._members.put_shared, tree)
 
     def get(self, tree: Any) -> Any:
-        """Return stacked members on the host."""
+        """Return stacked models on the host."""
         return jax.tree.map(self._members.get, tree)

@@ -212,14 +212,22 @@ def test_explicitly_sharded_batch_keeps_its_sharding(devices):
     assert_close(jax.device_get(of_shards), convolved(x, kernel))
 
 
-def test_batch_that_does_not_divide_over_the_mesh_is_convolved_whole(devices):
+@pytest.mark.parametrize(
+    ("batch_size", "laid_along"), [(2, "d"), (3, None), (4, ("d", "m"))]
+)
+def test_batch_is_laid_along_the_mesh_axes_that_divide_it(
+    devices, batch_size, laid_along
+):
     ours, _ = convolutions(ODD)
     x, kernel = inputs(ODD)
-    odd = x[..., :3]
-    mesh = jax.make_mesh((2,), ("d",), (AxisType.Auto,), devices=devices[:2])
+    x = x[..., :batch_size]
+    axis_types = (AxisType.Auto,) * 2
+    mesh = jax.make_mesh((2, 2), ("d", "m"), axis_types, devices=devices[:4])
     with jax.set_mesh(mesh):
-        results = everything(ours, odd, kernel)
-    assert_close(jax.device_get(results), everything(ours, odd, kernel))
+        results = everything(ours, x, kernel)
+    expected = NamedSharding(mesh, PartitionSpec(None, None, None, laid_along))
+    assert results[0].sharding.is_equivalent_to(expected, 4)
+    assert_close(jax.device_get(results), everything(ours, x, kernel))
 
 
 def test_empty_batch_gives_empty_activations():

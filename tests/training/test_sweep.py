@@ -82,6 +82,7 @@ def test_devices_share_the_members_and_change_no_number(
 def test_vmapped_members_are_those_that_take_turns(tiny_config, tiny_data, monkeypatch):
     configs = parse("learning_rate=0.1,0.5", tiny_config)
     in_turns = trained(configs, tiny_data).progress()
+    assert mapped.takes_turns(jax.devices())
     monkeypatch.setattr(mapped, "takes_turns", lambda devices: False)
     vmapped = trained(configs, tiny_data).progress()
     np.testing.assert_allclose(vmapped.step_losses, in_turns.step_losses, atol=1e-5)

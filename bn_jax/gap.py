@@ -15,13 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from bn_jax.population import (
-    Predict,
-    batch_moments,
-    exact_statistics,
-    layer_calls,
-    mean_and_var,
-)
+from bn_jax.layer_calls import Predict, layer_calls
+from bn_jax.population import batch_moments, exact_statistics, mean_and_var
 
 
 class LayerGap(NamedTuple):

@@ -4,21 +4,16 @@ Moving averages follow parameters that move, and lag behind them. After training
 instead measure what each layer sees over the training set (`exact_statistics`) and
 predict with that. How far apart the statistics are is told by `bn_jax.gap`.
 
-Layers are found by their collection `batch_stats{mean,var}`: ours, Flax's own, or any
-with attributes `axis` and `epsilon`. A model is given as `predict(variables, inputs)`,
-which applies it in prediction mode; where a layer is to normalise by its batch, its
-call is replaced, so that dropout stays off and no average moves. The calls are seen
-from outside, through `flax.linen.intercept_methods`, which cannot look into Flax's
-lifted transforms: a layer inside `nn.jit`, `nn.remat`, `nn.scan` or `nn.vmap` is
-refused.
+A model is given as `predict(variables, inputs)`, which applies it in prediction mode;
+where a layer is to normalise by its batch, its call is replaced, so that dropout stays
+off and no average moves. Which layers and calls there are is seen by `layer_calls`.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -28,9 +23,16 @@ from flax import traverse_util
 from jax import Array, lax
 
 from bn_jax.functional import BatchNormParams, normalize
+from bn_jax.layer_calls import (
+    LayerCall,
+    Path,
+    Predict,
+    check_all_called,
+    intercepted,
+    layer_calls,
+)
 from bn_jax.moments import (
     Moments,
-    align_weights,
     check_non_negative,
     measure,
     merge,
@@ -40,8 +42,6 @@ from bn_jax.moments import (
 # What a layer is given is kept from one pass to the next up to this size.
 _MAX_KEPT_BYTES = 2**28
 
-Path = tuple[str, ...]
-Predict = Callable[[Any, Array], Any]
 Mode = Literal["layerwise", "one_pass"]
 
 
@@ -93,7 +93,7 @@ def exact_statistics(
     inputs, weights = _check_data(inputs, weights, batch_size, num_examples)
     calls = layer_calls(predict, variables, inputs[:batch_size])
     paths = [call.path for call in calls]
-    _check_all_called(variables, paths)
+    check_all_called(variables, paths)
     pooled = functools.partial(
         _pooled_moments, predict, inputs=inputs, weights=weights, batch_size=batch_size
     )
@@ -131,7 +131,7 @@ def batch_moments(
       ValueError: if a layer's calls cannot be seen.
     """
     paths = [call.path for call in layer_calls(predict, variables, inputs)]
-    _check_all_called(variables, paths)
+    check_all_called(variables, paths)
     outputs, measured = _apply_and_measure(
         predict, variables, inputs, None, by_batch=True
     )
@@ -145,43 +145,6 @@ def with_statistics(variables: Any, moments: Mapping[Path, Moments]) -> dict[str
         flat[(*path, "mean")] = mean
         flat[(*path, "var")] = var
     return {**variables, "batch_stats": traverse_util.unflatten_dict(flat)}
-
-
-class LayerCall(NamedTuple):
-    """One call of a batch norm layer."""
-
-    path: Path
-    shape: tuple[int, ...]  # of the input
-    epsilon: float
-
-
-def layer_calls(predict: Predict, variables: Any, inputs: Any) -> list[LayerCall]:
-    """Return the calls of batch norm layers in order, without computing anything.
-
-    Raises:
-      ValueError: if a layer is inside a lifted transform.
-    """
-    calls: list[LayerCall] = []
-
-    def note(module: Any, x: Array, own_weights: Array | None) -> None:
-        del own_weights
-        # A lifted transform runs its modules in a scope that is a root of its own, and
-        # traces them on values that do not exist outside it.
-        if module.scope.root.path:
-            raise ValueError(
-                f"the input of layer {'/'.join(module.path)} cannot be seen inside a "
-                f"lifted transform at {'/'.join(module.scope.root.path)}; expected no "
-                "nn.remat, nn.jit, nn.scan or nn.vmap around batch norm: give a "
-                "predict function of the same model without it (its variables are the "
-                "same, or after nn.scan and nn.vmap slices of these)"
-            )
-        calls.append(LayerCall(module.path, x.shape, module.epsilon))
-
-    def trace(variables: Any, inputs: Array) -> None:
-        _intercepted(predict, variables, inputs, note)
-
-    jax.eval_shape(trace, variables, inputs)
-    return calls
 
 
 def mean_and_var(batch_stats: Any, path: Path) -> tuple[Array, Array]:
@@ -356,7 +319,7 @@ def _apply_and_measure(
         measured.append(_Measured(moments, x))
         return _normalized(module, variables, x, moments) if by_batch else None
 
-    outputs = _intercepted(predict, variables, inputs, each_call, given or {})
+    outputs = intercepted(predict, variables, inputs, each_call, given or {})
     return outputs, measured
 
 
@@ -380,23 +343,6 @@ def _normalized(module: Any, variables: Any, x: Array, moments: Moments) -> Arra
     ).astype(dtype)
 
 
-def _layers(variables: Any) -> set[Path]:
-    """Return the paths of the layers that hold batch statistics."""
-    flat = traverse_util.flatten_dict(variables.get("batch_stats", {}))
-    return {path[:-1] for path in flat if path[-1] == "mean"}
-
-
-def _check_all_called(variables: Any, called: Sequence[Path]) -> None:
-    """Refuse layers that would keep their statistics without a word."""
-    missed = sorted("/".join(path) for path in _layers(variables) - set(called))
-    if missed:
-        raise ValueError(
-            f"no call of {', '.join(missed)} was seen: a layer that predict does not "
-            "call, or inside nn.jit; drop it from variables['batch_stats'], or give a "
-            "predict function of the same model without nn.jit"
-        )
-
-
 def _along_examples(weights: Array, x: Array, larger: LayerCall) -> Array:
     """Return weights of the examples with x's rank.
 
@@ -413,48 +359,3 @@ def _along_examples(weights: Array, x: Array, larger: LayerCall) -> Array:
             "it without weights"
         )
     return jnp.expand_dims(weights, [a for a in range(x.ndim) if a != axes[0]])
-
-
-def _intercepted(
-    predict: Predict,
-    variables: Any,
-    inputs: Array,
-    each_call: Callable[[Any, Array, Array | None], Any],
-    given: Mapping[int, Array] | None = None,
-) -> Any:
-    """Apply a model, showing `each_call` the layers, their inputs and weights.
-
-    What `each_call` returns, unless None, replaces the layer's output; `given` replaces
-    inputs, by the number of the call.
-    """
-    layers = _layers(variables)
-    numbers = itertools.count()
-
-    def intercept(
-        next_fun: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        context: nn.module.InterceptorContext,
-    ) -> Any:
-        module: Any = context.module
-        if context.method_name != "__call__" or module.path not in layers:
-            return next_fun(*args, **kwargs)
-        x = args[0] if args else kwargs["x"]
-        x = (given or {}).get(next(numbers), x)
-        y = each_call(module, x, _own_weights(module, x, kwargs))
-        if y is not None:
-            return y
-        others = {name: value for name, value in kwargs.items() if name != "x"}
-        return next_fun(x, *args[1:], **others)
-
-    with nn.intercept_methods(intercept):
-        return predict(variables, inputs)
-
-
-def _own_weights(module: Any, x: Array, kwargs: Mapping[str, Any]) -> Array | None:
-    """Return the mask or weights that the model itself gives to a layer."""
-    mask, weights = kwargs.get("mask"), kwargs.get("weights")
-    if mask is not None:  # Flax's masks broadcast to x from the last axis on
-        mask = jnp.asarray(mask, bool)
-        weights = mask.reshape((1,) * (x.ndim - mask.ndim) + mask.shape)
-    return None if weights is None else align_weights(weights, x, module.axis)

@@ -215,6 +215,21 @@ def fail(message: str) -> NoReturn:
     os._exit(1)
 
 
+def _quiet_orbax() -> None:
+    """Leave it to us to tell what Orbax does, and what goes wrong in it.
+
+    Of an error that it raises, its threads tell as well, in the middle of our own line.
+    """
+    logging.set_verbosity(logging.FATAL)
+
+    def show(unraisable: sys.UnraisableHookArgs) -> None:
+        # So end the other writes of a checkpoint when one has failed.
+        if str(unraisable.exc_value) != "Event loop is closed":
+            sys.__unraisablehook__(unraisable)
+
+    sys.unraisablehook = show
+
+
 def start(
     main: Callable[[Sequence[str]], None], define_flags: Callable[[], None]
 ) -> None:
@@ -234,7 +249,7 @@ def start(
         from bn_jax.training.interrupt import Interrupted
 
         if not flags.FLAGS["verbosity"].present:
-            logging.set_verbosity(logging.WARNING)  # Orbax tells its every move
+            _quiet_orbax()
         try:
             main(argv)
         except Interrupted as interrupted:

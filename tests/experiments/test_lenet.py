@@ -285,7 +285,9 @@ def test_full_disk_ends_in_a_line_and_with_room_the_run_goes_on(
     failed = lenet(*arguments, cwd=tmp_path, program=("-c", FULL_DISK))
     assert failed.returncode == 1
     message = f"error: cannot write {tmp_path}/run/checkpoints: "
+    assert failed.stderr.count("error: ") == 1, failed.stderr
     assert any(line.startswith(message) for line in failed.stderr.splitlines())
+    assert "Traceback" not in failed.stderr
     # Checkpoints are written in the background: the one before may have failed, too.
     went_on = lenet("--workdir=run", *RUN, cwd=tmp_path)
     assert re.search("going on from step [24] of 400", went_on.stdout), went_on.stderr

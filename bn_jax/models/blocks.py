@@ -135,6 +135,12 @@ class _Blocks(NamedTuple):
         return rows, columns
 
     @property
+    def num_taps(self) -> Pair:
+        """Folds that a patch reaches into."""
+        down, across = (-(-p // f) for f, p in zip(self.fold, self.patch, strict=True))
+        return down, across
+
+    @property
     def taps(self) -> list[tuple[slice, slice]]:
         """The pixels of a patch, fold by fold; the last may reach beyond the patch."""
         down, across = (
@@ -144,16 +150,40 @@ class _Blocks(NamedTuple):
         return list(itertools.product(down, across))
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _patches(x: Array, blocks: _Blocks) -> Array:
     """Return the patch of each block, shape `[K, *blocks.number, N]`.
+
+    Of three taps or more that are whole folds, first all columns are lined up, then all
+    rows: fewer slices, in longer runs. Of two the copy in between costs more.
+    """
+    (down, across), (taps_h, taps_w) = blocks.number, blocks.num_taps
+    whole = all(p % f == 0 for p, f in zip(blocks.patch, blocks.fold, strict=True))
+    if not whole or min(taps_h, taps_w) < 3:
+        return _patches_by_taps(x, blocks)
+    x = _folded(x, blocks)
+    lined = [x[..., j : j + across, :] for j in range(taps_w)]
+    x = jnp.concatenate([lax.collapse(part, 0, 3) for part in lined])
+    return jnp.concatenate([x[:, i : i + down] for i in range(taps_h)])
+
+
+@_patches.defjvp
+def _patches_jvp(
+    blocks: _Blocks, primals: tuple[Array], tangents: tuple[Array]
+) -> tuple[Array, Array]:
+    """Take the tangent's patches tap by tap, whose transpose is the faster one."""
+    (x,), (dx,) = primals, tangents
+    return _patches(x, blocks), _patches_by_taps(dx, blocks)
+
+
+def _patches_by_taps(x: Array, blocks: _Blocks) -> Array:
+    """Return what `_patches` does.
 
     All slices run along whole folds, whatever the stride, and leave the batch
     contiguous, which autodiff's transpose keeps; that of a strided slice is slow.
     """
+    x = _folded(x, blocks)
     (fold_h, fold_w), (down, across) = blocks.fold, blocks.number
-    channels, h, w, n = x.shape
-    x = x.reshape(channels, h // fold_h, fold_h, w // fold_w, fold_w, n)
-    x = x.transpose(0, 2, 4, 1, 3, 5)
     parts = []
     for rows, columns in blocks.taps:
         i, j = rows.start // fold_h, columns.start // fold_w
@@ -161,6 +191,13 @@ def _patches(x: Array, blocks: _Blocks) -> Array:
         part = x[:, : size[0], : size[1], i : i + down, j : j + across]
         parts.append(lax.collapse(part, 0, 3))
     return jnp.concatenate(parts)
+
+
+def _folded(x: Array, blocks: _Blocks) -> Array:
+    """Return x as `[C, fold_h, fold_w, H / fold_h, W / fold_w, N]`: space to depth."""
+    (fold_h, fold_w), (channels, h, w, n) = blocks.fold, x.shape
+    x = x.reshape(channels, h // fold_h, fold_h, w // fold_w, fold_w, n)
+    return x.transpose(0, 2, 4, 1, 3, 5)
 
 
 @jax.custom_jvp

@@ -44,7 +44,12 @@ def check_layout(layout: str) -> str:
 
 def from_nhwc(x: Array, layout: Layout) -> Array:
     """Return a `[N, H, W, C]` array with its axes in the order of `layout`."""
-    return x.transpose(["NHWC".index(axis) for axis in check_layout(layout)])
+    if check_layout(layout) == "NHWC":
+        return x
+    # Row by row, since a loop's result is written once. Else XLA would permute anew in
+    # each slice that a convolution takes of it.
+    rows = lax.map(lambda row: row.transpose(2, 1, 0), x.swapaxes(0, 1))
+    return rows.swapaxes(0, 1)
 
 
 def to_nhwc(x: Array, layout: Layout) -> Array:

@@ -181,9 +181,19 @@ def rough_mean(x: Array, axes: tuple[int, ...]) -> Array:
     for 16 times the rounding at worst, it spares one pass over memory.
     """
     first = axes[0]
-    share = lax.slice_in_dim(x, 0, -(-x.shape[first] // 16), axis=first)
+    shards = _num_shards(x, first)  # a slice has to leave each as much
+    rows = -(-x.shape[first] // (16 * shards)) * shards
+    share = lax.slice_in_dim(x, 0, rows, axis=first)
     n = max(1, math.prod(share.shape[a] for a in axes))
     return lax.stop_gradient(jnp.sum(share, axes) / n)
+
+
+def _num_shards(x: Array, axis: int) -> int:
+    """Return over how many devices of an explicit mesh an axis lies; else 1."""
+    sharding = jax.typeof(x).sharding
+    names = sharding.spec[axis] or ()
+    names = names if isinstance(names, tuple) else (names,)
+    return math.prod(sharding.mesh.shape[name] for name in names)
 
 
 def merge(a: Moments, b: Moments) -> Moments:

@@ -150,13 +150,15 @@ def test_bfloat16_agrees_within_its_precision(way):
 
 
 @pytest.mark.parametrize("weights", [None, WEIGHTS], ids=["plain", "weighted"])
-def test_jit_over_a_sharded_batch_is_the_big_batch(weights, devices):
-    mesh = jax.make_mesh((8,), ("d",), (AxisType.Auto,), devices=devices)
-    sharding = NamedSharding(mesh, PartitionSpec("d"))
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_jit_over_a_sharded_batch_is_the_big_batch(axis_type, weights, devices):
+    mesh = jax.make_mesh((8,), ("d",), (axis_type,), devices=devices)
     x = normal((16, 3), mean=1.0, std=2.0)
-    placed = jax.device_put((x, weights), sharding)
+    placed = jax.device_put((x, weights), NamedSharding(mesh, PartitionSpec("d")))
+    params = jax.device_put(PARAMS, NamedSharding(mesh, PartitionSpec()))
     assert len(placed[0].addressable_shards) == 8
-    ours = jax.device_get(everything(run, placed[0], PARAMS, placed[1]))
+    with jax.set_mesh(mesh):
+        ours = jax.device_get(everything(run, placed[0], params, placed[1]))
     expected = jax.device_get(everything(run, x, PARAMS, weights))
     chex.assert_trees_all_close(ours, expected, rtol=1e-5, atol=1e-5)
 

@@ -152,8 +152,10 @@ def avg_pool_2x2(x: Array, layout: Layout) -> Array:
     h, w = (check_layout(layout).index(axis) for axis in "HW")  # w == h + 1
     x = lax.slice_in_dim(x, 0, x.shape[h] // 2 * 2, axis=h)
     x = lax.slice_in_dim(x, 0, x.shape[w] // 2 * 2, axis=w)
-    windows = (x.shape[h] // 2, 2, x.shape[w] // 2, 2)
-    return x.reshape(x.shape[:h] + windows + x.shape[w + 1 :]).mean((h + 1, h + 3))
+    for axis in (w, h):  # one by one, as batches on an explicit mesh need it
+        windows = (x.shape[axis] // 2, 2)
+        x = x.reshape(x.shape[:axis] + windows + x.shape[axis + 1 :])
+    return x.mean((h + 1, h + 3))
 
 
 class Conv(nn.Module):

@@ -8,6 +8,8 @@ import pytest
 from flax import linen as nn
 from flax import traverse_util
 from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from reference import jit_unoptimised
 
 from bn_jax import models
 from bn_jax.linen import BatchNorm
@@ -29,15 +31,15 @@ def trained_like(model):
     return jax.tree.unflatten(tree, leaves)
 
 
-def loss_and_statistics(model, variables, params):
+def loss_and_statistics(model, variables, params, images=IMAGES):
     logits, updates = model.apply(
-        {**variables, "params": params}, IMAGES, train=True, mutable=["batch_stats"]
+        {**variables, "params": params}, images, train=True, mutable=["batch_stats"]
     )
     return jnp.mean(logits**2), updates
 
 
-def gradients(model, variables):
-    loss = functools.partial(loss_and_statistics, model, variables)
+def gradients(model, variables, images=IMAGES):
+    loss = functools.partial(loss_and_statistics, model, variables, images=images)
     return jax.grad(loss, has_aux=True)(variables["params"])
 
 
@@ -100,6 +102,21 @@ def test_layouts_give_the_same_loss_gradients_and_statistics():
         for layout in ("NHWC", "CHWN")
     ]
     chex.assert_trees_all_close(*results, atol=1e-5)
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_images_sharded_over_a_mesh_are_the_big_batch(axis_type, devices):
+    model = LeNet(norm=BN, layout="CHWN")
+    variables = trained_like(model)
+    mesh = jax.make_mesh((4,), ("d",), (axis_type,), devices=devices[:4])
+    images = jax.device_put(IMAGES, NamedSharding(mesh, PartitionSpec("d")))
+    everywhere = jax.device_put(variables, NamedSharding(mesh, PartitionSpec()))
+    with jax.set_mesh(mesh):
+        sharded = jit_unoptimised(gradients, static_argnums=0)(
+            model, everywhere, images
+        )
+    expected = gradients(model, variables)
+    chex.assert_trees_all_close(jax.device_get(sharded), expected, atol=1e-5)
 
 
 def test_flaxs_own_norm_gives_the_same_gradients_and_statistics():

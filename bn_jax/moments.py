@@ -181,19 +181,19 @@ def rough_mean(x: Array, axes: tuple[int, ...]) -> Array:
     for 16 times the rounding at worst, it spares one pass over memory.
     """
     first = axes[0]
-    shards = _num_shards(x, first)  # a slice has to leave each as much
+    # On an explicit mesh a slice has to leave each device as much.
+    mesh = jax.typeof(x).sharding.mesh
+    shards = math.prod(mesh.shape[name] for name in explicit_axes(x, first))
     rows = -(-x.shape[first] // (16 * shards)) * shards
     share = lax.slice_in_dim(x, 0, rows, axis=first)
     n = max(1, math.prod(share.shape[a] for a in axes))
     return lax.stop_gradient(jnp.sum(share, axes) / n)
 
 
-def _num_shards(x: Array, axis: int) -> int:
-    """Return over how many devices of an explicit mesh an axis lies; else 1."""
-    sharding = jax.typeof(x).sharding
-    names = sharding.spec[axis] or ()
-    names = names if isinstance(names, tuple) else (names,)
-    return math.prod(sharding.mesh.shape[name] for name in names)
+def explicit_axes(x: Array, axis: int) -> tuple[str, ...]:
+    """Return the axes of an explicit mesh along which an axis of `x` lies."""
+    names = jax.typeof(x).sharding.spec[axis] or ()
+    return names if isinstance(names, tuple) else (names,)
 
 
 def merge(a: Moments, b: Moments) -> Moments:

@@ -63,8 +63,9 @@ def exact_statistics(
       predict: function of `(variables, inputs)` that applies a Flax model in prediction
         mode. A mask or weights that the model gives to a layer count.
       variables: of the model. A model without batch statistics gives an empty result.
-      inputs: the data set, shape `[N, ...]`. Where it is sharded over devices along N,
-        each works on its own examples.
+      inputs: the data set, shape `[N, ...]`. Where a mesh of automatic axes shares it
+        out along N, each device works on its own examples; explicit axes are refused
+        by JAX.
       batch_size: number of examples measured at a time. Of T batches the first holds
         the examples 0, T, 2T and so on; a last smaller one, of the examples left over
         at the end, counts by its size.

@@ -18,6 +18,8 @@ import numpy as np
 from jax import Array, lax
 from jax.sharding import AxisType, PartitionSpec
 
+from bn_jax.moments import explicit_axes
+
 Pair = tuple[int, int]
 
 
@@ -244,8 +246,7 @@ def _axes_of_batch(x: Array) -> tuple[str, ...]:
     which the compiler lays out later, each is taken that still divides the batch.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    explicit = jax.typeof(x).sharding.spec[-1] or ()
-    axes = list(explicit) if isinstance(explicit, tuple) else [explicit]
+    axes = list(explicit_axes(x, -1))
     part = x.shape[-1] // math.prod(mesh.shape[name] for name in axes)
     for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True):
         size = mesh.shape[name]

@@ -175,14 +175,19 @@ def check_no_arguments(argv: Sequence[str]) -> None:
 
 
 @contextlib.contextmanager
-def experiment(name: str, config: Mapping[str, Any]) -> Iterator[Path]:
+def experiment(
+    name: str, config: Mapping[str, Any], *, repeat: bool = True
+) -> Iterator[Path]:
     """Hold the folder --workdir for an experiment; give its path.
-
-    Run again with the same config, an experiment writes its results anew.
 
     Args:
       name: of the experiment.
       config: what decides its numbers, as JSON values.
+      repeat: whether, run again with the same config, it writes its results anew, which
+        are the same; those of a measurement are not, and are kept.
+
+    Raises:
+      RunError: if the folder cannot take the experiment; nothing is overwritten.
     """
     from bn_jax import results
     from bn_jax.training import distributed
@@ -192,7 +197,12 @@ def experiment(name: str, config: Mapping[str, Any]) -> Iterator[Path]:
         if distributed.is_primary():
             stack.enter_context(results.locked(folder))
             started = {"experiment": name, **config}
-            results.start_run(folder, started, repeat=True)
+            if not repeat and (folder / results.RESULTS).exists():
+                raise results.RunError(
+                    f"{folder} holds results, which would be lost: measuring again "
+                    "gives others; give another folder with --workdir"
+                )
+            results.start_run(folder, started, repeat=repeat)
         yield folder
 
 

@@ -61,7 +61,8 @@ def parse(spec: str, base: TrainConfig) -> list[TrainConfig]:
                 f"sweep={spec!r}: {part!r}; expected FIELD=VALUE,VALUE,... with each "
                 f"field once, of {', '.join(SWEPT)}"
             )
-        choices[name] = [v for t in text.split(",") for v in _values(t, fields[name])]
+        kind = fields[name]
+        choices[name] = [v for t in text.split(",") for v in _values(name, t, kind)]
     members = itertools.product(*choices.values())
     return [
         dataclasses.replace(base, **dict(zip(choices, member, strict=True)))
@@ -69,8 +70,8 @@ def parse(spec: str, base: TrainConfig) -> list[TrainConfig]:
     ]
 
 
-def _values(text: str, kind: type) -> list[Any]:
-    """Return the values that one entry of a list stands for."""
+def _values(name: str, text: str, kind: type) -> list[Any]:
+    """Return the values that one entry of a field's list stands for."""
     text = text.strip()
     integers = re.fullmatch(r"(\d+)\.\.(\d+)", text)
     if kind is int and integers is not None:
@@ -78,12 +79,14 @@ def _values(text: str, kind: type) -> list[Any]:
     if kind is bool:
         known = {"true": True, "1": True, "false": False, "0": False}
         if text.lower() not in known:
-            raise ConfigError(f"{text!r} in a sweep; expected true or false")
+            raise ConfigError(f"{name}={text!r} in a sweep; expected true or false")
         return [known[text.lower()]]
     try:
         return [kind(text)]
     except ValueError:
-        raise ConfigError(f"{text!r} in a sweep; expected {kind.__name__}") from None
+        raise ConfigError(
+            f"{name}={text!r} in a sweep; expected {kind.__name__}"
+        ) from None
 
 
 def check(configs: Sequence[TrainConfig]) -> None:

@@ -169,7 +169,7 @@ def main(argv: Sequence[str]) -> None:
     arms = [name for name in ARMS if name == FLOOR or name in names]
     arms = [name for name in arms if name not in skipped]
     config = {"rounds": rounds, "seconds": seconds, "shapes": shapes, "arms": arms}
-    with launch.experiment("batch_norm_speed", config) as folder:
+    with launch.experiment("batch_norm_speed", config, repeat=False) as folder:
         about, measured = timing.interleaved(
             "experiments.benchmarks.batch_norm",
             {name: {**KEEP_MEMORY, **ARMS[name].env} for name in arms},

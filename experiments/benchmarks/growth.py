@@ -74,7 +74,8 @@ def main(argv: Sequence[str]) -> None:
     if flags.FLAGS.arm is not None:
         time_arm(*flags.FLAGS.arm.split("/"), num_sizes=num_sizes)
         return
-    with launch.experiment("growth", {"rounds": rounds, "num_sizes": num_sizes}) as to:
+    config = {"rounds": rounds, "num_sizes": num_sizes}
+    with launch.experiment("growth", config, repeat=False) as to:
         _, measured = timing.interleaved(
             "experiments.benchmarks.growth",
             dict.fromkeys(arm_names(), {}),

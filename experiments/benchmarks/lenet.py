@@ -138,7 +138,9 @@ def main(argv: Sequence[str]) -> None:
         return
     os.environ.update(SHARED_GPU)
     arms, skipped = choose_arms(launch.given_or("arms", smoke))
-    with launch.experiment("lenet_speed", {**given, "arms": list(arms)}) as folder:
+    with launch.experiment(
+        "lenet_speed", {**given, "arms": list(arms)}, repeat=False
+    ) as folder:
         with tempfile.TemporaryDirectory() as temporary:
             start = Path(temporary) / "start.npz"
             data = load_data(given)

@@ -57,8 +57,9 @@ def main(argv: Sequence[str]) -> None:
     if flags.FLAGS.arm is not None:
         time_arm(flags.FLAGS.arm, dataset, flags.FLAGS.sizes)
         return
+    sizes_of(flags.FLAGS.sizes, 1)  # refuses bad ones before an arm is started
     config = {"dataset": dataset, "rounds": rounds, "sizes": flags.FLAGS.sizes}
-    with launch.experiment("population_speed", config) as folder:
+    with launch.experiment("population_speed", config, repeat=False) as folder:
         about, measured = timing.interleaved(
             "experiments.benchmarks.population",
             dict.fromkeys((EPOCH, *MODES), {}),

@@ -254,7 +254,7 @@ def main(argv: Sequence[str]) -> None:
             f"arms={','.join(unknown)}; expected some of {', '.join(ARMS)}"
         )
     config = {"dataset": dataset, "rounds": rounds, "arms": arms}
-    with launch.experiment("profile", config) as folder:
+    with launch.experiment("profile", config, repeat=False) as folder:
         about, measured = timing.interleaved(
             "experiments.benchmarks.profile",
             {name: ARMS[name].env for name in arms},

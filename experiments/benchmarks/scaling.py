@@ -75,7 +75,8 @@ def main(argv: Sequence[str]) -> None:
         time_arm(ARMS[flags.FLAGS.arm], dataset)
         return
     rounds = launch.given_or("rounds", smoke)
-    with launch.experiment("scaling", {"dataset": dataset, "rounds": rounds}) as folder:
+    config = {"dataset": dataset, "rounds": rounds}
+    with launch.experiment("scaling", config, repeat=False) as folder:
         about, measured = timing.interleaved(
             "experiments.benchmarks.scaling",
             {name: ONE_THREAD if arm.one_thread else {} for name, arm in ARMS.items()},

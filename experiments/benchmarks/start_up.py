@@ -127,7 +127,9 @@ def main(argv: Sequence[str]) -> None:
     data = launch.load_data(dataset)
     warm_up = 0 if flags.FLAGS.smoke else 1
     with (
-        launch.experiment("start_up", {"dataset": dataset, "rounds": rounds}) as folder,
+        launch.experiment(
+            "start_up", {"dataset": dataset, "rounds": rounds}, repeat=False
+        ) as folder,
         tempfile.TemporaryDirectory() as temporary,
     ):
         torch_data = None

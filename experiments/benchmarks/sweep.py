@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> None:
         time_arm(ARMS[flags.FLAGS.arm])
         return
     rounds = launch.given_or("rounds", {"rounds": 2} if flags.FLAGS.smoke else {})
-    with launch.experiment("sweep", {"rounds": rounds}) as folder:
+    with launch.experiment("sweep", {"rounds": rounds}, repeat=False) as folder:
         about, measured = timing.interleaved(MODULE, ENVIRONMENTS, rounds=rounds)
         write(folder, about, measured)
 

@@ -21,6 +21,8 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from bn_jax.results import RunError
+
 Measurement = dict[str, float]
 
 
@@ -88,7 +90,7 @@ def versions(packages: Sequence[str]) -> dict[str, str]:
     return found
 
 
-class ArmError(RuntimeError):
+class ArmError(RunError):
     """An arm that failed; what it wrote is on stderr."""
 
 

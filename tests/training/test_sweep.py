@@ -133,7 +133,7 @@ def test_spec_combines_all_values_the_last_fastest():
         ("batch_size=1,2", "'batch_size=1,2'; expected FIELD=.* of learning_rate"),
         ("learning_rate", "expected FIELD=VALUE"),
         ("seed=0;seed=1", "each field once"),
-        ("seed=a", "'a' in a sweep; expected int"),
+        ("seed=a", "seed='a' in a sweep; expected int"),
         ("learning_rate=-1", "learning_rate=-1.0; expected a number greater than 0"),
         ("norm_layers=11", "four digits"),
         ("train_beta=maybe", "expected true or false"),

@@ -202,7 +202,7 @@ def experiment(
                     f"{folder} holds results, which would be lost: measuring again "
                     "gives others; give another folder with --workdir"
                 )
-            results.start_run(folder, started, repeat=repeat)
+            results.start_run(folder, started, repeat=True)
         yield folder
 
 

@@ -24,14 +24,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bn_jax.training import fields
+from bn_jax import fields
 from bn_jax.training.config import TrainConfig
 from experiments import study
 from experiments.study import Arms, Row
 
 if TYPE_CHECKING:
-    from bn_jax.analysis.verdicts import Verdict
     from bn_jax.data import ImageData
+    from experiments.claims import Verdict
 
 LAYERS = ("conv1", "conv2", "dense1", "dense2")
 TITLES = {"with_bias": "with biases", "without_bias": "without"}
@@ -63,9 +63,9 @@ def with_gradients(folder: Path, rows: list[Row], data: ImageData) -> list[Row]:
     import jax
     import numpy as np
 
-    from bn_jax.training import sweep_run
+    from bn_jax.runs import sweep as sweep_lib
 
-    variables = sweep_run.load_variables(folder)
+    variables = sweep_lib.load_variables(folder)
     found = []
     for i, row in enumerate(rows):
         own = jax.tree.map(lambda leaf, i=i: leaf[i], variables)
@@ -141,8 +141,8 @@ def bias_effects(config: Any, variables: Any, data: ImageData) -> Row:
 
 
 def verdicts(rows: Sequence[Row]) -> list[Verdict]:
-    from bn_jax.analysis import intervals
-    from bn_jax.analysis.verdicts import decide
+    from experiments import intervals
+    from experiments.claims import decide
 
     of_arm = {arm: study.runs_of(rows, arm) for arm in TITLES}
     with_bias = of_arm["with_bias"]

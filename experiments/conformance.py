@@ -344,7 +344,7 @@ def main(argv: Sequence[str]) -> None:
 
 def compare(workdir: Path) -> None:
     """Measure all libraries, print and write what came out."""
-    from bn_jax import results
+    from bn_jax.runs import results
 
     errors = {name: measure_all(name) for name in LIBRARIES}
     table = markdown(errors)

@@ -37,13 +37,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bn_jax.training import fields
+from bn_jax import fields
 from bn_jax.training.config import TrainConfig
 from experiments import study
 from experiments.study import Arms, Row
 
 if TYPE_CHECKING:
-    from bn_jax.analysis.verdicts import Verdict
+    from experiments.claims import Verdict
 
 KINDS = ("none", "dropout", "batch_norm", "norm_dropout_before", "norm_dropout_after")
 SIZES = ("all", "few")
@@ -203,8 +203,8 @@ def summary(rows: Sequence[Row]) -> Row:
 
 
 def verdicts(rows: Sequence[Row]) -> list[Verdict]:
-    from bn_jax.analysis import intervals
-    from bn_jax.analysis.verdicts import decide
+    from experiments import intervals
+    from experiments.claims import decide
 
     def change(name: str, size: str, arm: str, other: str) -> intervals.Interval:
         return intervals.of_difference(

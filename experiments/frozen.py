@@ -33,15 +33,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bn_jax.training import fields
+from bn_jax import fields
 from bn_jax.training.config import TrainConfig
 from experiments import study
 from experiments.study import Arms, Row
 
 if TYPE_CHECKING:
-    from bn_jax.analysis.intervals import Interval
-    from bn_jax.analysis.verdicts import Verdict
     from bn_jax.data import ImageData
+    from experiments.claims import Verdict
+    from experiments.intervals import Interval
 
 ACTIVATIONS = ("sigmoid", "relu")
 NORMS = ("norm1", "norm2", "norm3", "norm4")
@@ -135,7 +135,7 @@ def by_choice(rows: Sequence[Row], activation: str) -> dict[str, list[Row]]:
 
 def change(runs: dict[str, list[Row]], choice: str) -> Interval:
     """Return what fixing changes in the loss, paired by seed."""
-    from bn_jax.analysis import intervals
+    from experiments import intervals
 
     return intervals.of_difference(
         *([study.final_loss(row) for row in runs[c]] for c in (choice, FREE))
@@ -143,8 +143,8 @@ def change(runs: dict[str, list[Row]], choice: str) -> Interval:
 
 
 def verdicts(rows: Sequence[Row]) -> list[Verdict]:
-    from bn_jax.analysis import intervals
-    from bn_jax.analysis.verdicts import decide
+    from experiments import intervals
+    from experiments.claims import decide
 
     def changes(activation: str, runs: dict[str, list[Row]]) -> Verdict:
         value, low, high, n = change(runs, NEITHER)

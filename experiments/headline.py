@@ -30,14 +30,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bn_jax.training import fields
+from bn_jax import fields
 from bn_jax.training.config import TrainConfig
 from experiments import study
 from experiments.study import Arms, Claim, Row
 
 if TYPE_CHECKING:
-    from bn_jax.analysis.verdicts import Verdict
     from bn_jax.data import ImageData
+    from experiments.claims import Verdict
 
 # `none_padded` is the published run without; `none` differs from the first two in norm
 # and rate alone.
@@ -159,8 +159,8 @@ def _first_losses(rows: Sequence[Row], arm: str) -> list[list[float]]:
 
 
 def verdicts(rows: Sequence[Row]) -> list[Verdict]:
-    from bn_jax.analysis import intervals
-    from bn_jax.analysis.verdicts import decide
+    from experiments import intervals
+    from experiments.claims import decide
 
     def of(arm: str, name: str) -> list[float]:
         return scores(rows, arm, name)

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from absl import app, flags, logging
 
-from bn_jax.training import fields
+from bn_jax.fields import ConfigError
 from bn_jax.training.config import RunOptions
-from bn_jax.training.fields import ConfigError
+from experiments import flag_fields
 
 if TYPE_CHECKING:
     from bn_jax.data import ImageData
@@ -40,7 +40,7 @@ def workdir() -> Path:
 
 def define_run_flags() -> None:
     """Define the flags that say where training takes place: devices, data, folder."""
-    fields.define_flags(RunOptions)
+    flag_fields.define(RunOptions)
     define_data_flags()
     define_workdir_flag()
     flags.DEFINE_string(
@@ -92,10 +92,10 @@ def set_up_jax() -> None:
     set_up_cache()
     import jax
 
-    from bn_jax.training import distributed
+    from bn_jax.runs import distributed
 
     given = flags.FLAGS
-    options = fields.from_flags(RunOptions, given)
+    options = flag_fields.read(RunOptions, given)
     joins = given.distributed
     if joins is None:
         joins = given.coordinator_address is not None or distributed.is_detected()
@@ -189,8 +189,7 @@ def experiment(
     Raises:
       RunError: if the folder cannot take the experiment; nothing is overwritten.
     """
-    from bn_jax import results
-    from bn_jax.training import distributed
+    from bn_jax.runs import distributed, results
 
     folder = workdir()
     with contextlib.ExitStack() as stack:
@@ -254,9 +253,9 @@ def start(
 
     def run(argv: Sequence[str]) -> None:
         from bn_jax.data import DataError
-        from bn_jax.results import RunError
-        from bn_jax.training.distributed import DistributedError
-        from bn_jax.training.interrupt import Interrupted
+        from bn_jax.runs.distributed import DistributedError
+        from bn_jax.runs.interrupt import Interrupted
+        from bn_jax.runs.results import RunError
 
         if not flags.FLAGS["verbosity"].present:
             _quiet_orbax()

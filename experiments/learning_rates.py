@@ -28,13 +28,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bn_jax.training import fields
+from bn_jax import fields
 from bn_jax.training.config import TrainConfig
 from experiments import study
 from experiments.study import Arms, Row
 
 if TYPE_CHECKING:
-    from bn_jax.analysis.verdicts import Verdict
+    from experiments.claims import Verdict
 
 WORKABLE = 0.8
 TITLES = {"batch_norm": "batch norm", "none": "no batch norm"}
@@ -133,8 +133,8 @@ def workable(rows: Sequence[Row], norm: str, seed: int, least: float) -> list[fl
 
 
 def verdicts(rows: Sequence[Row]) -> list[Verdict]:
-    from bn_jax.analysis import intervals
-    from bn_jax.analysis.verdicts import decide
+    from experiments import intervals
+    from experiments.claims import decide
 
     seeds = sorted({row["config"]["seed"] for row in rows})
     found = []

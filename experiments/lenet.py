@@ -26,16 +26,16 @@ from pathlib import Path
 
 from absl import flags
 
-from bn_jax.training import fields
+from bn_jax import fields
 from bn_jax.training.config import RunOptions, TrainConfig
-from experiments import launch
+from experiments import flag_fields, launch
 
 # What rounding may change of a loss or an accuracy: an image or two of 10,000.
 ROUNDING = 3e-4
 
 
 def define_flags() -> None:
-    fields.define_flags(TrainConfig)
+    flag_fields.define(TrainConfig)
     launch.define_run_flags()
     flags.DEFINE_boolean(
         "smoke", False, "Try everything in seconds: the sample, 1 epoch, unless given."
@@ -70,7 +70,7 @@ def main(argv: Sequence[str]) -> None:
         return
     launch.set_up_jax()
     smoke = {"dataset": "sample", "epochs": 1} if given.smoke else {}
-    config = fields.from_flags(TrainConfig, given, defaults=smoke)
+    config = flag_fields.read(TrainConfig, given, defaults=smoke)
     if given.sweep is not None:
         train_sweep(given.workdir, given.sweep, config)
     else:
@@ -79,11 +79,11 @@ def main(argv: Sequence[str]) -> None:
 
 def train(workdir: str, config: TrainConfig) -> None:
     """Train `config` into `workdir` and print what came out."""
-    from bn_jax.training import distributed  # here, so that --help is quick
-    from bn_jax.training import run as run_lib
+    from bn_jax.runs import distributed  # here, so that --help is quick
+    from bn_jax.runs import run as run_lib
 
     data = launch.load_data(config.dataset)
-    options = fields.from_flags(RunOptions, flags.FLAGS)
+    options = flag_fields.read(RunOptions, flags.FLAGS)
     run = run_lib.train_into(workdir, config, data, options)
     if not distributed.is_primary():
         return
@@ -106,13 +106,14 @@ def train(workdir: str, config: TrainConfig) -> None:
 
 def train_sweep(workdir: str, spec: str, base: TrainConfig) -> None:
     """Train the members of a sweep into `workdir` and print a line for each."""
-    from bn_jax.training import members, sweep_run
+    from bn_jax.runs import sweep as sweep_lib
+    from bn_jax.training import members
 
     configs = members.parse(spec, base)
     data = launch.load_data(base.dataset)
     print(f"{len(configs)} members of the sweep", flush=True)
-    options = fields.from_flags(RunOptions, flags.FLAGS)
-    rows = sweep_run.sweep_into(workdir, configs, data, options)
+    options = flag_fields.read(RunOptions, flags.FLAGS)
+    rows = sweep_lib.sweep_into(workdir, configs, data, options)
     names = [part.partition("=")[0].strip() for part in spec.split(";")]
     for row in rows:
         member = "  ".join(f"{name} {row['config'][name]!s:6}" for name in names)
@@ -130,8 +131,8 @@ def train_sweep(workdir: str, spec: str, base: TrainConfig) -> None:
 
 def evaluate_again(workdir: str) -> None:
     """Evaluate the run in `workdir` and compare with what it wrote."""
+    from bn_jax.runs import run as run_lib
     from bn_jax.training import loop
-    from bn_jax.training import run as run_lib
 
     run = run_lib.load(workdir)
     data = launch.load_data(run.config.dataset)

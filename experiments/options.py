@@ -39,13 +39,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bn_jax.training import fields
+from bn_jax import fields
 from bn_jax.training.config import TrainConfig
 from experiments import study
 from experiments.study import Arms, Claim, Row
 
 if TYPE_CHECKING:
-    from bn_jax.analysis.verdicts import Verdict
+    from experiments.claims import Verdict
 
 # (momentum, epsilon), all in one program.
 CHAPTER, FLAX, KERAS = (0.9, 1e-5), (0.99, 1e-5), (0.99, 1e-3)
@@ -192,8 +192,8 @@ def difference_in_first_steps(rows: Sequence[Row], option: str, other: str) -> f
 
 
 def verdicts(rows: Sequence[Row]) -> list[Verdict]:
-    from bn_jax.analysis import intervals
-    from bn_jax.analysis.verdicts import decide
+    from experiments import intervals
+    from experiments.claims import decide
 
     runs = by_option(rows)
     n = len(runs[title(CHAPTER)])

@@ -36,14 +36,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from bn_jax.training import fields
+from bn_jax import fields
 from bn_jax.training.config import TrainConfig
 from experiments import study
 from experiments.study import Claim, Row
 
 if TYPE_CHECKING:
-    from bn_jax.analysis.verdicts import Verdict
     from bn_jax.data import ImageData
+    from experiments.claims import Verdict
 
 LAYERS = ("conv1", "conv2", "dense1", "dense2")
 TITLES = {"batch_norm": "batch norm", "none": "no batch norm"}
@@ -92,7 +92,7 @@ def probe() -> Any:
 
 def measure(design: Design, data: ImageData, folder: Path) -> tuple[list[Row], float]:
     """Return a row for each run, as kept in the folder or trained now, and seconds."""
-    from bn_jax import results
+    from bn_jax.runs import results
 
     path = folder / study.ROWS
     rows = results.read_rows(path) if path.exists() else []
@@ -222,8 +222,8 @@ def effective_rate(row: Row) -> float:
 
 
 def verdicts(rows: Sequence[Row]) -> list[Verdict]:
-    from bn_jax.analysis import intervals
-    from bn_jax.analysis.verdicts import decide
+    from experiments import intervals
+    from experiments.claims import decide
 
     def cosine(norm: str) -> intervals.Interval:
         runs = _rows(rows, norm, 1.0)

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from absl import flags
 
-from bn_jax.training import fields
+from bn_jax import fields
 from bn_jax.training.config import RunOptions, TrainConfig
-from experiments import launch
+from experiments import flag_fields, launch
 
 if TYPE_CHECKING:
-    from bn_jax.analysis.verdicts import Verdict
     from bn_jax.data import ImageData
+    from experiments.claims import Verdict
 
 flags.disclaim_key_flags()  # --help of an experiment lists them as its own
 
@@ -107,7 +107,7 @@ def start(study: Study) -> None:
 
 def _define_flags(study: Study) -> None:
     launch.define_run_flags()
-    fields.define_flags(study.design)
+    flag_fields.define(study.design)
     smoke = ", ".join(
         f"{name} {','.join(map(str, value)) if isinstance(value, tuple) else value}"
         for name, value in _smoke(study).items()
@@ -127,7 +127,7 @@ def _smoke(study: Study) -> Row:
 def _main(study: Study, argv: Sequence[str]) -> None:
     launch.check_no_arguments(argv)
     if flags.FLAGS.plot_only:
-        from bn_jax import results
+        from bn_jax.runs import results
 
         folder = launch.workdir()
         rows = results.read_rows(folder / ROWS)
@@ -136,14 +136,14 @@ def _main(study: Study, argv: Sequence[str]) -> None:
         return
     launch.set_up_jax()
     smoke = _smoke(study) if flags.FLAGS.smoke else {}
-    design = fields.from_flags(study.design, flags.FLAGS, defaults=smoke)
+    design = flag_fields.read(study.design, flags.FLAGS, defaults=smoke)
     with launch.experiment(study.name, design.to_dict()) as folder:
         run(study, design, folder)
 
 
 def run(study: Study, design: Design, folder: Path) -> None:
     """Train what is not trained yet; judge, draw and write."""
-    from bn_jax import results
+    from bn_jax.runs import results
 
     data = launch.load_data(design.dataset)
     if study.measure is not None:
@@ -174,16 +174,16 @@ def _sweeps(
 
     Seconds are of training and compilation, whenever that was.
     """
-    from bn_jax import results
-    from bn_jax.training import sweep_run
+    from bn_jax.runs import results
+    from bn_jax.runs import sweep as sweep_lib
 
-    options = fields.from_flags(RunOptions, flags.FLAGS)
+    options = flag_fields.read(RunOptions, flags.FLAGS)
     rows: list[Row] = []
     seconds = 0.0
     for stage in study.stages:
         for arm, configs in stage(design, rows).items():
             print(f"{arm}: {len(configs)} runs", flush=True)
-            of_arm = sweep_run.sweep_into(
+            of_arm = sweep_lib.sweep_into(
                 folder / arm,
                 configs,
                 data,
@@ -237,9 +237,9 @@ def load_params(folder: Path) -> dict[str, Any]:
     Raises:
       RunError: if the folder holds none, or they are damaged.
     """
-    from bn_jax.training import sweep_run
+    from bn_jax.runs import sweep as sweep_lib
 
-    params: dict[str, Any] = sweep_run.load_variables(folder)["params"]
+    params: dict[str, Any] = sweep_lib.load_variables(folder)["params"]
     return params
 
 

@@ -32,14 +32,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bn_jax.training import fields
+from bn_jax import fields
 from bn_jax.training.config import TrainConfig
 from experiments import study
 from experiments.study import Arms, Row
 
 if TYPE_CHECKING:
-    from bn_jax.analysis.verdicts import Verdict
     from bn_jax.data import ImageData
+    from experiments.claims import Verdict
 
 
 def _whitening(method: str, size: int | None, **options: int) -> str:
@@ -221,8 +221,8 @@ def summary(rows: Sequence[Row]) -> Row:
 
 
 def verdicts(rows: Sequence[Row]) -> list[Verdict]:
-    from bn_jax.analysis import intervals
-    from bn_jax.analysis.verdicts import decide
+    from experiments import intervals
+    from experiments.claims import decide
 
     def apart(a: str, b: str) -> intervals.Interval:
         return intervals.of_difference(of_arm(rows, a, "loss"), of_arm(rows, b, "loss"))

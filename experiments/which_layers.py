@@ -26,14 +26,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bn_jax.training import fields
+from bn_jax import fields
 from bn_jax.training.config import TrainConfig
 from experiments import study
 from experiments.study import Arms, Row
 
 if TYPE_CHECKING:
-    from bn_jax.analysis.intervals import Interval
-    from bn_jax.analysis.verdicts import Verdict
+    from experiments.claims import Verdict
+    from experiments.intervals import Interval
 
 LAYERS = ("conv 1", "conv 2", "dense 1", "dense 2")
 SUBSETS = tuple("".join(digits) for digits in itertools.product("01", repeat=4))
@@ -91,8 +91,8 @@ def effects(by_subset: dict[str, list[float]]) -> dict[str, list[float]]:
 
 
 def verdicts(rows: Sequence[Row]) -> list[Verdict]:
-    from bn_jax.analysis import intervals
-    from bn_jax.analysis.verdicts import decide
+    from experiments import intervals
+    from experiments.claims import decide
 
     by_subset = losses(rows)
     names = {
@@ -136,7 +136,7 @@ def verdicts(rows: Sequence[Row]) -> list[Verdict]:
 
 def draw(rows: Sequence[Row], folder: Path) -> None:
     from bn_jax import plots
-    from bn_jax.analysis import intervals
+    from experiments import intervals
 
     by_subset = losses(rows)
     order = sorted(by_subset, key=lambda s: sum(by_subset[s]))

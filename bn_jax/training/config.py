@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from bn_jax.training.fields import (
+from bn_jax.fields import (
     AT_LEAST_1,
     BELOW_1,
     NOT_NEGATIVE,

@@ -14,12 +14,12 @@ from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
 
 from bn_jax import data as data_lib
-from bn_jax import population
+from bn_jax.fields import ConfigError
+from bn_jax.measures import population
 from bn_jax.training import diagnosis, feed, memory, parallel
 from bn_jax.training import step as step_lib
 from bn_jax.training.config import TrainConfig
 from bn_jax.training.evaluation import BATCH_SIZE, Evaluator
-from bn_jax.training.fields import ConfigError
 from bn_jax.training.state import (
     TrainState,
     dropout_key,

@@ -15,10 +15,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from bn_jax.fields import ConfigError
 from bn_jax.training import parallel
 from bn_jax.training import step as step_lib
 from bn_jax.training.config import TrainConfig
-from bn_jax.training.fields import ConfigError
 from bn_jax.training.state import (
     TrainState,
     dropout_key,

@@ -28,10 +28,10 @@ from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from bn_jax import data as data_lib
+from bn_jax.fields import ConfigError
 from bn_jax.functional import BatchNormState, merge_states
 from bn_jax.training import step as step_lib
 from bn_jax.training.config import TrainConfig
-from bn_jax.training.fields import ConfigError
 from bn_jax.training.state import TrainState
 
 DATA = "data"

@@ -14,9 +14,9 @@ from jax import Array
 from jax.flatten_util import ravel_pytree
 
 from bn_jax import models
+from bn_jax.fields import ConfigError
 from bn_jax.models.lenet import LeNet
 from bn_jax.training.config import TrainConfig
-from bn_jax.training.fields import ConfigError
 
 LAST_LAYER = "dense3"  # of LeNet
 

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from bn_jax import data as data_lib
-from bn_jax import models, population
+from bn_jax import models
+from bn_jax.measures import population
 from bn_jax.training import evaluation, feed, loop, mapped, members
 from bn_jax.training import step as step_lib
 from bn_jax.training.config import TrainConfig

@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import flags
 
-from bn_jax.training import fields
+from bn_jax import fields
 from experiments import launch
 from experiments.benchmarks import batch_norm_calls as calls
 from experiments.benchmarks import timing
@@ -273,7 +273,8 @@ def write(
     skipped: Mapping[str, str],
 ) -> None:
     """Check that arms compute alike; print and write what they took."""
-    from bn_jax import plots, results
+    from bn_jax import plots
+    from bn_jax.runs import results
 
     error = check_errors(about)
     arms = list(measured)

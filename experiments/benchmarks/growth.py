@@ -179,7 +179,8 @@ def sweep_call(norm: str, num_members: int) -> Callable[[], float]:
 
 def write(folder: Path, measured: Mapping[str, Sequence[timing.Measurement]]) -> None:
     """Print and write how the time of a step grows."""
-    from bn_jax import plots, results
+    from bn_jax import plots
+    from bn_jax.runs import results
 
     seconds = {
         arm: {int(size): [row[size] for row in rows] for size in rows[0]}

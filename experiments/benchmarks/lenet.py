@@ -34,8 +34,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from absl import flags
 
+from bn_jax import fields
 from bn_jax.training import config as config_lib
-from bn_jax.training import fields
 from experiments import launch
 from experiments.benchmarks import lenet_peers, timing
 
@@ -347,7 +347,8 @@ def write(
     source: str,
 ) -> None:
     """Check that arms train alike; print and write what they took."""
-    from bn_jax import plots, results
+    from bn_jax import plots
+    from bn_jax.runs import results
 
     apart = check_losses({name: about[name]["losses"] for name in measured})
     speeds = timing.values(measured, "examples_per_second")

@@ -1,7 +1,7 @@
 r"""How long do exact population statistics take, beside an epoch of training?
 
 The statistics of LeNet's batch norm layers over N training images, layer by layer and
-in one pass (`bn_jax.population.exact_statistics`, as a run's last evaluation calls it),
+in one pass (`exact_statistics`, as a run's last evaluation calls it),
 for growing N; by the time of one epoch of training on all images.
 
   python -m experiments.benchmarks.population --workdir=runs/population       3 minutes
@@ -26,8 +26,8 @@ from typing import Any
 
 from absl import flags
 
+from bn_jax import fields
 from bn_jax.training import config as config_lib
-from bn_jax.training import fields
 from experiments import launch
 from experiments.benchmarks import timing
 
@@ -116,7 +116,7 @@ def time_statistics(
     import jax
     import jax.numpy as jnp
 
-    from bn_jax import population
+    from bn_jax.measures import population
     from bn_jax.training import evaluation
     from bn_jax.training import step as step_lib
 
@@ -171,7 +171,8 @@ def write(
     measured: Mapping[str, Sequence[timing.Measurement]],
 ) -> None:
     """Check that both ways agree; print and write what they took."""
-    from bn_jax import plots, results
+    from bn_jax import plots
+    from bn_jax.runs import results
 
     apart = check_first_layer(about)
     epochs = [row["seconds"] for row in measured[EPOCH]]

@@ -27,8 +27,8 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
+from bn_jax import fields
 from bn_jax.training import config as config_lib
-from bn_jax.training import fields
 from experiments import launch
 from experiments.benchmarks import batch_norm, batch_norm_calls, timing
 
@@ -176,7 +176,7 @@ def statistics(data: Any) -> Callable[[], timing.Measurement]:
     import jax
     import jax.numpy as jnp
 
-    from bn_jax import population
+    from bn_jax.measures import population
     from bn_jax.training import evaluation, loop
     from bn_jax.training import step as step_lib
 
@@ -283,7 +283,8 @@ def write(
     measured: Mapping[str, Sequence[timing.Measurement]],
 ) -> None:
     """Print and write what the parts of each program took."""
-    from bn_jax import plots, results
+    from bn_jax import plots
+    from bn_jax.runs import results
 
     summaries, rows = {}, [["program", "part", "ms", "share"]]
     for name, traces in measured.items():

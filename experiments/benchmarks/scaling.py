@@ -143,7 +143,7 @@ def time_arm(arm: Arm, dataset: str) -> None:
 
 def time_checkpoint(trainer: Any) -> float:
     """Return the time from the start of a checkpoint until it is whole."""
-    from bn_jax.training import checkpoint
+    from bn_jax.runs import checkpoint
 
     with tempfile.TemporaryDirectory() as folder:
         checkpoints = checkpoint.Checkpoints(Path(folder), {})
@@ -155,7 +155,8 @@ def time_checkpoint(trainer: Any) -> float:
 
 def write(folder: Path, about: Any, measured: Any) -> None:
     """Check that arms train alike; print and write what they took."""
-    from bn_jax import plots, results
+    from bn_jax import plots
+    from bn_jax.runs import results
 
     losses = {name: about[name]["losses"] for name in ("threads", "synced", "jit")}
     apart = timing.largest_differences(losses, about["one"]["losses"])

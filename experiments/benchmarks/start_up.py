@@ -176,7 +176,7 @@ def measure(dataset: str, torch_data: Path | None) -> timing.Measurement:
 
 def _results(workdir: Path, name: str) -> timing.Measurement:
     """Return what a job wrote about itself."""
-    from bn_jax import results
+    from bn_jax.runs import results
 
     written = results.read_json(workdir / results.RESULTS)
     return {
@@ -244,7 +244,8 @@ def write(
     source: str,
 ) -> None:
     """Check that jobs agree; print and write what they took."""
-    from bn_jax import plots, results
+    from bn_jax import plots
+    from bn_jax.runs import results
 
     check_losses(measured)
     present = {k: q for k, q in QUANTITIES.items() if k in measured[0]}

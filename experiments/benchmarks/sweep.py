@@ -104,7 +104,8 @@ def write(folder: Path, about: Any, measured: Any) -> None:
     """Check that members train alike; print and write what they took."""
     import numpy as np
 
-    from bn_jax import plots, results
+    from bn_jax import plots
+    from bn_jax.runs import results
 
     # At rate 2 rounding grows tenfold every few steps: the first ten are compared.
     of_arms = {name: np.asarray(about[name]["losses"])[:, :10] for name in ARMS}

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from bn_jax import results as results_lib
+from bn_jax.runs import results as results_lib
 from experiments.benchmarks import (
     batch_norm,
     batch_norm_calls,

@@ -2,8 +2,8 @@ import jax
 import numpy as np
 import pytest
 
-from bn_jax import results
-from bn_jax.training import checkpoint, members
+from bn_jax.runs import checkpoint, results
+from bn_jax.training import members
 from bn_jax.training.state import init_variables, make_model
 from experiments import frozen
 

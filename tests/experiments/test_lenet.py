@@ -11,8 +11,8 @@ import jax
 import numpy as np
 import pytest
 
-from bn_jax import results
-from bn_jax.training import run as run_lib
+from bn_jax.runs import results
+from bn_jax.runs import run as run_lib
 
 MODULE = ("-m", "experiments.lenet")
 
@@ -264,7 +264,7 @@ def test_run_that_is_killed_again_and_again_ends_as_if_it_never_was(
 # From step 6 on no file can grow beyond a kilobyte, as if the disk were full.
 FULL_DISK = """
 import resource, runpy
-from bn_jax.training import run as run_lib
+from bn_jax.runs import run as run_lib
 
 save = run_lib._Files.save
 

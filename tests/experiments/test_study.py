@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from bn_jax import results as results_lib
+from bn_jax.runs import results as results_lib
 from experiments import report, study
 
 # Arms of two steps each; the second depends on the first, and a smoke run leaves the
@@ -17,9 +17,9 @@ from experiments import report, study
 MADE_UP = """
 import dataclasses
 
-from bn_jax.analysis import intervals
-from bn_jax.analysis.verdicts import decide
-from bn_jax.training import fields
+from experiments import intervals
+from experiments.claims import decide
+from bn_jax import fields
 from experiments import study
 from experiments.study import Study
 

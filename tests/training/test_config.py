@@ -6,10 +6,10 @@ from absl import flags
 
 from bn_jax import data as data_lib
 from bn_jax import models
+from bn_jax.fields import ConfigError
 from bn_jax.training import config as config_lib
-from bn_jax.training import fields
 from bn_jax.training.config import RunOptions, TrainConfig
-from bn_jax.training.fields import ConfigError
+from experiments import flag_fields
 
 
 def test_defaults_are_the_chapters():
@@ -110,8 +110,8 @@ def test_missing_and_unknown_fields_are_named():
 def flag_values():
     """The program's flags, with ours defined for this test alone."""
     before = set(flags.FLAGS)
-    fields.define_flags(TrainConfig)
-    fields.define_flags(RunOptions)
+    flag_fields.define(TrainConfig)
+    flag_fields.define(RunOptions)
     yield flags.FLAGS
     for name in set(flags.FLAGS) - before:
         delattr(flags.FLAGS, name)
@@ -122,7 +122,7 @@ def test_flags_override_the_entry_points_defaults_which_override_the_configs(
     flag_values,
 ):
     flag_values(["program", "--epochs=3", "--nobias_before_norm"])
-    config = fields.from_flags(
+    config = flag_fields.read(
         TrainConfig, flag_values, defaults={"epochs": 1, "seed": 8}
     )
     expected = TrainConfig(epochs=3, seed=8, bias_before_norm=False)
@@ -131,7 +131,7 @@ def test_flags_override_the_entry_points_defaults_which_override_the_configs(
 
 def test_flags_give_the_options_of_a_run(flag_values):
     flag_values(["program", "--devices=4", "--input=stream", "--noresume"])
-    options = fields.from_flags(RunOptions, flag_values)
+    options = flag_fields.read(RunOptions, flag_values)
     assert options == RunOptions(devices="4", input="stream", resume=False)
 
 

@@ -7,8 +7,8 @@ import jax
 import numpy as np
 import pytest
 
+from bn_jax.fields import ConfigError
 from bn_jax.training import loop, parallel
-from bn_jax.training.fields import ConfigError
 
 
 @pytest.fixture(scope="module")

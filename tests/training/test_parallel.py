@@ -13,11 +13,11 @@ import pytest
 from flax import linen as nn
 
 from bn_jax import data as data_lib
+from bn_jax.fields import ConfigError
 from bn_jax.linen import BatchNorm
 from bn_jax.training import loop, parallel
 from bn_jax.training import step as step_lib
 from bn_jax.training.config import TrainConfig
-from bn_jax.training.fields import ConfigError
 from bn_jax.training.state import init_state, init_variables
 
 BATCH_SIZE = 32

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from bn_jax.analysis.uncertainty import monte_carlo_batch_norm
 from bn_jax.linen import BatchNorm
-from bn_jax.population import exact_statistics
+from bn_jax.measures.population import exact_statistics
+from bn_jax.measures.uncertainty import monte_carlo_batch_norm
 
 KEY = jax.random.key(0)
 TRAIN = 5 + 3 * jax.random.normal(jax.random.key(1), (30, 4))

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from bn_jax.layer_calls import Predict
-from bn_jax.population import batch_moments, with_statistics
+from bn_jax.measures.layer_calls import Predict
+from bn_jax.measures.population import batch_moments, with_statistics
 
 
 def monte_carlo_batch_norm(

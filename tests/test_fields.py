@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 from absl import flags
 
-from bn_jax.training import fields
-from bn_jax.training.fields import ConfigError
+from bn_jax import fields
+from bn_jax.fields import ConfigError
+from experiments import flag_fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +37,7 @@ def flag_values():
     before = set(flags.FLAGS)
 
     def define(kind):
-        fields.define_flags(kind)
+        flag_fields.define(kind)
         return flags.FLAGS
 
     yield define
@@ -78,7 +79,7 @@ def test_field_of_another_keeps_its_range_and_may_have_another_default():
 def test_flags_of_tuples_are_lists_with_commas(flag_values):
     values = flag_values(More)
     values(["program", "--rates=3,1e-2", "--names=c, a", "--count=2"])
-    assert fields.from_flags(More, values) == More(
+    assert flag_fields.read(More, values) == More(
         rates=(3.0, 0.01), names=("c", "a"), count=2
     )
     assert "<a|b|c>,...: Some names." in values["names"].help
@@ -89,7 +90,7 @@ def test_flags_of_tuples_are_lists_with_commas(flag_values):
 def test_defaults_of_an_entry_point_give_way_to_flags(flag_values):
     values = flag_values(Options)
     values(["program", "--names=b"])
-    given = fields.from_flags(
+    given = flag_fields.read(
         Options, values, defaults={"names": ("c",), "rates": (5.0,)}
     )
     assert given == Options(names=("b",), rates=(5.0,))

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from bn_jax.training import interrupt
+from bn_jax.runs import interrupt
 
 SIGNALS = [signal.SIGTERM, signal.SIGINT]
 
@@ -34,7 +34,7 @@ def test_each_time_of_listening_begins_without_a_request():
 def test_second_signal_ends_the_process_at_once(first, second):
     program = f"""
 import os
-from bn_jax.training import interrupt
+from bn_jax.runs import interrupt
 with interrupt.listening():
     os.kill(os.getpid(), {int(first)})
     print("goes on", flush=True)

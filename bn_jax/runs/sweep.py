@@ -13,10 +13,10 @@ import numpy as np
 from tqdm import tqdm
 
 from bn_jax import data as data_lib
-from bn_jax import results
-from bn_jax.training import checkpoint, interrupt
+from bn_jax.runs import results
+from bn_jax.runs import checkpoint, interrupt
 from bn_jax.training.config import RunOptions, TrainConfig
-from bn_jax.training.fields import ConfigError
+from bn_jax.fields import ConfigError
 from bn_jax.training.members import SWEPT
 from bn_jax.training.state import init_variables, make_model
 from bn_jax.training.sweep import Progress, Sweep

@@ -5,8 +5,8 @@ import sys
 import jax
 import pytest
 
-from bn_jax import results
-from bn_jax.results import RunError
+from bn_jax.runs import results
+from bn_jax.runs.results import RunError
 
 CONFIG = {"norm": "batch_norm", "epochs": 3}
 
@@ -93,7 +93,7 @@ def test_folder_that_cannot_be_made_is_refused(tmp_path, parent):
 
 HOLD = """
 import sys, time
-from bn_jax import results
+from bn_jax.runs import results
 with results.locked(sys.argv[1]):
     print("held", flush=True)
     time.sleep(600)
@@ -142,7 +142,7 @@ def test_metrics_that_are_written_anew_leave_no_line_of_the_old_ones(tmp_path):
 FULL_DISK = """
 import resource, sys
 from pathlib import Path
-from bn_jax import results
+from bn_jax.runs import results
 folder = Path(sys.argv[1])
 resource.setrlimit(resource.RLIMIT_FSIZE, (20, -1))
 for write in (

@@ -15,10 +15,11 @@ import chex
 import jax
 import numpy as np
 import pytest
-from training import processes
+from runs import processes
 
-from bn_jax.training import distributed, feed
-from bn_jax.training.distributed import DistributedError
+from bn_jax.runs import distributed
+from bn_jax.training import feed
+from bn_jax.runs.distributed import DistributedError
 
 ROOT = Path(__file__).parents[2]
 # No program takes so long, on the slowest of machines; one that hangs is ended then.

@@ -2,7 +2,7 @@
 
 Moving averages follow parameters that move, and lag behind them. After training one can
 instead measure what each layer sees over the training set (`exact_statistics`) and
-predict with that. How far apart the statistics are is told by `bn_jax.gap`.
+predict with that. How far apart the statistics are is told by `bn_jax.measures.gap`.
 
 A model is given as `predict(variables, inputs)`, which applies it in prediction mode;
 where a layer is to normalise by its batch, its call is replaced, so that dropout stays
@@ -23,7 +23,7 @@ from flax import traverse_util
 from jax import Array, lax
 
 from bn_jax.functional import BatchNormParams, normalize
-from bn_jax.layer_calls import (
+from bn_jax.measures.layer_calls import (
     LayerCall,
     Path,
     Predict,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, Literal, NamedTuple
 
-from bn_jax.analysis.intervals import Interval
+from experiments.intervals import Interval
 
 Outcome = Literal["supported", "refuted", "undecided"]
 

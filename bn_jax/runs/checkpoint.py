@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from flax import serialization, traverse_util
 
-from bn_jax.results import RunError, differences
+from bn_jax.runs.results import RunError, differences
 from bn_jax.training.loop import EpochReport, Progress
 from bn_jax.training.state import TrainState
 

@@ -14,9 +14,10 @@ from flax import traverse_util
 from tqdm import tqdm
 
 from bn_jax import data as data_lib
-from bn_jax import results
-from bn_jax.results import RunError
-from bn_jax.training import checkpoint, distributed, interrupt, loop, parallel
+from bn_jax.runs import results
+from bn_jax.runs.results import RunError
+from bn_jax.runs import checkpoint, distributed, interrupt
+from bn_jax.training import loop, parallel
 from bn_jax.training.config import RunOptions, TrainConfig
 from bn_jax.training.loop import EpochReport, Progress
 from bn_jax.training.state import TrainState, init_variables, make_model

@@ -2,7 +2,7 @@
 
 In training a layer normalises by its batch, in prediction by moving averages that lag
 behind the parameters. Both are compared with the exact statistics of a whole data set,
-which `bn_jax.population` measures.
+which `bn_jax.measures.population` measures.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from bn_jax.layer_calls import Predict, layer_calls
-from bn_jax.population import batch_moments, exact_statistics, mean_and_var
+from bn_jax.measures.layer_calls import Predict, layer_calls
+from bn_jax.measures.population import batch_moments, exact_statistics, mean_and_var
 
 
 class LayerGap(NamedTuple):

@@ -8,11 +8,11 @@ import pytest
 from flax import linen as nn
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from bn_jax import population
 from bn_jax.linen import BatchNorm
+from bn_jax.measures import population
+from bn_jax.measures.population import batch_moments, exact_statistics
 from bn_jax.models import layers
 from bn_jax.models.lenet import LeNet
-from bn_jax.population import batch_moments, exact_statistics
 
 IMAGES = jax.random.uniform(jax.random.key(3), (50, 7, 6, 1))
 

@@ -3,9 +3,9 @@ import math
 import numpy as np
 import pytest
 
-from bn_jax.analysis import intervals
-from bn_jax.analysis.intervals import Interval
-from bn_jax.analysis.verdicts import decide
+from experiments import intervals
+from experiments.claims import decide
+from experiments.intervals import Interval
 
 
 def test_mean_of_three_has_students_interval():

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from bn_jax.gap import gap
 from bn_jax.linen import BatchNorm
+from bn_jax.measures.gap import gap
 
 
 def predict(model, variables, x):

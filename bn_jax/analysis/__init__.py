@@ -1,1 +1,0 @@
-"""Measurements on trained or training models."""

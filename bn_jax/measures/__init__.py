@@ -1,0 +1,1 @@
+"""What is asked of a model, ours or the user's: statistics, gaps, uncertainty."""

@@ -63,9 +63,9 @@ def with_gradients(folder: Path, rows: list[Row], data: ImageData) -> list[Row]:
     import jax
     import numpy as np
 
-    from bn_jax.runs import sweep as sweep_lib
+    from bn_jax.runs import sweeps
 
-    variables = sweep_lib.load_variables(folder)
+    variables = sweeps.load_variables(folder)
     found = []
     for i, row in enumerate(rows):
         own = jax.tree.map(lambda leaf, i=i: leaf[i], variables)

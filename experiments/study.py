@@ -174,8 +174,7 @@ def _sweeps(
 
     Seconds are of training and compilation, whenever that was.
     """
-    from bn_jax.runs import results
-    from bn_jax.runs import sweep as sweep_lib
+    from bn_jax.runs import results, sweeps
 
     options = flag_fields.read(RunOptions, flags.FLAGS)
     rows: list[Row] = []
@@ -183,7 +182,7 @@ def _sweeps(
     for stage in study.stages:
         for arm, configs in stage(design, rows).items():
             print(f"{arm}: {len(configs)} runs", flush=True)
-            of_arm = sweep_lib.sweep_into(
+            of_arm = sweeps.sweep_into(
                 folder / arm,
                 configs,
                 data,
@@ -237,9 +236,9 @@ def load_params(folder: Path) -> dict[str, Any]:
     Raises:
       RunError: if the folder holds none, or they are damaged.
     """
-    from bn_jax.runs import sweep as sweep_lib
+    from bn_jax.runs import sweeps
 
-    params: dict[str, Any] = sweep_lib.load_variables(folder)["params"]
+    params: dict[str, Any] = sweeps.load_variables(folder)["params"]
     return params
 
 

@@ -114,6 +114,23 @@ def exact_statistics(
     return with_statistics(current, {})["batch_stats"]
 
 
+def refusal(predict: Predict, variables: Any, example: Array) -> str | None:
+    """Return why `exact_statistics` would refuse a model, or None if it takes it.
+
+    Args:
+      predict: as for `exact_statistics`.
+      variables: of the model.
+      example: one input, shape `[1, ...]`.
+    """
+    try:
+        check_all_called(
+            variables, [call.path for call in layer_calls(predict, variables, example)]
+        )
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def batch_moments(
     predict: Predict, variables: Any, inputs: Array
 ) -> tuple[Any, dict[Path, Moments]]:

@@ -58,34 +58,27 @@ def load(name: str) -> ImageData:
             "after 'npz:'."
         )
     arrays = _read(path)
-    class_names = arrays.pop(_CLASS_NAMES, None)
-    images = {}
-    for part, array in arrays.items():
-        if part.endswith("images"):
-            images[part] = _as_images(path, part, array)
-    train_images, test_images = images["train_images"], images["test_images"]
-    if train_images.shape[1:] != test_images.shape[1:]:
-        raise DataError(
-            f"{path} holds training images of shape {train_images.shape[1:]} and test "
-            f"images of shape {test_images.shape[1:]}, expected one shape. Resize or "
-            "crop them before saving."
+    pairs = {}
+    for split in ("train", "test"):
+        images = _as_images(path, f"{split}_images", arrays[f"{split}_images"])
+        labels = _as_labels(
+            path, f"{split}_labels", arrays[f"{split}_labels"], len(images)
         )
-    train_labels, test_labels = (
-        _check_labels(path, f"{split}_labels", arrays[f"{split}_labels"], len(pictures))
-        for split, pictures in (("train", train_images), ("test", test_images))
-    )
-    if class_names is None:
-        names = _count_classes(path, train_labels)
+        pairs[split] = (images, labels)
+    shapes = {split: images.shape[1:] for split, (images, _) in pairs.items()}
+    if shapes["train"] != shapes["test"]:
+        raise DataError(
+            f"{path} holds training images of shape {shapes['train']} and test images "
+            f"of shape {shapes['test']}, expected one shape. Resize or crop them "
+            "before saving."
+        )
+    if _CLASS_NAMES in arrays:
+        class_names = _check_class_names(path, arrays[_CLASS_NAMES])
     else:
-        names = _check_class_names(path, class_names)
-    splits = []
-    for split, pictures, labels in (
-        ("train", train_images, train_labels),
-        ("test", test_images, test_labels),
-    ):
-        _check_range(path, f"{split}_labels", labels, len(names))
-        splits.append(_as_split(pictures, labels))
-    train, test = splits
+        class_names = _count_classes(path, pairs["train"][1])
+    for split, (_, labels) in pairs.items():
+        _check_range(path, f"{split}_labels", labels, len(class_names))
+    train, test = (_as_split(*pair) for pair in pairs.values())
     crc32 = 0
     for array in (*train, *test):
         crc32 = zlib.crc32(array.data, crc32)
@@ -93,7 +86,7 @@ def load(name: str) -> ImageData:
         name=name,
         train=train,
         test=test,
-        class_names=names,
+        class_names=class_names,
         kind="npz",
         source=(
             f"{len(train.labels):,} + {len(test.labels):,} images, npz file {path}, "
@@ -105,15 +98,21 @@ def load(name: str) -> ImageData:
 def _read(path: Path) -> dict[str, np.ndarray]:
     """Read the four arrays, and the class names if there are any."""
     try:
-        file = np.load(path, allow_pickle=False)
-    except (EOFError, OSError, ValueError, zipfile.BadZipFile):
-        file = None
-    if not isinstance(file, np.lib.npyio.NpzFile):
+        stream = open(path, "rb")
+    except OSError as error:
         raise DataError(
-            f"{path} is no npz file, expected a file that numpy.savez wrote. Save the "
-            "images and labels with numpy.savez."
-        )
-    with file:
+            f"{path} cannot be read: {error.strerror}. Check its permissions."
+        ) from None
+    with stream:  # numpy leaves a damaged file open
+        try:
+            file = np.load(stream, allow_pickle=False)
+        except (EOFError, OSError, ValueError, zipfile.BadZipFile):
+            file = None
+        if not isinstance(file, np.lib.npyio.NpzFile):
+            raise DataError(
+                f"{path} is no npz file, expected a file that numpy.savez wrote. Save "
+                "the images and labels with numpy.savez."
+            )
         keys = {part: _key(path, part, file.files) for part in PARTS}
         missing = [
             f"{part} (or {_KERAS[part]})" for part, key in keys.items() if key is None
@@ -203,7 +202,7 @@ def _as_images(path: Path, part: str, images: np.ndarray) -> np.ndarray:
     return images
 
 
-def _check_labels(path: Path, part: str, labels: np.ndarray, count: int) -> np.ndarray:
+def _as_labels(path: Path, part: str, labels: np.ndarray, count: int) -> np.ndarray:
     """Check type and number of labels, and drop a second axis of size 1."""
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]

@@ -30,10 +30,6 @@ class _Record:
         self.state = state
 
 
-class _Dtype(_Record):
-    pass
-
-
 class _Array(_Record):
     pass
 
@@ -43,7 +39,7 @@ _ADMITTED = {
     ("numpy.core.multiarray", "_reconstruct"): _Array,
     ("numpy._core.multiarray", "_reconstruct"): _Array,  # since numpy 2
     ("numpy", "ndarray"): _Record,
-    ("numpy", "dtype"): _Dtype,
+    ("numpy", "dtype"): _Record,
 }
 
 
@@ -85,15 +81,14 @@ def loads(content: bytes) -> Any:
 
 def _plain(value: Any) -> Any:
     """Return the array that a record stands for, and other values as they are."""
-    if not isinstance(value, _Record):
+    if not isinstance(value, _Record | type):
         return value
-    try:
-        _, shape, dtype, is_fortran, values = value.state
-        code = dtype.args[0]
-        is_bytes = isinstance(value, _Array) and code in ("u1", b"u1")
-        if is_bytes and math.prod(shape) == len(values):
-            array = np.frombuffer(values, np.uint8)
-            return array.reshape(shape, order="F" if is_fortran else "C")
-    except (AttributeError, IndexError, TypeError, ValueError):
-        pass
+    if isinstance(value, _Array):
+        try:
+            _, shape, dtype, is_fortran, values = value.state
+            if dtype.args[0] in ("u1", b"u1") and math.prod(shape) == len(values):
+                array = np.frombuffer(values, np.uint8)
+                return array.reshape(shape, order="F" if is_fortran else "C")
+        except (AttributeError, IndexError, TypeError, ValueError):
+            pass
     raise PickleError("holds an array that is no array of unsigned bytes")

@@ -93,22 +93,20 @@ class CropAndFlip:
         n, h, w, c = images.shape
         p, out_h, out_w = self.padding, self.side(h), self.side(w)
 
-        def draw(position: Array) -> tuple[Array, Array, Array]:
-            down, across, flip = jax.random.split(jax.random.fold_in(key, position), 3)
-            return (
-                jax.random.randint(down, (), 0, h + 2 * p - out_h + 1),
-                jax.random.randint(across, (), 0, w + 2 * p - out_w + 1),
-                jax.random.bernoulli(flip),
-            )
+        def draw(position: Array) -> Array:
+            return jax.random.bits(jax.random.fold_in(key, position), (3,), jnp.uint32)
 
         def crop(image: Array, top: Array, left: Array) -> Array:
             return lax.dynamic_slice(image, (top, left, 0), (out_h, out_w, c))
 
-        top, left, flip = jax.vmap(draw)(first + jnp.arange(n))
+        # Remainders of 32 random bits are as good as uniform: they differ by 2**-32.
+        drawn = jax.vmap(draw)(first + jnp.arange(n))
+        counts = jnp.array([h + 2 * p - out_h + 1, w + 2 * p - out_w + 1, 2])
+        top, left, flip = (drawn % counts.astype(jnp.uint32)).T.astype(jnp.int32)
         crops = jax.vmap(crop)(self._padded(images), top, left)
         if not self.flip:
             return crops
-        return jnp.where(flip[:, None, None, None], crops[:, :, ::-1], crops)
+        return jnp.where(flip[:, None, None, None] == 1, crops[:, :, ::-1], crops)
 
     def centre(self, images: Array) -> Array:
         """Return the crops in the middle; of an odd rest, the lower right has more."""
@@ -137,13 +135,11 @@ class CropAndFlip:
                 f"augment='crop_and_flip:size={self.size}' of images of {h} x {w} "
                 f"pixels with padding={self.padding}; expected a size of at most {most}"
             )
-        # The crop in a corner has `seen` rows, or columns, of the image.
-        seen = min(self.side(h), self.side(w)) - self.padding
-        if seen < 1:
+        crop = min(self.side(h), self.side(w))
+        if self.padding >= crop:
             raise ConfigError(
-                f"augment='crop_and_flip:padding={self.padding}' of images of {h} x {w} "
-                "pixels, whose crops may hold padding alone; expected less padding than "
-                f"the crop's {min(self.side(h), self.side(w))} pixels"
+                f"augment='crop_and_flip:padding={self.padding}' with crops of {crop} "
+                "pixels, which may see nothing of the image; expected less padding"
             )
 
     def _padded(self, images: Array) -> Array:

@@ -141,7 +141,7 @@ class NormalisedInput(nn.Module):
         input_norm = self.norm(
             use_running_average=not train, axis=-1, batch_axis=0, name="input_norm"
         )
-        return self.model(input_norm(images), train=train)  # type: ignore[operator]
+        return self.model(input_norm(images), train=train)
 
 
 def with_norm(

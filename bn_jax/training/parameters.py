@@ -4,8 +4,8 @@ Kinds of parameters are told apart by the tree, not by the names of layers. A no
 module without submodules that has a `scale` or a `bias` with at least one axis, and no
 other parameter with more than one. That holds for Flax's norms and ours, but not for
 layers with a kernel, nor for the blocks of Fixup and SkipInit with their scalars. A
-module with a bias alone counts as a norm, since centring has no other parameter. A norm's
-gamma is its `scale`, its beta is its `bias`.
+module with a bias alone counts as a norm, since centring has no other parameter. A
+norm's gamma is its `scale`, its beta is its `bias`.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def norms(
 
 
 def at_random(*, seed: int | Array) -> optax.GradientTransformation:
-    """Train as many parameters as norms have, which the seed chooses from all others."""
+    """Train as many parameters as norms have, but others, chosen by the seed."""
 
     def init(params: Any) -> _LearnsState:
         leaves, structure = jax.tree.flatten(params)
@@ -228,7 +228,7 @@ def parse_rate_factors(text: str) -> tuple[tuple[re.Pattern[str], float], ...]:
         cannot hold a semicolon.
 
     Raises:
-      ConfigError: if an expression does not compile, or a factor is not a number from 0.
+      ConfigError: if an expression does not compile, or a factor is not 0 or greater.
     """
     found = []
     for part in text.split(";") if text else []:

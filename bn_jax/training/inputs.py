@@ -1,0 +1,171 @@
+"""How a model's inputs are scaled, by name: `[N, H, W, C]` bytes become floats.
+
+What scales the inputs is a hashable function of the images, so that it may be a static
+argument of a compiled program.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
+
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax import Array
+
+from bn_jax.fields import ConfigError
+from bn_jax.names import Table
+
+Scaling: TypeAlias = Callable[[Array], Array]
+
+
+class ChannelStatistics(NamedTuple):
+    """Mean and standard deviation of each channel of a training set, of bytes / 255."""
+
+    mean: tuple[float, ...]
+    deviation: tuple[float, ...]
+
+
+def channel_statistics(images: np.ndarray) -> ChannelStatistics:
+    """Return the statistics of images `[N, H, W, C]` of bytes.
+
+    They come from the counts of the 256 values, so they are exact but for the last
+    rounding, whatever the number of images.
+    """
+    values = np.arange(256) / 255
+    means, deviations = [], []
+    for channel in np.moveaxis(images, -1, 0):
+        counts = np.bincount(channel.ravel(), minlength=256)
+        mean = np.average(values, weights=counts)
+        variance = np.average((values - mean) ** 2, weights=counts)
+        means.append(float(mean))
+        deviations.append(float(np.sqrt(variance)))
+    return ChannelStatistics(tuple(means), tuple(deviations))
+
+
+def make(text: str, statistics: ChannelStatistics) -> Scaling:
+    """Return the function that scales images.
+
+    Args:
+      text: a name of `INPUTS`.
+      statistics: of the training set; `standardised` alone depends on them.
+    """
+    return INPUTS.make(text, statistics=statistics)
+
+
+def to_unit(images: Array) -> Array:
+    """Return bytes as numbers in [0, 1], in JAX's default float dtype."""
+    return images.astype(jnp.result_type(float)) / 255
+
+
+def to_float(images: Array) -> Array:
+    """Return bytes as numbers from 0 to 255, in JAX's default float dtype."""
+    return images.astype(jnp.result_type(float))
+
+
+@dataclasses.dataclass(frozen=True)
+class Standardise:
+    """Subtract each channel's mean and divide by its deviation.
+
+    A channel that is the same everywhere, whose deviation is 0, becomes 0.
+    """
+
+    statistics: ChannelStatistics
+
+    def __call__(self, images: Array) -> Array:
+        """Return standardised images, in JAX's default float dtype."""
+        mean, deviation = map(np.asarray, self.statistics)
+        x = to_unit(images)
+        return (x - mean.astype(x.dtype)) / np.where(
+            deviation > 0, deviation, 1
+        ).astype(x.dtype)
+
+
+def unit(*, statistics: ChannelStatistics) -> Scaling:
+    """Divide by 255."""
+    del statistics
+    return to_unit
+
+
+def none(*, statistics: ChannelStatistics) -> Scaling:
+    """Leave the values from 0 to 255."""
+    del statistics
+    return to_float
+
+
+def standardised(*, statistics: ChannelStatistics) -> Scaling:
+    """Standardise each channel by the training set's mean and deviation."""
+    return Standardise(statistics)
+
+
+def norm(*, statistics: ChannelStatistics) -> Scaling:
+    """Divide by 255; the model then starts with a norm, as `with_norm` makes it."""
+    del statistics
+    return to_unit
+
+
+INPUTS: Table[Scaling] = Table(
+    "inputs", {"unit": unit, "none": none, "standardised": standardised, "norm": norm}
+)
+
+
+class NormalisedInput(nn.Module):
+    """A model with a norm on its input.
+
+    The model's parameters keep their paths and their initial values, and those of the
+    norm are beside them, under `input_norm`.
+
+    Attributes:
+      model: called as `model(images, train=...)`.
+      norm: constructor, called as
+        `norm(use_running_average=..., axis=..., batch_axis=..., name=...)`.
+    """
+
+    model: nn.Module
+    norm: Callable[..., nn.Module]
+
+    def setup(self) -> None:
+        """Give the model's variables to this module."""
+        nn.share_scope(self, self.model)
+
+    @nn.compact
+    def __call__(self, images: Array, *, train: bool) -> Any:
+        """Return the model's outputs for normalised images.
+
+        Args:
+          images: floats `[N, H, W, C]`.
+          train: whether norms use the batch's statistics.
+        """
+        input_norm = self.norm(
+            use_running_average=not train, axis=-1, batch_axis=0, name="input_norm"
+        )
+        return self.model(input_norm(images), train=train)
+
+
+def with_norm(
+    text: str, model: Any, norm: Callable[..., nn.Module] | None
+) -> nn.Module | Any:
+    """Return a model with a norm on its input if `inputs` says so, or else the model.
+
+    Args:
+      text: a name of `INPUTS`.
+      model: a Linen module, called as `model(images, train=...)`.
+      norm: the norm's constructor, as `NormalisedInput` takes it; None for no norm.
+
+    Raises:
+      ConfigError: if there is no norm, or the model is not a Linen module.
+    """
+    if INPUTS.parse(text).name != "norm":
+        return model
+    if norm is None:
+        raise ConfigError(
+            "inputs='norm' with norm='none'; expected a norm, or inputs=standardised"
+        )
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"inputs='norm' with a model of class {type(model).__name__}; expected a "
+            "Linen module: put the norm into the model, or take inputs=standardised"
+        )
+    return NormalisedInput(model, norm)

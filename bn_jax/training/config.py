@@ -29,12 +29,9 @@ from bn_jax.models import MODELS
 from bn_jax.names import Table
 from bn_jax.training.augment import AUGMENTATIONS
 from bn_jax.training.inputs import INPUTS
-from bn_jax.training.optimizers import (
-    OPTIMIZERS,
-    RATE_FACTORS,
-    SCHEDULES,
-    TRAINED,
-)
+from bn_jax.training.optimizers import OPTIMIZERS
+from bn_jax.training.parameters import RATE_FACTORS, TRAINED
+from bn_jax.training.schedules import SCHEDULES
 from bn_jax.transforms import NORMS
 
 # The start of `TrainConfig.model` where the user passed the model in, before its class.
@@ -69,10 +66,9 @@ class TrainConfig:
 
     dataset: str = option(
         "auto",
-        "Images to train on; npz:PATH for your own. 'auto' takes the full "
+        f"Images to train on: {', '.join(data_lib.DATASETS)}. 'auto' takes the full "
         "Fashion-MNIST where it is at hand and the embedded sample of it "
-        "(6,000 + 1,000 images) otherwise.",
-        table=data_lib.DATASETS,
+        "(6,000 + 1,000 images) otherwise; npz:PATH is a file of your own.",
     )
     train_examples: int = option(
         0, "Train on the first N images; 0 for all.", valid=NOT_NEGATIVE
@@ -182,6 +178,10 @@ class TrainConfig:
         """Check each field's type and range, and write names in one form."""
         check(self)
         faults = []
+        try:
+            data_lib.check_name(self.dataset)
+        except data_lib.DataError as error:
+            faults.append(str(error))
         for name, table in _tables().items():
             text = getattr(self, name)
             if name == "model" and text.startswith(OWN_MODEL):

@@ -15,7 +15,6 @@ import numpy as np
 from flax import linen as nn
 from jax import Array
 
-from bn_jax.fields import ConfigError
 from bn_jax.names import Table
 
 Scaling: TypeAlias = Callable[[Array], Array]
@@ -26,23 +25,6 @@ class ChannelStatistics(NamedTuple):
 
     mean: tuple[float, ...]
     deviation: tuple[float, ...]
-
-
-def channel_statistics(images: np.ndarray) -> ChannelStatistics:
-    """Return the statistics of images `[N, H, W, C]` of bytes.
-
-    They come from the counts of the 256 values, so they are exact but for the last
-    rounding, whatever the number of images.
-    """
-    values = np.arange(256) / 255
-    means, deviations = [], []
-    for channel in np.moveaxis(images, -1, 0):
-        counts = np.bincount(channel.ravel(), minlength=256)
-        mean = np.average(values, weights=counts)
-        variance = np.average((values - mean) ** 2, weights=counts)
-        means.append(float(mean))
-        deviations.append(float(np.sqrt(variance)))
-    return ChannelStatistics(tuple(means), tuple(deviations))
 
 
 def make(text: str, statistics: ChannelStatistics) -> Scaling:
@@ -142,30 +124,3 @@ class NormalisedInput(nn.Module):
             use_running_average=not train, axis=-1, batch_axis=0, name="input_norm"
         )
         return self.model(input_norm(images), train=train)
-
-
-def with_norm(
-    text: str, model: Any, norm: Callable[..., nn.Module] | None
-) -> nn.Module | Any:
-    """Return a model with a norm on its input if `inputs` says so, or else the model.
-
-    Args:
-      text: a name of `INPUTS`.
-      model: a Linen module, called as `model(images, train=...)`.
-      norm: the norm's constructor, as `NormalisedInput` takes it; None for no norm.
-
-    Raises:
-      ConfigError: if there is no norm, or the model is not a Linen module.
-    """
-    if INPUTS.parse(text).name != "norm":
-        return model
-    if norm is None:
-        raise ConfigError(
-            "inputs='norm' with norm='none'; expected a norm, or inputs=standardised"
-        )
-    if not isinstance(model, nn.Module):
-        raise ConfigError(
-            f"inputs='norm' with a model of class {type(model).__name__}; expected a "
-            "Linen module: put the norm into the model, or take inputs=standardised"
-        )
-    return NormalisedInput(model, norm)

@@ -1,4 +1,4 @@
-"""Models that a user passes in: how a config names them, and what is checked of them."""
+"""Models that a user passes in: how a config names them, what is checked of them."""
 
 from __future__ import annotations
 

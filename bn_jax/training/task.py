@@ -63,7 +63,10 @@ class Task:
         """Return the task that a config sets on a data set."""
         statistics = None
         if config.inputs == "standardised":
-            statistics = inputs_lib.channel_statistics(data.train.images)
+            mean, deviation = data_lib.channel_statistics(data.train)
+            statistics = inputs_lib.ChannelStatistics(
+                tuple(map(float, mean / 255)), tuple(map(float, deviation / 255))
+            )
         return cls(data.num_classes, data.image_shape, statistics)
 
     def to_dict(self) -> dict[str, Any]:

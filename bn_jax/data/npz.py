@@ -226,7 +226,7 @@ def _count_classes(path: Path, labels: np.ndarray) -> tuple[str, ...]:
     """Return the numbers of the classes as their names."""
     present = np.unique(labels)
     count = len(present)
-    if count < 2 or present[0] != 0 or present[-1] != count - 1:
+    if count < 2 or present[-1] != count - 1:
         listed = ", ".join(str(label) for label in present[:5])
         raise DataError(
             f"{path} holds {count:,} different train_labels, from {present[0]} to "

@@ -7,7 +7,6 @@ bytes, numbers and arrays of bytes or nothing.
 """
 
 import io
-import math
 import pickle
 from typing import Any
 
@@ -86,9 +85,9 @@ def _plain(value: Any) -> Any:
     if isinstance(value, _Array):
         try:
             _, shape, dtype, is_fortran, values = value.state
-            if dtype.args[0] in ("u1", b"u1") and math.prod(shape) == len(values):
+            if dtype.args[0] in ("u1", b"u1"):
                 array = np.frombuffer(values, np.uint8)
                 return array.reshape(shape, order="F" if is_fortran else "C")
         except (AttributeError, IndexError, TypeError, ValueError):
-            pass
+            pass  # of another dtype, or a shape that does not fit the bytes
     raise PickleError("holds an array that is no array of unsigned bytes")

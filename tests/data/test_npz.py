@@ -240,6 +240,11 @@ def test_both_names_of_an_array_are_refused(arrays, error_of):
         ("train_labels", lambda y: y.astype(str), ["dtype <U21, expected integers"]),
         ("train_labels", lambda y: y + 1, ["from 1 to 4", "return_inverse"]),
         ("train_labels", lambda y: y - 1, ["from -1 to 2", "from 0 to K - 1"]),
+        (
+            "train_labels",
+            lambda y: np.where(y == 0, -1, y),
+            ["the label -1 at position 0 of train_labels (3 such), expected 0 to 3"],
+        ),
         ("train_labels", lambda y: y * 1000, ["4 different", "(0, 1000, 2000, 3000)"]),
         ("train_labels", lambda y: y * 0, ["at least 2"]),
         ("test_labels", lambda y: y + 2, ["the label 4 at position 2", "0 to 3"]),

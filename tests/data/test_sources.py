@@ -240,7 +240,7 @@ assert load({NAME!r}, data_files=IDX).kind == "files"
 assert load({NAME!r}, data_dir=ROOT).kind == "tfds"
 assert load("sample").kind == "sample"
 assert load("auto", data_dir=IDX).kind == "sample"
-banned = ("tensorflow_datasets", "matplotlib", "flax", "absl")
+banned = ("tensorflow_datasets", "scipy.io", "matplotlib", "flax", "absl")
 print(sorted(set(banned) & set(sys.modules)))
 """
     )

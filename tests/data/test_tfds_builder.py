@@ -81,7 +81,8 @@ def test_table_agrees_with_tfds(name, tmp_path):
     assert set(spec.urls.values()) <= set(known)
 
 
-def test_order_is_that_of_tfds_for_its_own_keys(tmp_path):
+@pytest.mark.parametrize("num_shards", [1, 3])  # of a large set
+def test_order_is_that_of_tfds_for_its_own_keys(tmp_path, num_shards):
     class Toy(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         VERSION = tfds.core.Version("1.0.0")
 
@@ -97,7 +98,11 @@ def test_order_is_that_of_tfds_for_its_own_keys(tmp_path):
             raise NotImplementedError
 
     builder = Toy(data_dir=tmp_path)
-    builder.download_and_prepare(file_format="array_record")
+    builder.download_and_prepare(
+        file_format="array_record",
+        download_config=tfds.download.DownloadConfig(num_shards=num_shards),
+    )
+    assert builder.info.splits["train"].num_shards == num_shards
     stored = [record["key"] for record in builder.as_data_source("train")]
     assert stored == tfds_builder._stored_order("train", 50)
     assert stored != list(range(50))

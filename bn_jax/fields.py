@@ -108,7 +108,7 @@ def parse(field: dataclasses.Field[Any], text: str) -> Any:
     Raises:
       ConfigError: if it writes no value of the field's type.
     """
-    kind = type(field.default)
+    kind: Any = type(field.default)
     known = {"true": True, "1": True, "false": False, "0": False}
     try:
         return known[text.lower()] if kind is bool else kind(text)

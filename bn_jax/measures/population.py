@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import traverse_util
 from jax import Array, lax
+from jax.typing import ArrayLike
 
 from bn_jax.functional import BatchNormParams, normalize
 from bn_jax.measures.layer_calls import (
@@ -114,7 +115,7 @@ def exact_statistics(
     return with_statistics(current, {})["batch_stats"]
 
 
-def refusal(predict: Predict, variables: Any, example: Array) -> str | None:
+def refusal(predict: Predict, variables: Any, example: ArrayLike) -> str | None:
     """Return why `exact_statistics` would refuse a model, or None if it takes it.
 
     Args:

@@ -13,7 +13,6 @@ from flax import traverse_util
 from tqdm import tqdm
 
 from bn_jax import data as data_lib
-from bn_jax import models
 from bn_jax.fields import ConfigError
 from bn_jax.runs import checkpoint, distributed, interrupt, results
 from bn_jax.runs.results import RunError
@@ -294,9 +293,7 @@ class _Files:
             opened.close()
 
 
-def _summary(
-    trainer: loop.Trainer, score: Score, variables: Any
-) -> dict[str, Any]:
+def _summary(trainer: loop.Trainer, score: Score, variables: Any) -> dict[str, Any]:
     """Return what results.json holds."""
     last = trainer.history[-1]
     seconds = sum(report.seconds for report in trainer.history)
@@ -340,9 +337,7 @@ def load(workdir: str | Path, *, model: Any = None) -> Run:
         config = own_models.named(config, model)
     of_task = Task.from_dict(summary["task"])
     network = make_network(config, of_task, model=model)
-    like = models.init_variables(
-        network.model, jax.random.key(0), network.image_shape
-    )
+    like = jax.eval_shape(network.init, jax.random.key(0))
     variables = checkpoint.load_variables(workdir, like)
     average = None
     if config.average_weights:
@@ -366,8 +361,8 @@ def read_config(workdir: Path, values: dict[str, Any]) -> TrainConfig:
         if written_by == __version__:
             raise
         raise ConfigError(
-            f"{workdir} was written by bn_jax {written_by}, whose configs {__version__} "
-            "does not read; read it with that version, or train it again"
+            f"{workdir} was written by bn_jax {written_by}, whose configs "
+            f"{__version__} does not read; read it with that version, or train it again"
         ) from error
 
 

@@ -13,7 +13,6 @@ import numpy as np
 from tqdm import tqdm
 
 from bn_jax import data as data_lib
-from bn_jax import models
 from bn_jax.fields import ConfigError
 from bn_jax.runs import checkpoint, interrupt, results
 from bn_jax.runs.run import read_config
@@ -66,11 +65,11 @@ def sweep(
     _check_data(configs)
     devices = _devices(options, max(map(len, groups)))
     selected = [task.select(configs[group[0]], data) for group in groups]
-    for group, of_group in zip(groups, selected, strict=True):
+    for group, chosen in zip(groups, selected, strict=True):
         network = make_network(
-            configs[group[0]], Task.of(configs[group[0]], of_group), model=model
+            configs[group[0]], Task.of(configs[group[0]], chosen), model=model
         )
-        models.check_fits(network.model, network.image_shape)
+        network.check_fits()
     common = _common(configs)
     config = {**common, "data": selected[0].source, "exact": exact, "train": train}
     with interrupt.listening() as request, results.locked(workdir):
@@ -211,10 +210,10 @@ def load_variables(workdir: str | Path, *, model: Any = None) -> dict[str, Any]:
     config = read_config(workdir, rows[0]["config"])
     of_task = Task.from_dict(results.read_object(workdir / results.RESULTS)["task"])
     network = make_network(config, of_task, model=model)
-    of_one = models.init_variables(
-        network.model, jax.random.key(0), network.image_shape
+    of_one = jax.eval_shape(network.init, jax.random.key(0))
+    like = jax.tree.map(
+        lambda v: jax.ShapeDtypeStruct((len(rows), *v.shape), v.dtype), of_one
     )
-    like = jax.tree.map(lambda v: np.zeros((len(rows), *v.shape), v.dtype), of_one)
     variables = checkpoint.load_variables(workdir, like)
     stacked: dict[str, Any] = jax.tree.map(np.asarray, variables)
     return stacked
@@ -262,9 +261,9 @@ def _restore(sweep: Sweep, checkpoints: checkpoint.Checkpoints) -> None:
     step, arrays, run = parts
     now = sweep.progress()
     scores = {name: arrays.pop(f"scores/{name}") for name in now.scores}
-    of_steps = [arrays.pop(name) for name in _STEPS]
+    losses, accuracies = (arrays.pop(name) for name in _STEPS)
     state = checkpoints.unflat(step, arrays, now.state)
-    sweep.restore(Progress(state, *of_steps, scores, run["seconds"]))
+    sweep.restore(Progress(state, losses, accuracies, scores, run["seconds"]))
     print(f"resuming from step {sweep.step} of {sweep.num_steps}", flush=True)
 
 

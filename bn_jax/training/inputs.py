@@ -27,12 +27,12 @@ class ChannelStatistics(NamedTuple):
     deviation: tuple[float, ...]
 
 
-def make(text: str, statistics: ChannelStatistics) -> Scaling:
+def make(text: str, statistics: ChannelStatistics | None) -> Scaling:
     """Return the function that scales images.
 
     Args:
       text: a name of `INPUTS`.
-      statistics: of the training set; `standardised` alone depends on them.
+      statistics: of the training set; `standardised` alone needs them.
     """
     return INPUTS.make(text, statistics=statistics)
 
@@ -65,24 +65,25 @@ class Standardise:
         ).astype(x.dtype)
 
 
-def unit(*, statistics: ChannelStatistics) -> Scaling:
+def unit(*, statistics: ChannelStatistics | None) -> Scaling:
     """Divide by 255."""
     del statistics
     return to_unit
 
 
-def none(*, statistics: ChannelStatistics) -> Scaling:
+def none(*, statistics: ChannelStatistics | None) -> Scaling:
     """Leave the values from 0 to 255."""
     del statistics
     return to_float
 
 
-def standardised(*, statistics: ChannelStatistics) -> Scaling:
+def standardised(*, statistics: ChannelStatistics | None) -> Scaling:
     """Standardise each channel by the training set's mean and deviation."""
+    assert statistics is not None, "standardised inputs without their statistics"
     return Standardise(statistics)
 
 
-def norm(*, statistics: ChannelStatistics) -> Scaling:
+def norm(*, statistics: ChannelStatistics | None) -> Scaling:
     """Divide by 255; the model then starts with a norm, as `with_norm` makes it."""
     del statistics
     return to_unit

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from bn_jax import data as data_lib
-from bn_jax import models
 from bn_jax.training import diagnosis, feed, own_models, parallel, scoring, task
 from bn_jax.training import step as step_lib
 from bn_jax.training.config import TrainConfig
@@ -110,7 +109,7 @@ class Trainer:
             model=model,
             norm_attributes=parallel.norm_attributes(config, placement),
         )
-        models.check_fits(self.network.model, self.network.image_shape)
+        self.network.check_fits()
         if model is not None:
             own_models.check_sharing(config, placement, trained)
         init_key, self.order_key = jax.random.split(jax.random.key(config.seed))
@@ -132,19 +131,9 @@ class Trainer:
                 )
             ),
         )
-        self._evaluate, self._validate = (
-            split
-            and Evaluator(
-                self.network.predict,
-                split,
-                devices=placement.devices,
-                stored=not stream,
-            )
-            for split in (data.test, data.validation)
-        )
-        variables = models.init_variables(
-            self.network.model, init_key, self.network.image_shape
-        )
+        self._evaluate = self._evaluator(data.test)
+        self._validate = data.validation and self._evaluator(data.validation)
+        variables = self.network.init(init_key)
         state = init_state(variables, optimizer, averages=config.average_weights > 0)
         state = jax.tree.map(np.asarray, state)
         self.restore(
@@ -155,6 +144,14 @@ class Trainer:
                 history=(),
                 seconds=0.0,
             )
+        )
+
+    def _evaluator(self, split: data_lib.Split) -> Evaluator:
+        return Evaluator(
+            self.network.predict,
+            split,
+            devices=self.placement.devices,
+            stored=not self.stream,
         )
 
     @property
@@ -303,7 +300,7 @@ class Trainer:
                 f"(learning_rate={self.config.learning_rate}); try a smaller "
                 "--learning_rate"
             )
-        validated = self._validate and self._validate(variables)
+        validated = None if self._validate is None else self._validate(variables)
         steps = slice(self.step - self.steps_per_epoch, self.step)
         num_examples = self.steps_per_epoch * self.config.batch_size
         report = EpochReport(

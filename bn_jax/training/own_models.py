@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
 from bn_jax import models
@@ -20,9 +21,13 @@ def named(config: TrainConfig, model: Any) -> TrainConfig:
     """Return the config of a run of the user's own model: it names the class.
 
     Raises:
-      ConfigError: if it sets what only our models take, or names another class.
+      ConfigError: if it sets what only our models take, or names another class; or if
+        the model is none.
     """
-    name = OWN_MODEL + models.class_name(model)
+    try:
+        name = OWN_MODEL + models.name_of(models.as_model(model))
+    except TypeError as error:
+        raise ConfigError(f"model: {error}") from None
     default = TrainConfig()
     of_ours = [
         f"{field}={getattr(config, field)!r}"
@@ -87,7 +92,7 @@ def check_sharing(
 def _axis_names(network: Network) -> dict[str, Any]:
     """Return the axis names of the layers that hold batch statistics, by path."""
     found: dict[str, Any] = {}
-    if isinstance(network.model, models.NnxModel):
+    if not isinstance(network.model, nn.Module):
         return network.model.axis_names()
 
     def note(
@@ -106,7 +111,8 @@ def _axis_names(network: Network) -> dict[str, Any]:
 
     def trace(key: jax.Array) -> Any:
         with nn.intercept_methods(note):
-            return models.init_variables(network.model, key, network.image_shape)
+            images = jnp.zeros((1, *network.image_shape))
+            return network.model.init(key, images, train=False)
 
     jax.eval_shape(trace, jax.random.key(0))
     return found

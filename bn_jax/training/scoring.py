@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
 
+from bn_jax import models
 from bn_jax.measures import population
 from bn_jax.training import memory, parallel
 from bn_jax.training.evaluation import BATCH_SIZE, Evaluator
@@ -63,7 +65,7 @@ def score(
     by_average = evaluate(variables)
     by_exact: tuple[Any, Any] = (None, None)
     of_average: tuple[Any, Any] = (None, None)
-    refused = population.refusal(network.predict, variables, images[:1])
+    refused = exact_refusal(network, variables, images[:1])
     if refused is None:
 
         def exact(variables: Any) -> Any:
@@ -74,6 +76,22 @@ def score(
         if average:
             of_average = exact({**variables, "params": average})
     return Score(*by_average, *by_exact, *of_average, refused)
+
+
+def exact_refusal(network: Network, variables: Any, example: np.ndarray) -> str | None:
+    """Return why exact statistics cannot be measured, or None if they can.
+
+    Args:
+      network: the network.
+      variables: its parameters and moving averages.
+      example: one image, `[1, H, W, C]`.
+    """
+    if not isinstance(network.model, nn.Module):
+        return (
+            f"{models.name_of(network.model)} is an NNX module, and the layers' calls "
+            "are seen in Flax Linen modules alone"
+        )
+    return population.refusal(network.predict, variables, example)
 
 
 def exact_statistics(

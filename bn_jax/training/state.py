@@ -39,14 +39,28 @@ class Network:
     Attributes:
       model: called as `model.apply(variables, images, train=..., ...)`.
       image_shape: `[H, W, C]` of the images that the model sees.
+      num_classes: number of outputs that it should have.
       scale: turns images of bytes into the numbers that the model takes.
       centre: cuts images of the data set to `image_shape` where nothing is random.
     """
 
     model: Any
     image_shape: tuple[int, ...]
+    num_classes: int
     scale: Callable[[Array], Array]
     centre: Callable[[Array], Array]
+
+    def check_fits(self) -> None:
+        """Refuse a model that does not fit the images or the classes.
+
+        Raises:
+          ConfigError: in one line, as `bn_jax.models.check_fits` says.
+        """
+        models.check_fits(self.model, self.image_shape, num_classes=self.num_classes)
+
+    def init(self, key: Array) -> dict[str, Any]:
+        """Return the model's initial variables."""
+        return models.make_init(self.model, self.image_shape)(key)
 
     def apply(self, variables: Any, images: Array, **options: Any) -> Any:
         """Apply the model to images given as bytes."""
@@ -62,13 +76,9 @@ class Network:
 
         Nothing is dropped, and the moving averages in `variables` are not used.
         """
-        logits, _ = models.without_dropout(
-            self.model,
-            variables,
-            self.scale(self.centre(images)),
-            mutable=["batch_stats"],
+        return models.logits_by_batch(
+            self.model, variables, self.scale(self.centre(images))
         )
-        return logits
 
 
 def init_state(
@@ -80,7 +90,7 @@ def init_state(
     """Return the state before the first step, from a model's initial variables.
 
     Args:
-      variables: as `bn_jax.models.init_variables` returns them.
+      variables: as `Network.init` returns them.
       optimizer: of the parameters.
       averages: whether an average of the parameters is kept.
     """

@@ -100,6 +100,7 @@ def make_train_step(
         return key
 
     def augmented(images: Array, step: Array) -> Array:
+        assert augment_key is not None
         first = 0 if axis_name is None else lax.axis_index(axis_name) * len(images)
         return augment(jax.random.fold_in(augment_key, step), images, first=first)
 

@@ -21,7 +21,7 @@ from flax import traverse_util
 from bn_jax import data as data_lib
 from bn_jax import models
 from bn_jax.measures import population
-from bn_jax.training import evaluation, feed, mapped, members, own_models, task
+from bn_jax.training import evaluation, feed, mapped, members, own_models, scoring, task
 from bn_jax.training import step as step_lib
 from bn_jax.training.config import TrainConfig
 from bn_jax.training.optimizers import make_optimizer
@@ -308,6 +308,14 @@ class Sweep:
             evaluation.batched(split, num_batches, -(-n // num_batches))
         )
 
+    def _config(self) -> TrainConfig:
+        """Return the config of the first member; the others differ in values alone."""
+        first = jax.tree.map(lambda leaf: leaf[0], self._values)
+        return self._base.with_traced(first)
+
+    def _network(self) -> Network:
+        return make_network(self._config(), self.task, model=self._model)
+
     def _variables(self, i: int) -> dict[str, Any]:
         """Return the variables of a member, its numbers among them."""
         variables = self._map.get(self._state).variables
@@ -317,10 +325,12 @@ class Sweep:
 
     def _has_exact_statistics(self) -> bool:
         own = self._variables(0)
-        if not jax.tree.leaves(own["batch_stats"]):
-            return False
+        own.pop("swept")
         images = self.data.train.images[:1]
-        return population.refusal(self._predict, own, images) is None
+        return (
+            bool(jax.tree.leaves(own["batch_stats"]))
+            and scoring.exact_refusal(self._network(), own, images) is None
+        )
 
     def _exact_statistics(self) -> Any:
         """Return each member's exact statistics of the training set, stacked."""
@@ -339,12 +349,8 @@ class Sweep:
     def _init_members(self) -> TrainState:
         """Return the members' initial states, stacked; those of `loop.Trainer`."""
         of_seed: dict[int, TrainState] = {}
-        # Values differ, shapes do not.
-        config = self._base.with_traced(
-            jax.tree.map(lambda leaf: leaf[0], self._values)
-        )
-        network = make_network(config, self.task, model=self._model)
-        models.check_fits(network.model, network.image_shape)
+        network, config = self._network(), self._config()
+        network.check_fits()
         init = models.make_init(network.model, network.image_shape)
         for seed in {config.seed for config in self._members}:
             optimizer = make_optimizer(

@@ -115,7 +115,9 @@ def make_network(
     height, width, channels = task.image_shape
     shape = (augment.side(height), augment.side(width), channels)
     if model is not None:
-        return Network(models.as_model(model), shape, scale, augment.centre)
+        return Network(
+            models.as_model(model), shape, task.num_classes, scale, augment.centre
+        )
     if config.model.startswith(OWN_MODEL):
         raise ConfigError(
             f"the run is of a model that was passed in, of the class "
@@ -139,8 +141,9 @@ def make_network(
     if config.inputs == "norm":
         # Batch norm whatever the norm inside, which may be none.
         of_inputs = linen.norm("batch_norm", **attributes)
+        assert of_inputs is not None
         made = inputs_lib.NormalisedInput(made, of_inputs)
-    return Network(made, shape, scale, augment.centre)
+    return Network(made, shape, task.num_classes, scale, augment.centre)
 
 
 def make_step(

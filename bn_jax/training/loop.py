@@ -134,6 +134,8 @@ class Trainer:
         self._evaluate = self._evaluator(data.test)
         self._validate = data.validation and self._evaluator(data.validation)
         variables = self.network.init(init_key)
+        if config.accumulate > 1 and config.accumulate_stats == "once":
+            step_lib.check_merges(variables["batch_stats"])
         state = init_state(variables, optimizer, averages=config.average_weights > 0)
         state = jax.tree.map(np.asarray, state)
         self.restore(

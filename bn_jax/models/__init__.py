@@ -1,4 +1,4 @@
-"""Models that receive their normalisation as an argument, and the names of those."""
+"""Models that receive their normalisation as an argument, by name or a user's own."""
 
 from __future__ import annotations
 
@@ -10,7 +10,27 @@ from typing import Any
 from flax import linen as nn
 
 from bn_jax.linen import BatchNorm, BatchRenorm
+from bn_jax.models import lenet, mlp, resnet
+from bn_jax.models.contract import as_model, check_fits, logits_by_batch, name_of
+from bn_jax.models.initialization import make_init
+from bn_jax.names import Table
 from bn_jax.variants import linen as variants
+
+__all__ = [
+    "MODELS",
+    "as_model",
+    "check_fits",
+    "logits_by_batch",
+    "make_init",
+    "name_of",
+]
+
+# Functions of norm, num_classes, dtype and layout, and of options of their own.
+MODELS: Table[nn.Module] = Table(
+    "model",
+    {"lenet": lenet.lenet, "mlp": mlp.mlp, "resnet": resnet.resnet},
+    given=frozenset({"norm", "num_classes", "dtype", "layout"}),
+)
 
 NORMS: dict[str, Callable[..., nn.Module] | None] = {
     "batch_norm": BatchNorm,

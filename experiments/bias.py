@@ -19,18 +19,11 @@ each changes no logit by more than 9e-15, and without their 226 numbers (44,652 
 
 from __future__ import annotations
 
-from experiments import study
-from experiments.claims import (
-    LOSS_DIFFERENCE,
-    Claim,
-    largest,
-    largest_difference,
-    paired,
-    spread,
-)
+from experiments import scores, study
+from experiments.claims import LOSS_DIFFERENCE, Claim
+from experiments.estimate import largest, largest_difference, paired, spread
 from experiments.figures import figure
 from experiments.measurements.biases import LAYERS, effects
-from experiments.scores import final_loss
 
 EXACTLY_0 = "exactly 0 but for rounding; a dependence would be of order 1"
 CLAIMS = (
@@ -60,7 +53,7 @@ CLAIMS = (
     Claim(
         "without the biases LeNet trains as well",
         LOSS_DIFFERENCE,
-        value=paired(final_loss, "without_bias", "with_bias"),
+        value=paired(scores.loss, "without_bias", "with_bias"),
         above=-0.01,
         below=0.01,
         reason="rounding alone differs, but at rate 1.0 it grows to the spread of "

@@ -37,16 +37,11 @@ from typing import Any
 
 from bn_jax import fields
 from bn_jax.training.config import TrainConfig, value_of
-from experiments import study
-from experiments.claims import THE_SIGN, Claim, best, paired
+from experiments import scores, study
+from experiments.claims import THE_SIGN, Claim
+from experiments.estimate import best, paired, spread
 from experiments.figures import accuracy_curves, curves_legend, figure, spreads
-from experiments.scores import (
-    Row,
-    Runs,
-    final,
-    final_test_accuracy,
-    test_accuracy_by_averages,
-)
+from experiments.scores import Row, Runs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,12 +111,12 @@ def title(row: Row) -> str:
 
 
 # By exact statistics where there are any, and without dropout.
-train_loss = final("train_loss_exact", "train_loss_average")
-train_accuracy = final("train_accuracy_exact", "train_accuracy_average")
+train_loss = scores.final("train_loss_exact", "train_loss_average")
+train_accuracy = scores.final("train_accuracy_exact", "train_accuracy_average")
 
 
 def gap(row: Row) -> float:
-    return train_accuracy(row) - final_test_accuracy(row)
+    return train_accuracy(row) - scores.test_accuracy(row)
 
 
 def log_ratio(row: Row) -> float:
@@ -131,14 +126,14 @@ def log_ratio(row: Row) -> float:
 
 def replaces_dropout(size: str) -> Claim:
     best_dropout = best(
-        final_test_accuracy, lambda arm: arm.startswith(f"{size}-dropout")
+        scores.test_accuracy, lambda arm: arm.startswith(f"{size}-dropout")
     )
     return Claim(
         f"batch norm can take the place of dropout, {size} images: it predicts better "
         "than dropout without norm (the best is {best})",
         "paired difference of the test accuracy, exact statistics",
         words={"best": lambda runs: title(runs.find(best_dropout)[0])},
-        value=paired(final_test_accuracy, f"{size}-batch_norm", best_dropout),
+        value=paired(scores.test_accuracy, f"{size}-batch_norm", best_dropout),
         above=0.0,
         reason=f"{THE_SIGN}; the best rate is chosen on the same runs, which favours "
         "dropout",
@@ -180,7 +175,7 @@ CLAIMS = (
         "dropout before a norm hurts prediction by moving averages, to dropout after "
         "the last",
         "paired difference of the test accuracy, moving averages, all images",
-        value=paired(test_accuracy_by_averages, BEFORE, AFTER),
+        value=paired(scores.moving_test_accuracy, BEFORE, AFTER),
         below=0.0,
         reason=THE_SIGN,
     ),
@@ -200,55 +195,54 @@ def curves(runs: Runs) -> Any:
     return {panel: accuracy_curves(by_norm) for panel, by_norm in panels.items()}
 
 
-def figures_of(size: str, images: str) -> dict[str, Any]:
-    scores = {
-        "training loss, nats": train_loss,
-        "test accuracy": final_test_accuracy,
-        "training - test accuracy": gap,
-    }
+def titled(runs: Runs) -> dict[str, str]:
+    return {title(rows[0]): arm for arm, rows in runs.items()}
+
+
+def figures_on(size: str, images: str) -> dict[str, Any]:
     note = images + ", {epochs} epochs; n = {n} seeds; "
-    of = {"of": lambda arm: arm.startswith(size)}
     return {
         f"dropout_{size}.png": figure(
             "estimates",
-            lambda runs: spreads(scores, titled(runs)),
+            lambda runs: spreads(
+                {
+                    "training loss, nats": train_loss,
+                    "test accuracy": scores.test_accuracy,
+                    "training - test accuracy": gap,
+                },
+                titled(runs),
+            ),
             f"{note}line: least to greatest; without dropout, exact statistics",
-            **of,
+            of=lambda arm: arm.startswith(size),
         ),
         f"curves_{size}.png": figure(
             "small_multiples",
             curves,
             f"{note}band: least to greatest",
+            of=lambda arm: arm.startswith(size),
             titles=curves_legend(
                 {"none": "without norm", "batch_norm": "batch norm"},
                 training="training, with its dropout",
             ),
             y_label="accuracy",
             columns=3,
-            **of,
         ),
     }
 
 
-def titled(runs: Runs) -> dict[str, str]:
-    return {title(rows[0]): arm for arm, rows in runs.items()}
-
-
 def variance_ratios(runs: Runs) -> Any:
     """Return a panel for each number of images, of the arms with norm."""
-    score = final("norm4_variance_ratio")
     panels: dict[str, Any] = {}
-    for size, images in SIZES.items():
-        chosen = runs.where(lambda arm: arm.startswith(size) and "norm" in arm)
-        if chosen:
-            images = images.format(**chosen.rows[0]["config"])
-            panels |= spreads(
-                {f"moving / exact variance, {images}": score}, titled(chosen)
-            )
+    for arm, rows in runs.items():
+        if "norm" not in arm:
+            continue
+        count = rows[0]["config"]["train_examples"]
+        images = f"{count:,} images" if count else "all images"
+        panel = panels.setdefault(f"moving / exact variance, {images}", {})
+        panel[title(rows[0])] = spread(scores.final("norm4_variance_ratio"), arm)
     return panels
 
 
-SIZES = {"all": "all images", "few": "{train_examples:,} images"}
 STUDY = study.Study(
     name="dropout",
     place=6,
@@ -256,8 +250,8 @@ STUDY = study.Study(
     arms=arms,
     claims=CLAIMS,
     figures={
-        **figures_of("all", SIZES["all"]),
-        **figures_of("few", SIZES["few"]),
+        **figures_on("all", "all images"),
+        **figures_on("few", "{train_examples:,} images"),
         "variance_ratio.png": figure(
             "estimates",
             variance_ratios,

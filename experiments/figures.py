@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from experiments.claims import Choice, spread
+from experiments.estimate import Choice, spread
 from experiments.scores import NotTrained, Runs, Score, seed_of
 
 Draw = Callable[[Runs, Path], None]  # writes an image, unless there is nothing to draw

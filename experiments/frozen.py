@@ -32,10 +32,11 @@ import numpy as np
 
 from bn_jax.data import ImageData
 from bn_jax.training.config import value_of
-from experiments import study
-from experiments.claims import Claim, magnitude, mean, paired
+from experiments import scores, study
+from experiments.claims import Claim
+from experiments.estimate import magnitude, mean, paired
 from experiments.figures import figure, spreads
-from experiments.scores import Row, final, final_loss, final_test_accuracy
+from experiments.scores import Row
 
 # The chapter's with sigmoids, and with ReLUs as in its later chapters.
 RATES = {"sigmoid": 1.0, "relu": 0.1}
@@ -86,7 +87,7 @@ def small_gammas(row: Row, variables: Any, data: ImageData) -> Row:
 
 
 def claims_on(activation: str) -> tuple[Claim, ...]:
-    fixing = paired(final_loss, (activation, NEITHER), (activation, FREE))
+    fixing = paired(scores.loss, (activation, NEITHER), (activation, FREE))
     return (
         Claim(
             f"{activation}: fixing gamma and beta changes the training loss (it is "
@@ -106,14 +107,16 @@ def claims_on(activation: str) -> tuple[Claim, ...]:
             f"{activation}: gamma and beta alone learn more than as many other "
             "parameters",
             "paired difference of the test accuracy, exact statistics",
-            value=paired(final_test_accuracy, (activation, NORM), (activation, RANDOM)),
+            value=paired(
+                scores.test_accuracy, (activation, NORM), (activation, RANDOM)
+            ),
             above=0.0,
             reason="the sign is the claim, as Frankle et al. found in ResNets",
         ),
         Claim(
             f"{activation}: trained alone, gammas switch features off",
             f"share of gammas below {SMALL} in absolute value, over the four norms",
-            value=mean(final("small_gammas"), (activation, NORM)),
+            value=mean(scores.final("small_gammas"), (activation, NORM)),
             above=0.1,
             reason="a tenth of the features; Frankle et al. found about a third in "
             "ResNets, after many more steps",
@@ -126,9 +129,9 @@ def scores_with(activation: str):
         "estimates",
         spreads(
             {
-                "training loss, nats": final_loss,
-                "test accuracy, exact statistics": final_test_accuracy,
-                f"share of |gamma| < {SMALL}": final("small_gammas"),
+                "training loss, nats": scores.loss,
+                "test accuracy, exact statistics": scores.test_accuracy,
+                f"share of |gamma| < {SMALL}": scores.final("small_gammas"),
             },
             {title: (activation, title) for title in TITLES.values()},
         ),
@@ -152,7 +155,7 @@ STUDY = study.Study(
             "estimates",
             {
                 f"change of the loss, nats, {activation}": {
-                    title: paired(final_loss, (activation, title), (activation, FREE))
+                    title: paired(scores.loss, (activation, title), (activation, FREE))
                     for title in TITLES.values()
                     if title.startswith("all but")
                 }

@@ -30,18 +30,11 @@ from pathlib import Path
 from typing import Any
 
 from bn_jax.data import ImageData
-from experiments import study
-from experiments.claims import THE_SIGN, Claim, largest_difference, mean, paired
+from experiments import scores, study
+from experiments.claims import THE_SIGN, Claim
+from experiments.estimate import Statistic, largest_difference, mean, paired
 from experiments.figures import figure
-from experiments.scores import (
-    Row,
-    Runs,
-    final,
-    final_loss,
-    final_test_accuracy,
-    final_train_accuracy,
-    test_accuracy_by_averages,
-)
+from experiments.scores import Row, Runs
 
 # `none_padded` is the published run without batch norm; `none` differs from the first
 # two in norm and rate alone.
@@ -59,10 +52,10 @@ TITLES = {
     "none_padded": "no batch norm, images padded by 2",
 }
 SCORES = {
-    "loss": final_loss,
-    "train_accuracy": final_train_accuracy,
-    "test_accuracy": test_accuracy_by_averages,
-    "test_accuracy_exact": final("test_accuracy_exact", "test_accuracy"),
+    "loss": scores.loss,
+    "train_accuracy": scores.train_accuracy,
+    "test_accuracy": scores.moving_test_accuracy,
+    "test_accuracy_exact": scores.final("test_accuracy_exact", "test_accuracy"),
 }
 # Mean and standard deviation over re-runs of the notebooks (d2l-zh in PyTorch, n = 49
 # with batch norm and 130 without), of the first convolution over PyTorch's re-runs.
@@ -97,12 +90,10 @@ def learned(name: str, row: Row) -> list[float]:
     return row["gamma"] if name == "gamma" else [abs(b) for b in row["beta"]]
 
 
-def loss_at(step: int, row: Row) -> list[float]:
-    return [row["first_step_losses"][step - 1]]
-
-
-def layers_differ_at(step: int):
-    return largest_difference(lambda row: loss_at(step, row), "batch_norm", "flax")
+def layers_differ_at(step: int) -> Statistic:
+    return largest_difference(
+        lambda row: row["first_step_losses"][step - 1 : step], "batch_norm", "flax"
+    )
 
 
 REGION = "two standard deviations around the mean of {} published re-runs"
@@ -110,7 +101,7 @@ CLAIMS = (
     Claim(
         "with batch norm LeNet trains to the published loss",
         "mean training loss, nats",
-        value=mean(final_loss, "batch_norm"),
+        value=mean(scores.loss, "batch_norm"),
         above=0.258,
         below=0.278,
         reason=REGION.format(49),
@@ -118,7 +109,7 @@ CLAIMS = (
     Claim(
         "with batch norm LeNet trains to the published training accuracy",
         "mean training accuracy",
-        value=mean(final_train_accuracy, "batch_norm"),
+        value=mean(scores.train_accuracy, "batch_norm"),
         above=0.897,
         below=0.905,
         reason=REGION.format(49),
@@ -126,7 +117,7 @@ CLAIMS = (
     Claim(
         "without batch norm, on padded images, it trains to the published loss",
         "mean training loss, nats",
-        value=mean(final_loss, "none_padded"),
+        value=mean(scores.loss, "none_padded"),
         above=0.4477,
         below=0.4905,
         reason=REGION.format(130),
@@ -141,7 +132,7 @@ CLAIMS = (
     Claim(
         "by exact statistics, batch norm classifies the test set better than none",
         "paired difference of the test accuracy",
-        value=paired(final_test_accuracy, "batch_norm", "none"),
+        value=paired(scores.test_accuracy, "batch_norm", "none"),
         above=0.0,
         reason=THE_SIGN,
     ),
@@ -149,7 +140,7 @@ CLAIMS = (
         "exact statistics predict better than moving averages",
         "paired difference of the test accuracy",
         value=mean(
-            lambda row: final_test_accuracy(row) - test_accuracy_by_averages(row),
+            lambda row: scores.test_accuracy(row) - scores.moving_test_accuracy(row),
             "batch_norm",
         ),
         above=0.0,

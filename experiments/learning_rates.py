@@ -27,15 +27,11 @@ from typing import Any
 
 from bn_jax import fields
 from bn_jax.training.config import TrainConfig
-from experiments import intervals, study
-from experiments.claims import Claim, spread
+from experiments import intervals, scores, study
+from experiments.claims import Claim
+from experiments.estimate import spread
 from experiments.figures import accuracy_curves, curves_legend, figure
-from experiments.scores import (
-    Row,
-    Runs,
-    final_test_accuracy,
-    final_train_accuracy,
-)
+from experiments.scores import Row, Runs
 
 NORMS = {"batch_norm": "batch norm", "none": "no batch norm"}
 
@@ -68,18 +64,19 @@ def arms(design: Design) -> study.Arms:
 def longer(design: Design, runs: Runs) -> study.Arms:
     """Return longer runs at the rates with the highest training accuracy."""
     epochs = max(1, round(design.longer * design.epochs))
-
-    def mean_accuracy(choice: tuple[str, float]) -> float:
-        return sum(map(final_train_accuracy, runs[choice])) / len(runs[choice])
-
-    found = {}
-    for norm in dict.fromkeys(norm for norm, _ in runs):
-        order = sorted(sorted(runs.where(lambda c: c[0] == norm)), key=mean_accuracy)
-        found[f"{norm}-long"] = [
+    long_arms = {}
+    for norm in NORMS if design.long_rates else ():
+        accuracies = {
+            rate: sum(map(scores.train_accuracy, rows)) / len(rows)
+            for (arm, rate), rows in sorted(runs.items())
+            if arm == norm
+        }
+        best = sorted(accuracies, key=accuracies.__getitem__)[-design.long_rates :]
+        long_arms[f"{norm}-long"] = [
             {"norm": norm, "learning_rate": rate, "epochs": epochs}
-            for _, rate in sorted(order[len(order) - design.long_rates :])
+            for rate in sorted(best)
         ]
-    return found if design.long_rates else {}
+    return {arm: choices for arm, choices in long_arms.items() if choices}
 
 
 def choice_of(row: Row) -> tuple[str, float]:
@@ -103,7 +100,7 @@ def workable(runs: Runs, norm: str, least: float) -> list[list[float]]:
         [
             rate
             for rate, rows in by_rate.items()
-            if final_train_accuracy(rows[i]) >= least
+            if scores.train_accuracy(rows[i]) >= least
         ]
         for i in range(min(map(len, by_rate.values())))
     ]
@@ -184,8 +181,8 @@ STUDY = study.Study(
                     for norm in NORMS
                 }
                 for label, score in (
-                    ("training accuracy, last epoch", final_train_accuracy),
-                    ("test accuracy, own statistics of 500", final_test_accuracy),
+                    ("training accuracy, last epoch", scores.train_accuracy),
+                    ("test accuracy, own statistics of 500", scores.test_accuracy),
                 )
             },
             lambda runs: (

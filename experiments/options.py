@@ -36,26 +36,11 @@ import dataclasses
 
 from bn_jax import fields
 from bn_jax.training.config import TrainConfig, value_of
-from experiments import study
-from experiments.claims import (
-    LOSS_DIFFERENCE,
-    THE_SIGN,
-    TWO_DEVIATIONS,
-    Claim,
-    largest_difference,
-    mean,
-    paired,
-    spread,
-)
+from experiments import scores, study
+from experiments.claims import LOSS_DIFFERENCE, THE_SIGN, TWO_DEVIATIONS, Claim
+from experiments.estimate import Statistic, largest_difference, mean, paired, spread
 from experiments.figures import figure, spreads
-from experiments.intervals import Interval
-from experiments.scores import (
-    Row,
-    Runs,
-    final_loss,
-    final_test_accuracy,
-    test_accuracy_by_averages,
-)
+from experiments.scores import Row, Runs
 
 # By arm, with the chapter's momentum and epsilon: a norm, and a title.
 NORMS = {
@@ -132,15 +117,7 @@ def momenta(runs: Runs) -> dict[float, str]:
     return {pair[0]: title(*pair) for pair in sorted(pairs) if pair[1] == 1e-5}
 
 
-def spread_over_momenta(runs: Runs) -> Interval:
-    """Return how far momenta are apart in any epoch's loss from the same seed."""
-    return largest_difference(lambda row: row["loss"], *momenta(runs).values())(runs)
-
-
-FIRST_20 = "largest difference of the loss in the first 20 steps, nats, over seeds"
-
-
-def first_steps_differ(option: str, other: str):
+def first_steps_differ(option: str, other: str) -> Statistic:
     return largest_difference(lambda row: row["first_step_losses"], option, other)
 
 
@@ -149,7 +126,9 @@ CLAIMS = (
         "momentum takes no part in training",
         "largest difference of an epoch's training loss, nats, over momenta from the "
         "same seed",
-        value=spread_over_momenta,
+        value=lambda runs: largest_difference(
+            lambda row: row["loss"], *momenta(runs).values()
+        )(runs),
         needs=(CHAPTER, FLAX),
         below=1e-6,
         reason="exactly 0, as the batch normalises; rounding of float32, were it "
@@ -159,7 +138,7 @@ CLAIMS = (
         "a momentum of .999 is too slow for 700 steps",
         "paired difference of the test accuracy, moving averages minus exact",
         value=mean(
-            lambda row: test_accuracy_by_averages(row) - final_test_accuracy(row),
+            lambda row: scores.moving_test_accuracy(row) - scores.test_accuracy(row),
             SLOWEST,
         ),
         below=-0.05,
@@ -170,7 +149,7 @@ CLAIMS = (
         "a slower average predicts better: Flax's and Keras's momentum of .99, to the "
         "chapter's and PyTorch's .9",
         "paired difference of the test accuracy, moving averages",
-        value=paired(test_accuracy_by_averages, FLAX, CHAPTER),
+        value=paired(scores.moving_test_accuracy, FLAX, CHAPTER),
         above=0.0,
         reason=f"{THE_SIGN}: at rate 1.0 averages over 10 steps are noisy, those over "
         "100 lag behind",
@@ -178,14 +157,14 @@ CLAIMS = (
     Claim(
         "Keras's epsilon of 1e-3 trains like 1e-5",
         LOSS_DIFFERENCE,
-        value=paired(final_loss, LARGE, CHAPTER),
+        value=paired(scores.loss, LARGE, CHAPTER),
         above=-0.01,
         below=0.01,
         reason=TWO_DEVIATIONS,
     ),
     Claim(
         "on these images Flax's fast variance is as good as that in two passes",
-        FIRST_20,
+        "largest difference of the loss in the first 20 steps, nats, over seeds",
         value=first_steps_differ(FAST, TWO_PASSES),
         below=1e-4,
         reason="rounding of float32, which 20 steps at rate 1.0 enlarge about a "
@@ -195,7 +174,7 @@ CLAIMS = (
     Claim(
         "without scale and bias the loss is higher",
         LOSS_DIFFERENCE,
-        value=paired(final_loss, NEITHER, CHAPTER),
+        value=paired(scores.loss, NEITHER, CHAPTER),
         above=0.01,
         reason=TWO_DEVIATIONS,
     ),
@@ -213,8 +192,8 @@ def summary(runs: Runs) -> Row:
 
 
 ACCURACIES = {
-    "moving averages": test_accuracy_by_averages,
-    "exact statistics": final_test_accuracy,
+    "moving averages": scores.moving_test_accuracy,
+    "exact statistics": scores.test_accuracy,
 }
 STUDY = study.Study(
     name="options",
@@ -228,7 +207,7 @@ STUDY = study.Study(
             "estimates",
             lambda runs: spreads(
                 {
-                    "training loss, nats": final_loss,
+                    "training loss, nats": scores.loss,
                     **{f"test accuracy, {by}": a for by, a in ACCURACIES.items()},
                 },
                 {option: option for option in runs},

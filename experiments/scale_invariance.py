@@ -35,7 +35,8 @@ from typing import Any
 from bn_jax import fields
 from bn_jax.training.config import TrainConfig
 from experiments import study
-from experiments.claims import Claim, mean, paired, spread
+from experiments.claims import Claim
+from experiments.estimate import mean, paired, spread
 from experiments.figures import figure
 from experiments.measurements import weights
 from experiments.scores import Row, Runs

@@ -81,12 +81,10 @@ def final(*names: str) -> Score:
     return score
 
 
-final_loss = final("loss")  # of training, nats, a mean over the last epoch
-final_train_accuracy = final("train_accuracy")  # likewise
+loss = final("loss")  # of training, nats, a mean over the last epoch
+train_accuracy = final("train_accuracy")  # likewise
 # By moving averages, which are noisy at large rates.
-test_accuracy_by_averages = final("test_accuracy")
+moving_test_accuracy = final("test_accuracy")
 # Free of that noise: by exact statistics where they were measured, otherwise by those
 # of batches of 500 test images; without norm there is only one accuracy.
-final_test_accuracy = final(
-    "test_accuracy_exact", "test_accuracy_batch", "test_accuracy"
-)
+test_accuracy = final("test_accuracy_exact", "test_accuracy_batch", "test_accuracy")

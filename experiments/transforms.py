@@ -31,19 +31,12 @@ from typing import Any
 
 import numpy as np
 
-from experiments import study
-from experiments.claims import (
-    LOSS_DIFFERENCE,
-    THE_SIGN,
-    Claim,
-    Statistic,
-    exactly,
-    paired,
-    spread_of,
-)
+from experiments import scores, study
+from experiments.claims import LOSS_DIFFERENCE, THE_SIGN, Claim
+from experiments.estimate import Statistic, exactly, paired, spread_of
 from experiments.figures import figure, spreads
 from experiments.measurements.covariance import SHOWN, covariances
-from experiments.scores import Row, Runs, final, final_loss, test_accuracy_by_averages
+from experiments.scores import Row, Runs
 
 ITERNORM = [f"iternorm-16-{steps}" for steps in (1, 3, 5, 7)]
 # By arm: a norm, and a title.
@@ -86,7 +79,7 @@ def loses(arm: str, name: str) -> Claim:
     return Claim(
         f"{name} trains to a higher loss than batch norm",
         LOSS_DIFFERENCE,
-        value=paired(final_loss, arm, "batch_norm"),
+        value=paired(scores.loss, arm, "batch_norm"),
         above=0.0,
         reason=THE_SIGN,
     )
@@ -114,7 +107,7 @@ CLAIMS = (
     Claim(
         "whitening in groups of 16 trains to a lower loss a step than batch norm",
         LOSS_DIFFERENCE,
-        value=paired(final_loss, "zca-16", "batch_norm"),
+        value=paired(scores.loss, "zca-16", "batch_norm"),
         below=0.0,
         reason=THE_SIGN,
     ),
@@ -128,7 +121,7 @@ CLAIMS = (
     Claim(
         "PCA whitening is erratic: it trains to a higher loss than ZCA",
         LOSS_DIFFERENCE,
-        value=paired(final_loss, "pca-16", "zca-16"),
+        value=paired(scores.loss, "pca-16", "zca-16"),
         above=0.05,
         reason="five times the deviation of the loss over published re-runs",
     ),
@@ -191,11 +184,9 @@ def summary(runs: Runs) -> Row:
 
 def matrices(runs: Runs) -> Any:
     """Return the covariances before all norms and after each."""
-    firsts = {arm: rows[0] for arm, rows in runs.items() if "covariance" in rows[0]}
-    before = next(iter(firsts.values()))["covariance_before"]
-    return {"before, as correlation": before} | {
-        NORMS[arm][1]: first["covariance"] for arm, first in firsts.items()
-    }
+    before = runs.rows[0]["covariance_before"]  # the same for all norms
+    after = {NORMS[arm][1]: rows[0]["covariance"] for arm, rows in runs.items()}
+    return {"before, as correlation": before, **after}
 
 
 STUDY = study.Study(
@@ -207,7 +198,7 @@ STUDY = study.Study(
     figures={
         "transforms.png": figure(
             "estimates",
-            spreads({"training loss, nats": final_loss}, TITLED)
+            spreads({"training loss, nats": scores.loss}, TITLED)
             | {
                 "the same, in batch norm's time": {
                     title: lambda runs, arm=arm: spread_of(at_equal_time(runs, arm))
@@ -216,8 +207,10 @@ STUDY = study.Study(
             }
             | spreads(
                 {
-                    "test accuracy, moving averages": test_accuracy_by_averages,
-                    "test accuracy, its batch of 500": final("test_accuracy_batch"),
+                    "test accuracy, moving averages": scores.moving_test_accuracy,
+                    "test accuracy, its batch of 500": scores.final(
+                        "test_accuracy_batch"
+                    ),
                 },
                 TITLED,
             ),

@@ -23,17 +23,11 @@ from __future__ import annotations
 import itertools
 
 from bn_jax.training.config import value_of
-from experiments import study
-from experiments.claims import (
-    LOSS_DIFFERENCE,
-    Claim,
-    Statistic,
-    best,
-    mean_effect,
-    paired,
-)
+from experiments import scores, study
+from experiments.claims import LOSS_DIFFERENCE, Claim
+from experiments.estimate import Statistic, best, mean_effect, paired
 from experiments.figures import figure, spreads
-from experiments.scores import Row, Runs, final_loss, final_test_accuracy
+from experiments.scores import Row, Runs
 
 LAYERS = ("conv 1", "conv 2", "dense 1", "dense 2")
 SUBSETS = tuple("".join(digits) for digits in itertools.product("01", repeat=4))
@@ -51,13 +45,13 @@ def subset_of(row: Row) -> str:
     return subset
 
 
-best_but_all = best(final_loss, lambda subset: subset != "1111", lowest=True)
+best_but_all = best(scores.loss, lambda subset: subset != "1111", lowest=True)
 CLAIMS = (
     *(
         Claim(
             f"batch norm {NAMES[less]} trains to a higher loss than {NAMES[more]}",
             LOSS_DIFFERENCE,
-            value=paired(final_loss, less, more),
+            value=paired(scores.loss, less, more),
             above=0.0,
             reason="the order that a reader's single runs of ten epochs showed",
         )
@@ -68,7 +62,7 @@ CLAIMS = (
         "four (the best is {best})",
         "paired difference of the training loss to all four, nats",
         words={"best": best_but_all},
-        value=paired(final_loss, best_but_all, "1111"),
+        value=paired(scores.loss, best_but_all, "1111"),
         needs=SUBSETS,
         below=0.01,
         reason="a tenth of what the norms change in the loss as published, .47 to "
@@ -80,7 +74,7 @@ CLAIMS = (
 def effect(i: int) -> Statistic:
     """Return what the norm of layer `i` changes in the loss."""
     pairs = [(s, f"{s[:i]}0{s[i + 1 :]}") for s in SUBSETS if s[i] == "1"]
-    return mean_effect(final_loss, pairs)
+    return mean_effect(scores.loss, pairs)
 
 
 def titles(runs: Runs) -> dict[str, str]:
@@ -90,7 +84,7 @@ def titles(runs: Runs) -> dict[str, str]:
         present = [name for name, d in zip(LAYERS, subset, strict=True) if d == "1"]
         return " + ".join(present) or "none"
 
-    order = sorted(runs, key=lambda subset: sum(map(final_loss, runs[subset])))
+    order = sorted(runs, key=lambda subset: sum(map(scores.loss, runs[subset])))
     return {title(subset): subset for subset in order}
 
 
@@ -106,8 +100,8 @@ STUDY = study.Study(
             "estimates",
             lambda runs: spreads(
                 {
-                    "training loss, nats": final_loss,
-                    "test accuracy": final_test_accuracy,
+                    "training loss, nats": scores.loss,
+                    "test accuracy": scores.test_accuracy,
                 },
                 titles(runs),
             ),

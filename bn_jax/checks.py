@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import operator
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +13,74 @@ import jax.numpy as jnp
 from jax import Array
 
 from bn_jax import moments as moments_lib
+from bn_jax.moments import AxisIndexGroups, AxisName
+
+
+def check_batch_norm(
+    x: Array,
+    params: Any,
+    state: Any,
+    *,
+    train: bool,
+    epsilon: float | Array,
+    feature_axis: int | Sequence[int],
+    weighted: bool,
+    axis_name: AxisName | None,
+    axis_index_groups: AxisIndexGroups | None,
+    ghost_batch_size: int | None,
+    batch_axis: int,
+    statistics: Any,
+    update_state: bool | None,
+) -> None:
+    """Refuse a call of `bn_jax.batch_norm` that does not fit.
+
+    What is read of the batch, such as its axis names, is checked only where it is read.
+    Weights are checked where they are aligned, and momentum where it is applied.
+
+    Args:
+      x: as for `batch_norm`, and so are all others but `weighted`.
+      params: see `x`.
+      state: see `x`.
+      train: see `x`.
+      epsilon: see `x`.
+      feature_axis: see `x`.
+      weighted: whether there are weights.
+      axis_name: see `x`.
+      axis_index_groups: see `x`.
+      ghost_batch_size: see `x`.
+      batch_axis: see `x`.
+      statistics: see `x`.
+      update_state: see `x`.
+
+    Raises:
+      TypeError: as `batch_norm` says.
+      ValueError: as `batch_norm` says.
+    """
+    check_static(train=train, update_state=update_state)
+    check_epsilon(epsilon)
+    moments_lib.check_input(x, feature_axis)
+    check_features(x, feature_axis, **params._asdict(), **state._asdict())
+    check_state(state)
+    if statistics is not None:
+        check_features(x, feature_axis, mean=statistics.mean, var=statistics.var)
+    by_batch = train and statistics is None
+    if not by_batch and not (train if update_state is None else update_state):
+        return
+    check_not_empty(x)
+    moments_lib.check_groups(axis_name, axis_index_groups)
+    together = list(x.shape)  # what is normalised by the same moments
+    if by_batch and ghost_batch_size is not None:
+        check_ghosts(x, ghost_batch_size, batch_axis, feature_axis)
+        together[batch_axis] = ghost_batch_size
+    if by_batch and not weighted:
+        warn_of_one_value(
+            together,
+            feature_axis,
+            axis_name,
+            axis_index_groups,
+            outcome="y equals beta whatever x is, and nothing before this layer learns",
+            stacklevel=4,
+        )
 
 
 def check_epsilon(epsilon: float | Array) -> None:
@@ -72,3 +143,71 @@ def check_state(state: Any) -> None:
                 f"state.{name} has dtype {value.dtype}, too narrow to average in; keep "
                 "it in float32, as bn_jax.init makes it"
             )
+
+
+def check_ghosts(
+    x: Array, size: int, batch_axis: int, feature_axis: int | Sequence[int]
+) -> None:
+    """Refuse ghost batches that are not parts of the batch."""
+    axis = batch_axis + x.ndim if batch_axis < 0 else batch_axis
+    if axis not in moments_lib.reduction_axes(x.ndim, feature_axis):
+        raise ValueError(
+            f"batch_axis={batch_axis} of x of shape {list(x.shape)} is no axis, or a "
+            f"feature axis (feature_axis={feature_axis!r}); name the axis of examples"
+        )
+    if size < 1 or x.shape[axis] % size:
+        raise ValueError(
+            f"ghost_batch_size={size} does not divide the batch of {x.shape[axis]} "
+            f"examples; give a divisor, or drop the last {x.shape[axis] % max(size, 1)}"
+        )
+
+
+def warn_of_one_value(
+    shape: Sequence[int],
+    feature_axis: int | Sequence[int],
+    axis_name: AxisName | None,
+    axis_index_groups: AxisIndexGroups | None,
+    *,
+    outcome: str,
+    stacklevel: int,
+) -> None:
+    """Warn, when traced, of a batch (or ghost) whose deviation is 0.
+
+    What counts is the batch over all instances along the axis.
+
+    Args:
+      shape: of the batch or ghost.
+      feature_axis: its features.
+      axis_name: of the instances that share statistics, or None.
+      axis_index_groups: partition of them, or None.
+      outcome: what y is then, in words.
+      stacklevel: of the user's call, counted as `warnings.warn` does from here.
+    """
+    axes = moments_lib.reduction_axes(len(shape), feature_axis)
+    n = math.prod(shape[a] for a in axes)
+    if axis_name is not None:
+        size = moments_lib.axis_size(axis_name)
+        groups = axis_index_groups
+        n *= size if groups is None else moments_lib.group_size(groups, size)
+    if n == 1:
+        warnings.warn(
+            f"a norm in training mode was given one value a feature (shape "
+            f"{list(shape)}): {outcome}; use a larger batch or ghost_batch_size, or "
+            "train=False",
+            stacklevel=stacklevel,
+        )
+
+
+def check_one_integer(num_features: Any) -> int:
+    """Return a number of features; refuse several feature axes.
+
+    Raises:
+      ValueError: if it is not an integer.
+    """
+    try:
+        return operator.index(num_features)
+    except TypeError:
+        raise ValueError(
+            f"num_features={num_features!r}; this norm has one feature axis: expected "
+            "one integer"
+        ) from None

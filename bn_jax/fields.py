@@ -37,6 +37,7 @@ def option(
     *,
     choices: tuple[str, ...] | None = None,
     valid: Range | None = None,
+    table: Any = None,
 ) -> Any:
     """Return a dataclass's field.
 
@@ -45,8 +46,9 @@ def option(
       help: a sentence for --help.
       choices: what it, or each of its values, may be.
       valid: the range of it, or of each of its values.
+      table: the `bn_jax.names.Table` of what it names, if it is a name with options.
     """
-    metadata = {"help": help, "choices": choices, "valid": valid}
+    metadata = {"help": help, "choices": choices, "valid": valid, "table": table}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -98,3 +100,18 @@ def _expected(field: dataclasses.Field[Any], default: Any, value: Any) -> str | 
         words: str = valid.words
         return words
     return None
+
+
+def parse(field: dataclasses.Field[Any], text: str) -> Any:
+    """Return the value of a field that a text writes; its range is not checked.
+
+    Raises:
+      ConfigError: if it writes no value of the field's type.
+    """
+    kind: Any = type(field.default)
+    known = {"true": True, "1": True, "false": False, "0": False}
+    try:
+        return known[text.lower()] if kind is bool else kind(text)
+    except (KeyError, ValueError):
+        words = "true or false" if kind is bool else kind.__name__
+        raise ConfigError(f"{field.name}={text!r}; expected {words}") from None

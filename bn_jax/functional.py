@@ -12,10 +12,8 @@ $$y = \gamma \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta$$
 from __future__ import annotations
 
 import functools
-import math
 import operator
-import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -46,6 +44,15 @@ class BatchNormState(NamedTuple):
 
     mean: Array  # shape [C], float32 or wider
     var: Array  # average of biased variances, shape [C], float32 or wider
+
+
+class CountedState(NamedTuple):
+    """The moving averages, and the number of batches in them."""
+
+    mean: Array  # shape [C], float32 or wider
+    var: Array  # average of biased variances, shape [C], float32 or wider
+    # Shape [], float32. (Shadows tuple.count.)
+    count: Array  # type: ignore[assignment]
 
 
 def init(
@@ -107,13 +114,26 @@ def normalize(
       ValueError: if a shape does not fit the features of `x`, or epsilon is not
         positive.
     """
-    scale, bias = params or (None, None)
+    params = params or BatchNormParams(None, None)
     x = jnp.asarray(x)
     moments_lib.check_input(x, feature_axis)
-    checks.check_features(x, feature_axis, mean=mean, var=var, scale=scale, bias=bias)
+    checks.check_features(x, feature_axis, mean=mean, var=var, **params._asdict())
     checks.check_epsilon(epsilon)
     axes = moments_lib.reduction_axes(x.ndim, feature_axis)
+    return _standardize(x, mean, var, params, epsilon=epsilon, axes=axes)
 
+
+def _standardize(
+    x: Array,
+    mean: Array,
+    var: Array,
+    params: BatchNormParams,
+    *,
+    epsilon: float | Array,
+    axes: tuple[int, ...],
+) -> Array:
+    """Return `normalize(...)` without its checks; `axes` are all but the features'."""
+    scale, bias = params
     multiplier = lax.rsqrt(var + epsilon)
     if scale is not None:
         multiplier = multiplier * scale
@@ -127,32 +147,52 @@ def normalize(
     return y.astype(x.dtype)
 
 
-def _normalize_about(
+def _standardize_present(
     x: Array,
-    centre: Array,
+    weights: Array | None,
     mean: Array,
     var: Array,
     params: BatchNormParams,
     *,
-    epsilon: float,
+    epsilon: float | Array,
     axes: tuple[int, ...],
 ) -> Array:
-    """Return `normalize(x, mean, var, params)`, for a mean that is near to `centre`.
+    """Return `_standardize`, with what is absent and not finite taken for the mean."""
+    present = x
+    if weights is not None:
+        counts = (weights > 0) | jnp.isfinite(x)
+        present = jnp.where(counts, x, jnp.expand_dims(mean, axes))
+    y = _standardize(present, mean, var, params, epsilon=epsilon, axes=axes)
+    return y.astype(x.dtype)
 
-    With mean - centre of the size of a deviation, it can be folded into the shift and
-    cost no digit. Then x - centre, which `measure` has computed for the moments, is
+
+def _standardize_about(
+    x: Array,
+    moments: Moments,
+    params: BatchNormParams,
+    *,
+    epsilon: float | Array,
+    axes: tuple[int, ...],
+) -> Array:
+    """Return `_standardize` by the moments of x itself, unweighted.
+
+    Their mean is at most some deviations from `rough_mean`, so it can be folded into
+    the shift and cost no digit. Then x - centre, which the moments are taken of, is
     all that is read of x, in the gradient too: with the mean subtracted here, XLA would
     write x - mean to memory besides.
     """
     scale, bias = params
     spread = functools.partial(jnp.expand_dims, axis=axes)
-    multiplier = lax.rsqrt(var + epsilon)
+    wide = x.astype(moments.mean.dtype)
+    centre = moments_lib.rough_mean(wide, axes)
+    multiplier = lax.rsqrt(moments.var + epsilon)
     if scale is not None:
         multiplier = multiplier * scale
-    shift = (centre - mean) * multiplier
+    shift = (centre - moments.mean) * multiplier
     if bias is not None:
         shift = shift + bias
-    return (x - spread(centre)) * spread(multiplier) + spread(shift)
+    y = (wide - spread(centre)) * spread(multiplier) + spread(shift)
+    return y.astype(x.dtype)
 
 
 def update_average(
@@ -331,128 +371,102 @@ def batch_norm(
       >>> y.round(3).ravel().tolist(), state.mean.round(3).tolist()
       ([-1.0, 1.0], [0.20000000298023224])
     """
-    checks.check_static(train=train, update_state=update_state)
-    checks.check_epsilon(epsilon)
     x = jnp.asarray(x)
-    moments_lib.check_input(x, feature_axis)
-    checks.check_features(x, feature_axis, **params._asdict(), **state._asdict())
-    checks.check_state(state)
-    update_state = train if update_state is None else update_state
+    checks.check_batch_norm(
+        x,
+        params,
+        state,
+        train=train,
+        epsilon=epsilon,
+        feature_axis=feature_axis,
+        weighted=weights is not None,
+        axis_name=axis_name,
+        axis_index_groups=axis_index_groups,
+        ghost_batch_size=ghost_batch_size,
+        batch_axis=batch_axis,
+        statistics=statistics,
+        update_state=update_state,
+    )
+    axes = moments_lib.reduction_axes(x.ndim, feature_axis)
     by_batch = train and statistics is None
-
-    def normalized(x: Array, weights: Array | None, mean: Array, var: Array) -> Array:
-        dtype = x.dtype
-        if weights is not None:
-            finite = (weights > 0) | jnp.isfinite(x)
-            axes = moments_lib.reduction_axes(x.ndim, feature_axis)
-            x = jnp.where(finite, x, jnp.expand_dims(mean, axes))
-        y = normalize(x, mean, var, params, epsilon=epsilon, feature_axis=feature_axis)
-        return y.astype(dtype)
-
+    update_state = train if update_state is None else update_state
     given = state if statistics is None else statistics
+    mean, var = given.mean, given.var
     if not by_batch and not update_state:
-        return normalized(x, None, given.mean, given.var), state
+        return _standardize(x, mean, var, params, epsilon=epsilon, axes=axes), state
 
-    checks.check_not_empty(x)
-    together = list(x.shape)  # what is normalised by the same moments
-    if by_batch and ghost_batch_size is not None:
-        axis = _check_ghosts(x, ghost_batch_size, batch_axis, feature_axis)
-        together[axis] = ghost_batch_size
-    if by_batch and weights is None:
-        _warn_of_one_value(together, feature_axis, axis_name, axis_index_groups)
     if weights is not None:
         weights = moments_lib.align_weights(weights, x, feature_axis)
-
-    def measured(x: Array, weights: Array | None) -> Moments:
-        return measure(
+    if not by_batch:
+        y = _standardize_present(
+            x, weights, mean, var, params, epsilon=epsilon, axes=axes
+        )
+        moments = measure(
             x,
             feature_axis=feature_axis,
             weights=weights,
             axis_name=axis_name,
             axis_index_groups=axis_index_groups,
         )
-
-    def normalized_by_itself(x: Array, weights: Array | None) -> tuple[Array, Moments]:
-        moments = measured(x, weights)
-        if weights is None:
-            wide = x.astype(moments.mean.dtype)
-            axes = moments_lib.reduction_axes(x.ndim, feature_axis)
-            centre = moments_lib.rough_mean(wide, axes)
-            y = _normalize_about(
-                wide,
-                centre,
-                moments.mean,
-                moments.var,
-                params,
-                epsilon=epsilon,
-                axes=axes,
-            )
-            return y.astype(x.dtype), moments
-        present = moments.count > 0
-        mean = jnp.where(present, moments.mean, state.mean)
-        var = jnp.where(present, moments.var, state.var)
-        return normalized(x, weights, mean, var), moments
-
-    if not by_batch:
-        moments = measured(x, weights)
-        y = normalized(x, weights, given.mean, given.var)
-    elif ghost_batch_size is None:
-        y, moments = normalized_by_itself(x, weights)
     else:
-        ghosts = _split(x, axis, ghost_batch_size)
-        if weights is not None:
-            full = [*weights.shape[:axis], x.shape[axis], *weights.shape[axis + 1 :]]
-            weights = _split(jnp.broadcast_to(weights, full), axis, ghost_batch_size)
-        y, by_ghost = jax.vmap(normalized_by_itself, axis, (axis, 0))(ghosts, weights)
-        y, moments = y.reshape(x.shape), merge_stacked(by_ghost)
+        by_itself = functools.partial(
+            _normalize_by_itself,
+            params=params,
+            state=state,
+            epsilon=epsilon,
+            axes=axes,
+            axis_name=axis_name,
+            axis_index_groups=axis_index_groups,
+        )
+        if ghost_batch_size is None:
+            y, moments = by_itself(x, weights)
+        else:
+            axis = batch_axis % x.ndim
+            y, moments = _by_ghosts(by_itself, x, weights, ghost_batch_size, axis)
     if not update_state:
         return y, state
     return y, update_average(state, moments, momentum=momentum)
 
 
-def _split(x: Array, axis: int, size: int) -> Array:
-    """Cut `axis` into parts of `size`; the new axis of parts stands before it."""
-    return x.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :])
-
-
-def _warn_of_one_value(
-    shape: Sequence[int],
-    feature_axis: int | Sequence[int],
+def _normalize_by_itself(
+    x: Array,
+    weights: Array | None,
+    *,
+    params: BatchNormParams,
+    state: BatchNormState,
+    epsilon: float | Array,
+    axes: tuple[int, ...],
     axis_name: AxisName | None,
     axis_index_groups: AxisIndexGroups | None,
-) -> None:
-    """Warn, when traced, of a batch (or ghost) that is normalised to nothing.
-
-    What counts is the batch over all instances along the axis.
-    """
-    axes = moments_lib.reduction_axes(len(shape), feature_axis)
-    n = math.prod(shape[a] for a in axes)
+) -> tuple[Array, Moments]:
+    """Return y by the batch's own moments, and these."""
+    moments = moments_lib.moments_over(x, axes, weights)
     if axis_name is not None:
-        size = moments_lib.axis_size(axis_name)
-        groups = axis_index_groups
-        n *= size if groups is None else moments_lib.group_size(groups, size)
-    if n == 1:
-        warnings.warn(
-            f"batch_norm in training mode was given one value a feature (shape "
-            f"{list(shape)}): y equals beta whatever x is, and nothing before this "
-            "layer learns; use a larger batch or ghost_batch_size, or train=False",
-            stacklevel=3,
-        )
+        moments = moments_lib.merge_across(moments, axis_name, axis_index_groups)
+    if weights is None:
+        y = _standardize_about(x, moments, params, epsilon=epsilon, axes=axes)
+        return y, moments
+    weighs = moments.count > 0
+    mean = jnp.where(weighs, moments.mean, state.mean)
+    var = jnp.where(weighs, moments.var, state.var)
+    y = _standardize_present(x, weights, mean, var, params, epsilon=epsilon, axes=axes)
+    return y, moments
 
 
-def _check_ghosts(
-    x: Array, size: int, batch_axis: int, feature_axis: int | Sequence[int]
-) -> int:
-    """Return the batch axis as a non-negative integer; refuse a remainder."""
-    axis = batch_axis + x.ndim if batch_axis < 0 else batch_axis
-    if axis not in moments_lib.reduction_axes(x.ndim, feature_axis):
-        raise ValueError(
-            f"batch_axis={batch_axis} of x of shape {list(x.shape)} is no axis, or a "
-            f"feature axis (feature_axis={feature_axis!r}); name the axis of examples"
-        )
-    if size < 1 or x.shape[axis] % size:
-        raise ValueError(
-            f"ghost_batch_size={size} does not divide the batch of {x.shape[axis]} "
-            f"examples; give a divisor, or drop the last {x.shape[axis] % max(size, 1)}"
-        )
-    return axis
+def _by_ghosts(
+    by_itself: Callable[..., tuple[Array, Moments]],
+    x: Array,
+    weights: Array | None,
+    size: int,
+    axis: int,
+) -> tuple[Array, Moments]:
+    """Normalise each part of `size` examples by itself; return all parts' moments."""
+
+    def split(a: Array) -> Array:  # the new axis of parts stands before `axis`
+        return a.reshape(*a.shape[:axis], -1, size, *a.shape[axis + 1 :])
+
+    if weights is not None:
+        full = [*weights.shape[:axis], x.shape[axis], *weights.shape[axis + 1 :]]
+        weights = split(jnp.broadcast_to(weights, full))
+    y, moments = jax.vmap(by_itself, axis, (axis, 0))(split(x), weights)
+    return y.reshape(x.shape), merge_stacked(moments)

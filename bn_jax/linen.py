@@ -1,28 +1,152 @@
-"""`BatchNorm` for Flax Linen: a thin module on `bn_jax.batch_norm`."""
+"""Flax Linen: `BatchNorm`, drop-in for Flax's, and `Norm`, a module of any transform.
+
+`norm` gives the constructor of a layer by name, such as `norm("whitening:method=zca")`.
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import traverse_util
 from flax.linen import initializers
-from jax import Array, lax
+from jax import Array
 
 from bn_jax import moments as moments_lib
-from bn_jax.functional import (
-    BatchNormParams,
-    BatchNormState,
-    batch_norm,
-    cumulative_momentum,
-    debiased_momentum,
-    normalize,
-)
+from bn_jax import transforms
+from bn_jax.functional import BatchNormState
 from bn_jax.moments import Moments
-from bn_jax.variants.renorm import batch_renorm
+from bn_jax.transforms import Average, Transform
+
+
+def norm(
+    spec: str | Transform,
+    *,
+    options: Mapping[str, Any] = MappingProxyType({}),
+    **attributes: Any,
+) -> Callable[..., nn.Module] | None:
+    """Return the constructor of a normalisation layer.
+
+    It is called as `constructor(use_running_average=..., axis=..., batch_axis=...,
+    name=...)`, all of them optional, and the layer as `layer(x)`.
+
+    Args:
+      spec: a name of `bn_jax.transforms.NORMS` with its options, or a transform.
+        "batch_norm" makes `BatchNorm`, "flax" Flax's own layer, "none" is None, and all
+        others make `Norm`.
+      options: values of options that go before those in `spec`, such as a traced
+        `{"momentum": ...}`.
+      **attributes: further attributes of the layer, such as `axis_name`. None is the
+        same as none given.
+
+    Raises:
+      ConfigError: if there is no such name or option, a value is out of range, or the
+        norm takes no such axis names or ghost batches.
+    """
+    name, made, values, attributes = transforms.layer_of(spec, options, attributes)
+    if made is None:
+        return None
+    if name == "batch_norm":
+        return functools.partial(BatchNorm, **values, **attributes)
+    if name == "flax":
+        return functools.partial(_flaxs, **values, **attributes)
+    return functools.partial(Norm, made, **attributes)  # type: ignore[arg-type]
+
+
+def _flaxs(*, batch_axis: int = 0, **attributes: Any) -> nn.Module:
+    """Return Flax's layer, which needs not know which axis has the examples."""
+    del batch_axis
+    return nn.BatchNorm(**attributes)
+
+
+class Norm(nn.Module):
+    """A layer of any transform.
+
+    Parameters are in `params` and the state in `batch_stats`, under the names of the
+    fields of the transform's NamedTuples.
+
+    Attributes:
+      transform: what is applied, such as `bn_jax.transforms.whitening(method="zca")`.
+      use_running_average: True in prediction, False in training. Given here or in the
+        call; a transform without a state needs it nowhere.
+      axis: the feature axis, or several where the transform takes them.
+      dtype: of the result (default: that of input and parameters, promoted).
+      param_dtype: of the parameters.
+      axis_name: name (or tuple of names) of the mapped axes that share statistics. It
+        need not be bound while the module is initialised.
+      axis_index_groups: partition of that axis into groups that share statistics.
+      ghost_batch_size: number of examples, a divisor of the batch, that share
+        statistics.
+      batch_axis: axis of the examples.
+
+    Examples:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from bn_jax import transforms
+      >>> layer = Norm(transforms.center(), use_running_average=False)
+      >>> x = jnp.array([[1.0], [5.0]])
+      >>> y, variables = layer.init_with_output(jax.random.key(0), x)
+      >>> y.ravel().tolist(), sorted(variables["batch_stats"])
+      ([-2.0, 2.0], ['mean'])
+    """
+
+    transform: Transform
+    use_running_average: bool | None = None
+    axis: int | Sequence[int] = -1
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    axis_name: Any = None
+    axis_index_groups: Any = None
+    ghost_batch_size: int | None = None
+    batch_axis: int = 0
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Array,
+        use_running_average: bool | None = None,
+        *,
+        mask: Array | None = None,
+        weights: Array | None = None,
+        update_average: bool | None = None,
+        statistics: Any = None,
+    ) -> Array:
+        """Normalise `x`.
+
+        Args:
+          x: as for `BatchNorm`.
+          use_running_average: as the attribute; given in one place, not in both.
+          mask: as for `BatchNorm`.
+          weights: as for `BatchNorm`.
+          update_average: as for `BatchNorm`.
+          statistics: as for `BatchNorm`.
+
+        Returns:
+          Array of x's shape, in `dtype`.
+
+        Raises:
+          ValueError: if both mask and weights are given, the transform does not take
+            what is given, or as its function says.
+        """
+        return _apply(
+            self,
+            self.transform,
+            x,
+            use_running_average,
+            mask=mask,
+            weights=weights,
+            update_average=update_average,
+            statistics=statistics,
+        )
+
+    @property
+    def epsilon(self) -> Any:
+        """What prediction adds to the variance, or None where it divides by none."""
+        return self.transform.epsilon
 
 
 class BatchNorm(nn.Module):
@@ -86,7 +210,7 @@ class BatchNorm(nn.Module):
     force_float32_reductions: bool = True
     ghost_batch_size: int | None = None
     batch_axis: int = 0
-    average: Literal["exponential", "debiased", "cumulative"] = "exponential"
+    average: Average = "exponential"
 
     @nn.compact
     def __call__(
@@ -98,7 +222,6 @@ class BatchNorm(nn.Module):
         weights: Array | None = None,
         update_average: bool | None = None,
         statistics: BatchNormState | Moments | None = None,
-        renorm_limits: tuple[Any, Any] | None = None,
     ) -> Array:
         """Normalise `x`.
 
@@ -113,8 +236,6 @@ class BatchNorm(nn.Module):
           update_average: whether the running averages move; by default where the batch
             normalises.
           statistics: normalise by these instead.
-          renorm_limits: `(r_max, d_max)` makes training batch renormalisation; see
-            `bn_jax.variants.renorm`, whose `limits` gives them for a step.
 
         Returns:
           Array of x's shape, in `dtype`.
@@ -123,144 +244,112 @@ class BatchNorm(nn.Module):
           ValueError: if both mask and weights are given, `average` is unknown, or as
             `bn_jax.batch_norm` says.
         """
-        use_running_average = nn.merge_param(
-            "use_running_average", self.use_running_average, use_running_average
-        )
-        given = jnp.asarray(x)
-        # Integers, too, as in Flax.
-        state_dtype = moments_lib.statistics_dtype(given.dtype)
-        x = given.astype(state_dtype)
-        axis = self.axis
-        is_example = x.ndim == 1  # one of a vmapped batch: a batch of its own
-        if is_example:
-            x, axis = x[None], -1
-        moments_lib.check_input(x, axis)
-        axes = moments_lib.feature_axes(x.ndim, axis)
-        shape = tuple(x.shape[a] for a in axes)
-        mean = self.variable("batch_stats", "mean", jnp.zeros, shape, state_dtype)
-        var = self.variable(
-            "batch_stats", "var", jnp.ones, shape, jnp.finfo(state_dtype).dtype
-        )
-        momentum, count = self._momentum()
-        params = BatchNormParams(
-            scale=self._param("scale", self.scale_init, shape, self.use_scale),
-            bias=self._param("bias", self.bias_init, shape, self.use_bias),
-        )
-        dtype = nn.dtypes.canonicalize_dtype(given, *params, dtype=self.dtype)
-        if mask is not None:
-            if weights is not None:
-                raise ValueError("mask and weights are both given; give one of them")
-            mask = jnp.asarray(mask, bool)
-            weights = mask.reshape((1,) * (x.ndim - mask.ndim) + mask.shape)
-
-        if self.is_initializing() and not use_running_average:
-            # No collective, no average moved, no warning of a dummy batch of one.
-            batch = moments_lib.measure(x, feature_axis=axis, weights=weights)
-            y = normalize(
-                x,
-                batch.mean,
-                batch.var,
-                params,
-                epsilon=self.epsilon,
-                feature_axis=axis,
-            )
-            return (y[0] if is_example else y).astype(dtype)
-        if update_average is None:
-            update_average = not use_running_average
-        if renorm_limits is None:
-            transform: Callable[..., tuple[Array, BatchNormState]] = functools.partial(
-                batch_norm,
-                ghost_batch_size=self.ghost_batch_size,
-                batch_axis=self.batch_axis,
-                statistics=statistics,
-                update_state=update_average,
-            )
-        elif self.ghost_batch_size is None and statistics is None:
-            r_max, d_max = renorm_limits
-            transform = functools.partial(
-                batch_renorm, r_max=r_max, d_max=d_max, update_state=update_average
-            )
-        else:
-            raise ValueError(
-                "batch renormalisation has neither ghost batches nor given statistics; "
-                "leave out renorm_limits, or ghost_batch_size and statistics"
-            )
-        y, state = transform(
-            x,
-            params,
-            BatchNormState(mean.value, var.value),
-            train=not use_running_average,
-            momentum=momentum,
+        transform = transforms.batch_norm(
+            momentum=self.momentum,
             epsilon=self.epsilon,
-            feature_axis=axis,
+            use_scale=self.use_scale,
+            use_bias=self.use_bias,
+            average=self.average,
+        )
+        return _apply(
+            self,
+            transform,
+            x,
+            use_running_average,
+            mask=mask,
             weights=weights,
-            axis_name=self.axis_name,
-            axis_index_groups=self.axis_index_groups,
-        )
-        if update_average:
-            mean.value, var.value = state
-            if count is not None:
-                count.value += self._present(weights)
-        return (y[0] if is_example else y).astype(dtype)
-
-    def _present(self, weights: Array | None) -> Array | int:
-        """Return 1 if the batch, over all instances along the axis, weighs anything."""
-        if weights is None:
-            return 1
-        present = jnp.any(jnp.asarray(weights) > 0).astype(jnp.float32)
-        if self.axis_name is None:
-            return present
-        return lax.pmax(
-            present, self.axis_name, axis_index_groups=self.axis_index_groups
+            update_average=update_average,
+            statistics=statistics,
+            initializers={"scale": self.scale_init, "bias": self.bias_init},
         )
 
-    def _momentum(self) -> tuple[float | Array, nn.Variable | None]:
-        """Return the weight of the old average, and the counter that decides it."""
-        if self.average == "exponential":
-            return self.momentum, None
-        if self.average not in ("debiased", "cumulative"):
-            raise ValueError(
-                f"average={self.average!r}; expected exponential, debiased or "
-                "cumulative"
-            )
-        count = self.variable("batch_stats", "count", jnp.zeros, (), jnp.float32)
-        if self.average == "debiased":
-            return debiased_momentum(self.momentum, count.value), count
-        return cumulative_momentum(count.value), count
 
-    def _param(
-        self,
-        name: str,
-        initializer: initializers.Initializer,
-        shape: tuple[int, ...],
-        used: bool,
-    ) -> Array | None:
-        return self.param(name, initializer, shape, self.param_dtype) if used else None
+# A function, not a method: `tabulate` would show a method as a call.
+def _apply(
+    module: Any,
+    transform: Transform,
+    x: Array,
+    use_running_average: bool | None,
+    *,
+    mask: Array | None,
+    weights: Array | None,
+    update_average: bool | None,
+    statistics: Any,
+    initializers: Mapping[str, Callable[..., Array]] = MappingProxyType({}),
+) -> Array:
+    """Apply a transform to parameters and a state that are variables of a module.
 
-
-class BatchRenorm(BatchNorm):
-    """Batch renormalisation with constant limits; see `bn_jax.variants.renorm`.
-
-    Limits that rise over training, as in the paper, are given to `BatchNorm` in the
-    call, `renorm_limits`.
-
-    Attributes:
-      r_max: largest correction of the deviation, at least 1.
-      d_max: largest correction of the mean, in deviations, at least 0.
-
-    References:
-      Ioffe, 2017, "Batch Renormalization", arXiv:1702.03275.
+    Args:
+      module: whose attributes are those of `Norm` but `transform`.
+      transform: what is applied.
+      x: as for `Norm`, and so are all others but the last.
+      use_running_average: see `x`.
+      mask: see `x`.
+      weights: see `x`.
+      update_average: see `x`.
+      statistics: see `x`.
+      initializers: of parameters by name, instead of the transform's own values.
     """
+    given = jnp.asarray(x)
+    # Integers, too, as in Flax.
+    x = given.astype(moments_lib.statistics_dtype(given.dtype))
+    x, axis, weights = transforms.as_batch(x, module.axis, mask, weights)
+    moments_lib.check_input(x, axis)
+    shape = tuple(x.shape[a] for a in moments_lib.feature_axes(x.ndim, axis))
+    num_features = shape if len(shape) > 1 else shape[0]
 
-    r_max: float = 3.0
-    d_max: float = 5.0
+    _, initial = transform.init(num_features, x.dtype)
+    variables = {
+        name: module.variable("batch_stats", name, lambda value=value: value)
+        for name, value in initial._asdict().items()
+    }
+    first, _ = transform.init(num_features, module.param_dtype)
 
-    def __call__(
-        self, x: Array, use_running_average: bool | None = None, **options: Any
-    ) -> Array:
-        """Normalise `x`; arguments are those of `BatchNorm` but `renorm_limits`."""
-        limits = (self.r_max, self.d_max)
-        return super().__call__(x, use_running_average, renorm_limits=limits, **options)
+    def param(name: str, value: Array | None) -> Array | None:
+        if value is None:
+            return None
+        initializer = initializers.get(name, lambda *_: value)
+        return module.param(name, initializer, value.shape, value.dtype)
+
+    params = type(first)(**{k: param(k, v) for k, v in first._asdict().items()})
+    dtype = nn.dtypes.canonicalize_dtype(given, *params, dtype=module.dtype)
+
+    train = False
+    if variables:
+        train = not nn.merge_param(
+            "use_running_average", module.use_running_average, use_running_average
+        )
+    moves = train if update_average is None else update_average
+    options = {
+        "weights": weights,
+        "axis_name": module.axis_name,
+        "axis_index_groups": module.axis_index_groups,
+        "ghost_batch_size": module.ghost_batch_size,
+        "statistics": statistics,
+    }
+    options = transforms.taken(transform, **options)
+    if train and module.is_initializing():
+        # No collective, no average moved, no warning of a dummy batch of one.
+        moves, options = False, {}
+        if "statistics" in transform.takes:
+            options["statistics"] = moments_lib.measure(
+                x, feature_axis=axis, weights=weights
+            )
+    if "update_state" in transform.takes:
+        options["update_state"] = moves
+    y, state = transform.apply(
+        x,
+        params,
+        type(initial)(**{name: variable.value for name, variable in variables.items()}),
+        train=train,
+        feature_axis=axis,
+        batch_axis=module.batch_axis if given.ndim > 1 else 0,
+        **options,
+    )
+    if moves:
+        for name, variable in variables.items():
+            variable.value = getattr(state, name)
+    return y.astype(dtype).reshape(given.shape)
 
 
 def norm_param_mask(variables: Any) -> Any:

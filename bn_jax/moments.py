@@ -135,15 +135,32 @@ def measure(
     """
     x = jnp.asarray(x)
     check_input(x, feature_axis)
-    axes = reduction_axes(x.ndim, feature_axis)
+    check_groups(axis_name, axis_index_groups)
+    if weights is not None:
+        weights = align_weights(weights, x, feature_axis)
+    moments = moments_over(x, reduction_axes(x.ndim, feature_axis), weights)
+    if axis_name is None:
+        return moments
+    return merge_across(moments, axis_name, axis_index_groups)
+
+
+def moments_over(
+    x: Array, axes: tuple[int, ...], weights: Array | None = None
+) -> Moments:
+    """Return the moments of `x` over some of its axes: `measure` without its checks.
+
+    Args:
+      x: array of a floating-point or complex dtype.
+      axes: to reduce, non-negative.
+      weights: as `align_weights` returns them.
+    """
     x = x.astype(statistics_dtype(x.dtype))
     real_dtype = jnp.finfo(x.dtype).dtype
-
     if weights is None:
         n = jnp.asarray(math.prod(x.shape[a] for a in axes), real_dtype)
         w = None
     else:
-        w = align_weights(weights, x, feature_axis).astype(real_dtype)
+        w = weights.astype(real_dtype)
         n = _total_weight(w, x.shape, axes)
         x = jnp.where(w > 0, x, 0)
 
@@ -161,15 +178,7 @@ def measure(
     # Rounding may leave a constant feature below 0. Lifting it by a constant, rather
     # than by a maximum, keeps the derivatives of the formula.
     var = var + lax.stop_gradient(jnp.maximum(-var, 0))
-    moments = Moments(n, c + delta, var)
-    if axis_name is not None:
-        return merge_across(moments, axis_name, axis_index_groups)
-    if axis_index_groups is not None:
-        raise ValueError(
-            f"axis_index_groups={axis_index_groups!r} groups a mapped axis, but "
-            "axis_name is None; give the axis's name too"
-        )
-    return moments
+    return Moments(n, c + delta, var)
 
 
 def rough_mean(x: Array, axes: tuple[int, ...]) -> Array:
@@ -272,6 +281,21 @@ def merge_across(
     if is_complex:
         mean = lax.complex(mean, imaginary[0])
     return merge_stacked(Moments(count, mean, var))
+
+
+def check_groups(
+    axis_name: AxisName | None, axis_index_groups: AxisIndexGroups | None
+) -> None:
+    """Refuse groups of an axis that is not named.
+
+    Raises:
+      ValueError: if there are groups and no name.
+    """
+    if axis_name is None and axis_index_groups is not None:
+        raise ValueError(
+            f"axis_index_groups={axis_index_groups!r} groups a mapped axis, but "
+            "axis_name is None; give the axis's name too"
+        )
 
 
 def axis_size(axis_name: AxisName) -> int:

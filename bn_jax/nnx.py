@@ -1,8 +1,12 @@
-"""`BatchNorm` for Flax NNX: a thin module on `bn_jax.batch_norm`."""
+"""Flax NNX: `BatchNorm`, drop-in for Flax's, and `Norm`, a module of any transform.
+
+`norm` gives the constructor of a layer by name, such as `norm("whitening:method=zca")`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -14,7 +18,171 @@ from flax.nnx.nn import dtypes
 from jax import Array, lax
 
 from bn_jax import moments as moments_lib
-from bn_jax.functional import BatchNormParams, BatchNormState, batch_norm
+from bn_jax import transforms
+from bn_jax.functional import BatchNormState
+from bn_jax.moments import Moments
+from bn_jax.transforms import Average, Transform
+
+
+def norm(
+    spec: str | Transform,
+    *,
+    options: Mapping[str, Any] = MappingProxyType({}),
+    **attributes: Any,
+) -> Callable[..., nnx.Module] | None:
+    """Return the constructor of a normalisation layer.
+
+    It is called as `constructor(num_features, rngs=...)`, with further attributes if
+    need be, and the layer as `layer(x)`.
+
+    Args:
+      spec: a name of `bn_jax.transforms.NORMS` with its options, or a transform.
+        "batch_norm" makes `BatchNorm`, "flax" Flax's own layer, "none" is None, and all
+        others make `Norm`.
+      options: values of options that go before those in `spec`.
+      **attributes: further attributes of the layer, such as `axis_name`. None is the
+        same as none given.
+
+    Raises:
+      ConfigError: if there is no such name or option, a value is out of range, or the
+        norm takes no such axis names or ghost batches.
+    """
+    name, made, values, attributes = transforms.layer_of(spec, options, attributes)
+    if made is None:
+        return None
+    if name == "batch_norm":
+        return functools.partial(BatchNorm, **values, **attributes)
+    if name == "flax":
+        return functools.partial(_flaxs, **values, **attributes)
+    return functools.partial(
+        Norm,
+        transform=made,  # type: ignore[arg-type]
+        **attributes,
+    )
+
+
+def _flaxs(num_features: int, *, batch_axis: int = 0, **attributes: Any) -> nnx.Module:
+    """Return Flax's layer, which needs not know which axis has the examples."""
+    del batch_axis
+    return nnx.BatchNorm(num_features, **attributes)
+
+
+class Norm(nnx.Module):
+    """A layer of any transform.
+
+    The parameters are of `nnx.Param` and the state of `nnx.BatchStat`, under the names
+    of the fields of the transform's NamedTuples. Other attributes are the arguments,
+    and may be set later: `use_running_average` by `train`, `eval`, `set_attributes` and
+    `nnx.view`, too.
+
+    Args:
+      num_features: C, the size of the feature axis; or the sizes, where there are
+        several and the transform takes them.
+      transform: what is applied, such as `bn_jax.transforms.whitening(method="zca")`.
+      use_running_average: True in prediction, False in training. What is given in the
+        call goes before it.
+      axis: the feature axis, or several where the transform takes them.
+      dtype: of the result (default: that of input, parameters and state, promoted).
+        Input and parameters are cast to it first.
+      param_dtype: of the parameters.
+      axis_name: name (or tuple of names) of the mapped axes that share statistics.
+      axis_index_groups: partition of that axis into groups that share statistics.
+      ghost_batch_size: number of examples, a divisor of the batch, that share
+        statistics.
+      batch_axis: axis of the examples.
+      rngs: accepted because other layers take it; no initial value is random.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from bn_jax import transforms
+      >>> layer = Norm(1, transforms.center(momentum=0.5))
+      >>> layer(jnp.array([[1.0], [5.0]])).ravel().tolist()
+      [-2.0, 2.0]
+      >>> layer.mean[...].tolist()
+      [1.5]
+    """
+
+    def __init__(
+        self,
+        num_features: int | Sequence[int],
+        transform: Transform,
+        *,
+        use_running_average: bool | None = False,
+        axis: int | Sequence[int] = -1,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        axis_name: Any = None,
+        axis_index_groups: Any = None,
+        ghost_batch_size: int | None = None,
+        batch_axis: int = 0,
+        rngs: nnx.Rngs | None = None,
+    ) -> None:
+        del rngs
+        _add_state(self, transform, num_features)
+        params, _ = transform.init(num_features, param_dtype)
+        for name, value in params._asdict().items():
+            setattr(self, name, nnx.data(None) if value is None else nnx.Param(value))
+
+        self.num_features = num_features
+        self.transform = transform
+        self.use_running_average = use_running_average
+        self.axis = axis
+        self.dtype = dtype
+        self.param_dtype = param_dtype
+        self.axis_name = axis_name
+        self.axis_index_groups = axis_index_groups
+        self.ghost_batch_size = ghost_batch_size
+        self.batch_axis = batch_axis
+
+    def __call__(
+        self,
+        x: Array,
+        use_running_average: bool | None = None,
+        *,
+        mask: Array | None = None,
+        weights: Array | None = None,
+        update_average: bool | None = None,
+        statistics: Any = None,
+    ) -> Array:
+        """Normalise `x`.
+
+        Args:
+          x: as for `BatchNorm`.
+          use_running_average: goes before the attribute.
+          mask: as for `BatchNorm`.
+          weights: as for `BatchNorm`.
+          update_average: as for `BatchNorm`.
+          statistics: as for `BatchNorm`.
+
+        Returns:
+          Array of x's shape, in `dtype`.
+
+        Raises:
+          ValueError: if `use_running_average` is given nowhere, both mask and weights
+            are given, the transform does not take what is given, or as its function
+            says.
+        """
+        return _apply(
+            self,
+            self.transform,
+            x,
+            use_running_average,
+            mask=mask,
+            weights=weights,
+            update_average=update_average,
+            statistics=statistics,
+            promote_dtype=dtypes.promote_dtype,
+        )
+
+    def set_view(self, use_running_average: bool | None = None) -> None:
+        """Set what `nnx.view` changes in a copy of a model.
+
+        Args:
+          use_running_average: True in prediction, False in training; None leaves it as
+            it is.
+        """
+        if use_running_average is not None:
+            self.use_running_average = use_running_average
 
 
 class BatchNorm(nnx.Module):
@@ -69,6 +237,8 @@ class BatchNorm(nnx.Module):
       ghost_batch_size: number of examples, a divisor of the batch, that share
         statistics; see `bn_jax.batch_norm`.
       batch_axis: axis of the examples; ghost batches are cut along it.
+      average: "exponential", with `momentum`; "debiased" or "cumulative", as for
+        `bn_jax.linen.BatchNorm`. The last two keep the number of batches as `count`.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -107,6 +277,7 @@ class BatchNorm(nnx.Module):
         scale_metadata: Mapping[str, Any] = MappingProxyType({}),
         ghost_batch_size: int | None = None,
         batch_axis: int = 0,
+        average: Average = "exponential",
     ) -> None:
         shape = (num_features,)
 
@@ -118,8 +289,7 @@ class BatchNorm(nnx.Module):
                 return nnx.data(None)
             return nnx.Param(initializer(rngs.params(), shape, param_dtype), **metadata)
 
-        self.mean = nnx.BatchStat(jnp.zeros(shape, jnp.float32))
-        self.var = nnx.BatchStat(jnp.ones(shape, jnp.float32))
+        _add_state(self, transforms.batch_norm(average=average), num_features)
         # Scale before bias, as in Flax: each draws a key.
         self.scale = param(use_scale, scale_init, scale_metadata)
         self.bias = param(use_bias, bias_init, bias_metadata)
@@ -139,6 +309,7 @@ class BatchNorm(nnx.Module):
         self.promote_dtype = promote_dtype
         self.ghost_batch_size = ghost_batch_size
         self.batch_axis = batch_axis
+        self.average = average
 
     def __call__(
         self,
@@ -148,6 +319,7 @@ class BatchNorm(nnx.Module):
         mask: Array | None = None,
         weights: Array | None = None,
         update_average: bool | None = None,
+        statistics: BatchNormState | Moments | None = None,
     ) -> Array:
         """Normalise `x`.
 
@@ -160,6 +332,7 @@ class BatchNorm(nnx.Module):
             them; given instead of `mask`.
           update_average: whether the running averages move; by default where the batch
             normalises.
+          statistics: normalise by these instead.
 
         Returns:
           Array of x's shape, in `dtype`.
@@ -168,55 +341,24 @@ class BatchNorm(nnx.Module):
           ValueError: if `use_running_average` is given nowhere, both mask and weights
             are given, or as `bn_jax.batch_norm` says.
         """
-        if use_running_average is None:
-            use_running_average = self.use_running_average
-        if use_running_average is None:
-            raise ValueError(
-                "use_running_average is given nowhere; pass it to BatchNorm or to the "
-                "call, or set it with train(), eval() or nnx.view"
-            )
-        if update_average is None:
-            update_average = not use_running_average
-        state = BatchNormState(self.mean[...], self.var[...])
-        scale, bias = (None if p is None else p[...] for p in (self.scale, self.bias))
-        x, _, _, scale, bias = self.promote_dtype(
-            (x, *state, scale, bias), dtype=self.dtype
-        )
-        if not update_average:
-            state = jax.tree.map(_widened, state)
-        dtype = dtypes.canonicalize_dtype(x, scale, bias, dtype=self.dtype)
-        shape = x.shape
-        axes = moments_lib.feature_axes(x.ndim, self.axis)
-        if mask is not None:
-            if weights is not None:
-                raise ValueError("mask and weights are both given; give one of them")
-            mask = jnp.asarray(mask, bool)
-            weights = mask.reshape((1,) * (x.ndim - mask.ndim) + mask.shape)
-        if x.ndim == 1:  # an example by itself, as vmap hands it on
-            x, axes = x[None], (1,)
-            weights = None if weights is None else jnp.asarray(weights)[None]
-
-        y, state = batch_norm(
-            _widened(x),  # so that the result is rounded once, to dtype
-            BatchNormParams(scale, bias),
-            state,
-            train=not use_running_average,
-            update_state=update_average,
+        transform = transforms.batch_norm(
             momentum=self.momentum,
             epsilon=self.epsilon,
-            feature_axis=axes,
-            weights=weights,
-            axis_name=self.axis_name,
-            axis_index_groups=self.axis_index_groups,
-            ghost_batch_size=self.ghost_batch_size,
-            batch_axis=self.batch_axis,
+            use_scale=self.use_scale,
+            use_bias=self.use_bias,
+            average=self.average,
         )
-        if update_average:
-            # No gradient, as in Flax: the variables outlive the differentiated call.
-            # The mean of complex inputs is complex, which [...] = would cast to real.
-            self.mean.set_value(lax.stop_gradient(state.mean))
-            self.var.set_value(lax.stop_gradient(state.var))
-        return y.astype(dtype).reshape(shape)
+        return _apply(
+            self,
+            transform,
+            x,
+            use_running_average,
+            mask=mask,
+            weights=weights,
+            update_average=update_average,
+            statistics=statistics,
+            promote_dtype=self.promote_dtype,
+        )
 
     def set_view(self, use_running_average: bool | None = None) -> None:
         """Set what `nnx.view` changes in a copy of a model.
@@ -227,6 +369,90 @@ class BatchNorm(nnx.Module):
         """
         if use_running_average is not None:
             self.use_running_average = use_running_average
+
+
+def _add_state(module: Any, transform: Transform, num_features: Any) -> None:
+    _, state = transform.init(num_features)
+    for name, value in state._asdict().items():
+        setattr(module, name, nnx.BatchStat(value))
+
+
+def _apply(
+    module: Any,
+    transform: Transform,
+    x: Array,
+    use_running_average: bool | None,
+    *,
+    mask: Array | None,
+    weights: Array | None,
+    update_average: bool | None,
+    statistics: Any,
+    promote_dtype: Callable[..., Any],
+) -> Array:
+    """Apply a transform to parameters and a state that are variables of a module.
+
+    Args:
+      module: whose attributes are those of `Norm` but `transform`.
+      transform: what is applied.
+      x: as for `Norm`, and so are all others but the last.
+      use_running_average: see `x`.
+      mask: see `x`.
+      weights: see `x`.
+      update_average: see `x`.
+      statistics: see `x`.
+      promote_dtype: as for `BatchNorm`.
+    """
+
+    def of_module(like: Any) -> Any:
+        variables = {name: getattr(module, name) for name in like._fields}
+        return type(like)(
+            **{k: None if v is None else v[...] for k, v in variables.items()}
+        )
+
+    params, state = map(of_module, transform.init(module.num_features))
+    train = False
+    if state:
+        if use_running_average is None:
+            use_running_average = module.use_running_average
+        if use_running_average is None:
+            raise ValueError(
+                "use_running_average is given nowhere; pass it to the layer or to the "
+                "call, or set it with train(), eval() or nnx.view"
+            )
+        train = not use_running_average
+    moves = train if update_average is None else update_average
+
+    x, *promoted = promote_dtype((x, *state, *params), dtype=module.dtype)
+    params = type(params)(*promoted[len(state) :])
+    if not moves:
+        state = jax.tree.map(_widened, state)
+    dtype = dtypes.canonicalize_dtype(x, *params, dtype=module.dtype)
+    batch, axis, weights = transforms.as_batch(x, module.axis, mask, weights)
+    options = transforms.taken(
+        transform,
+        weights=weights,
+        axis_name=module.axis_name,
+        axis_index_groups=module.axis_index_groups,
+        ghost_batch_size=module.ghost_batch_size,
+        statistics=statistics,
+    )
+    if "update_state" in transform.takes:
+        options["update_state"] = moves
+    y, state = transform.apply(
+        _widened(batch),  # so that the result is rounded once, to dtype
+        params,
+        state,
+        train=train,
+        feature_axis=axis,
+        batch_axis=module.batch_axis if x.ndim > 1 else 0,
+        **options,
+    )
+    if moves:
+        # No gradient, as in Flax: the variables outlive the differentiated call.
+        # The mean of complex inputs is complex, which [...] = would cast to real.
+        for name, value in state._asdict().items():
+            getattr(module, name).set_value(lax.stop_gradient(value))
+    return y.astype(dtype).reshape(x.shape)
 
 
 def _widened(x: Array) -> Array:

@@ -30,6 +30,9 @@ def define(kind: type) -> None:
     for field in dataclasses.fields(kind):
         choices = field.metadata["choices"]
         help_text = field.metadata["help"]
+        table = field.metadata["table"]
+        if table is not None:
+            help_text += f" With its options and their defaults: {table.help()}."
         if choices is not None:
             several = ",..." if isinstance(field.default, tuple) else ""
             help_text = f"<{'|'.join(choices)}>{several}: {help_text}"

@@ -131,11 +131,11 @@ def define_data_flags() -> None:
         "(default: $TFDS_DATA_DIR or ~/tensorflow_datasets).",
     )
     flags.DEFINE_string(
-        "idx_dir",
+        "data_files",
         None,
-        "Folder with the data set's four IDX files, such as "
-        "train-images-idx3-ubyte.gz (default: where Debian's package "
-        "dataset-fashion-mnist puts them).",
+        "Folder with the files that the data set's authors publish: IDX files, CIFAR's "
+        "archive or the archive itself, SVHN's MATLAB files (default, of "
+        "Fashion-MNIST: where Debian's package dataset-fashion-mnist puts them).",
     )
 
 
@@ -144,7 +144,7 @@ def data_arguments() -> list[str]:
     given = flags.FLAGS
     return [
         f"--{name}={given[name].value}"
-        for name in ("data_dir", "idx_dir")
+        for name in ("data_dir", "data_files")
         if given[name].present
     ]
 
@@ -154,7 +154,7 @@ def load_data(name: str) -> ImageData:
     from bn_jax import data as data_lib
 
     data = data_lib.load(
-        name, data_dir=flags.FLAGS.data_dir, idx_dir=flags.FLAGS.idx_dir
+        name, data_dir=flags.FLAGS.data_dir, data_files=flags.FLAGS.data_files
     )
     print(f"data: {data.source}", flush=True)
     if data.fallback_reason:

@@ -18,8 +18,7 @@ from absl import flags
 
 from bn_jax import fields
 from bn_jax.data import ImageData
-from bn_jax.runs import results
-from bn_jax.runs import sweep as sweep_lib
+from bn_jax.runs import results, sweeps
 from bn_jax.training.config import RunOptions, TrainConfig
 from experiments import claims, flag_fields, launch
 from experiments.claims import Claim, Verdict
@@ -259,14 +258,19 @@ def _sweep(
 ) -> tuple[list[Row], float]:
     """Train an arm as a sweep; return its rows, and the seconds that it took."""
     options = flag_fields.read(RunOptions, flags.FLAGS)
-    rows = sweep_lib.sweep_into(
-        folder, configs, data, options, exact=study.exact, train=study.train
+    rows = sweeps.sweep(
+        configs,
+        data,
+        workdir=folder,
+        options=options,
+        exact=study.exact,
+        train=study.train,
     )
     speed = results.read_object(folder / results.RESULTS)
     common = {"examples_per_second": speed["examples_per_second"]}
     rows = [{**common, **row} for row in rows]
     if study.probe is not None:
-        variables = sweep_lib.load_variables(folder)
+        variables = sweeps.load_variables(folder)
         for i, row in enumerate(rows):
             own = jax.tree.map(lambda leaf, i=i: leaf[i], variables)
             row.update(study.probe(row, own, data))

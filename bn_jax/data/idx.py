@@ -30,17 +30,22 @@ _GZIP_MAGIC = b"\x1f\x8b"
 _MEND = "Delete the file and fetch it again."
 
 
-def url(spec: DatasetSpec, part: Part) -> str:
-    """Return the address of the gzipped file of `part`."""
-    return f"{spec.url}{STEMS[part]}.gz"
+def urls(folder: str) -> dict[str, str]:
+    """Return the address of the gzipped file of each part.
+
+    Args:
+        folder: The address of the folder that holds them; ends in "/".
+    """
+    return {part: f"{folder}{STEMS[part]}.gz" for part in PARTS}
 
 
-def find(folder: Path) -> dict[Part, Path]:
+def find(folder: Path, spec: DatasetSpec) -> dict[str, Path]:
     """Find the four IDX files in `folder`.
 
     Args:
         folder: Holds the files under their usual names, with or without `.gz`, with
             `-idx3-ubyte` or `.idx3-ubyte`.
+        spec: The set; all have the same names of files.
 
     Returns:
         The path of each part.
@@ -48,12 +53,13 @@ def find(folder: Path) -> dict[Part, Path]:
     Raises:
         DataError: If `folder` is no folder, or lacks files; all of them are named.
     """
+    del spec
     if not folder.is_dir():
         raise DataError(
             f"{folder} is not a folder; expected a folder with the four IDX files "
             f"{_names(PARTS)}. Give the folder that holds them."
         )
-    found: dict[Part, Path] = {}
+    found: dict[str, Path] = {}
     for part, stem in STEMS.items():
         for spelling in (stem, stem.replace("-idx", ".idx")):
             for path in (folder / f"{spelling}.gz", folder / spelling):
@@ -68,7 +74,7 @@ def find(folder: Path) -> dict[Part, Path]:
     return found
 
 
-def read(paths: Mapping[Part, Path], spec: DatasetSpec) -> tuple[Split, Split]:
+def read(paths: Mapping[str, Path], spec: DatasetSpec) -> tuple[Split, Split]:
     """Read and check the four IDX files of a set.
 
     Args:

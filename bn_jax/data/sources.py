@@ -1,10 +1,11 @@
 """Find, check and load an image set by name.
 
-Which source is taken, and in what order, is decided here; how each is read is in
-`idx`, `tfds_builder`, `array_cache` and `sample`.
+Which source is taken, and in what order, is decided here; how each is read is in the
+file of each set, in `tfds_builder`, `array_cache`, `npz` and `sample`.
 """
 
 import dataclasses
+import difflib
 import http.client
 import os
 import threading
@@ -13,7 +14,7 @@ import urllib.request
 import warnings
 from pathlib import Path
 
-from bn_jax.data import array_cache, idx, sample
+from bn_jax.data import array_cache, cifar, mnist, npz, sample, svhn
 from bn_jax.data.image_data import (
     DataError,
     DataNotFoundError,
@@ -21,27 +22,56 @@ from bn_jax.data.image_data import (
     Kind,
     Split,
 )
-from bn_jax.data.spec import SPECS, DatasetSpec
+from bn_jax.data.spec import DatasetSpec
 
-DATASETS = ("auto", *SPECS, "sample")
+# The table of image sets.
+SPECS: dict[str, DatasetSpec] = {
+    spec.name: spec
+    for spec in (
+        mnist.FASHION_MNIST,
+        mnist.MNIST,
+        mnist.KMNIST,
+        cifar.CIFAR10,
+        cifar.CIFAR100,
+        svhn.SVHN_CROPPED,
+    )
+}
+
+# What `load` takes; PATH stands for the path of a file.
+DATASETS = ("auto", *SPECS, "sample", f"{npz.PREFIX}PATH")
 
 _SAMPLE_OF = "fashion_mnist"
 _PROBE_SECONDS = 5.0
+
+
+def check_name(name: str) -> None:
+    """Refuse a name that `load` does not know, without looking for any data.
+
+    Raises:
+        DataError: If it is none of `DATASETS`.
+    """
+    if name in ("auto", "sample", *SPECS) or name.startswith(npz.PREFIX):
+        return
+    close = difflib.get_close_matches(name, DATASETS, 1)
+    hint = f" Did you mean {close[0]}?" if close else ""
+    raise DataError(
+        f"dataset {name!r} is unknown; expected one of {', '.join(DATASETS)}.{hint}"
+    )
 
 
 def load(
     name: str,
     *,
     data_dir: str | os.PathLike[str] | None = None,
-    idx_dir: str | os.PathLike[str] | None = None,
+    data_files: str | os.PathLike[str] | None = None,
 ) -> ImageData:
     """Load an image set.
 
     The first of these sources that is there is taken; a damaged one is an error, never
     skipped. All give the same arrays in the same order.
 
-    1. The IDX files in `idx_dir`. Naming a folder is a choice, so it comes before a
-       prepared set, which may be there by chance; and it is strict.
+    1. The set's own files in `data_files`. Naming a folder is a choice, so it comes
+       before a prepared set, which may be there by chance; and it is strict.
     2. A TFDS set already prepared below `data_dir`, through the arrays cached beside
        it.
     3. For Fashion-MNIST, the IDX files of Debian's package `dataset-fashion-mnist`.
@@ -50,10 +80,12 @@ def load(
     Args:
         name: One of `DATASETS`. "sample" is the embedded sample of Fashion-MNIST;
             "auto" is "fashion_mnist", or the sample where none of its sources is at
-            hand.
+            hand; "npz:PATH" is a file of one's own, see `npz.load`.
         data_dir: TFDS's root folder; by default the environment variable TFDS_DATA_DIR,
             else `~/tensorflow_datasets`.
-        idx_dir: A folder with the four IDX files.
+        data_files: A folder with the files that the set's authors publish: the four IDX
+            files of the MNIST family, CIFAR's archive or the folder that it unpacks to,
+            the MATLAB files of SVHN. Of CIFAR it may be the archive itself.
 
     Returns:
         The arrays and where they came from.
@@ -61,36 +93,39 @@ def load(
     Raises:
         DataError: If the name is unknown, or the data is missing or damaged.
     """
-    if name == "sample":
-        if idx_dir is not None:
+    check_name(name)
+    if name == "sample" or name.startswith(npz.PREFIX):
+        if data_files is not None:
+            where = "is embedded" if name == "sample" else "names its own file"
             raise DataError(
-                f"dataset 'sample' is embedded, but idx_dir={os.fspath(idx_dir)!r} was "
-                "given. Leave it out, or name the set that the folder holds."
+                f"dataset {name!r} {where}, but data_files={os.fspath(data_files)!r} "
+                "was given. Leave it out, or name the set that the folder holds."
             )
-        return _load_sample(None)
+        return _load_sample(None) if name == "sample" else npz.load(name)
     if name == "auto":
         try:
-            return _load_real(SPECS[_SAMPLE_OF], data_dir, idx_dir)
+            return _load_real(SPECS[_SAMPLE_OF], data_dir, data_files)
         except DataNotFoundError as error:
             return _load_sample(error.reason)
-    return _load_real(_spec(name), data_dir, idx_dir)
+    return _load_real(SPECS[name], data_dir, data_files)
 
 
 def prepare(
     name: str,
     *,
     data_dir: str | os.PathLike[str] | None = None,
-    idx_dir: str | os.PathLike[str] | None = None,
+    data_files: str | os.PathLike[str] | None = None,
 ) -> Path:
     """Prepare a set in TFDS's layout, with the cache of its decoded arrays.
 
-    A set that is already prepared is left as it is, whatever `idx_dir`.
+    A set that is already prepared is left as it is, whatever `data_files`.
 
     Args:
-        name: One of `DATASETS` that can be prepared, not "auto" or "sample".
+        name: One of `DATASETS` that can be prepared, not "auto", "sample" or an npz
+            file.
         data_dir: As for `load`.
-        idx_dir: A folder with the four IDX files; by default those of Debian's package
-            for Fashion-MNIST, else TFDS's download.
+        data_files: As for `load`; by default the files of Debian's package for
+            Fashion-MNIST, else TFDS's download.
 
     Returns:
         The prepared folder, such as `<data_dir>/fashion_mnist/3.0.1`.
@@ -98,33 +133,29 @@ def prepare(
     Raises:
         DataError: If the name cannot be prepared, or the data is missing or damaged.
     """
-    spec = _spec(name)
-    prepared = _prepared_folder(spec, data_dir)
-    if not _is_prepared(prepared):
-        _prepare_records(spec, prepared, _idx_folder(spec, idx_dir))
-    _load_prepared(spec, prepared)
-    return prepared
-
-
-def _spec(name: str) -> DatasetSpec:
+    check_name(name)
     if name not in SPECS:
         raise DataError(
-            f"dataset {name!r} is not one that can be loaded or prepared here; "
-            f"expected one of {', '.join(SPECS)} (or, to load, auto or sample)."
+            f"dataset {name!r} cannot be prepared; expected one of {', '.join(SPECS)}."
         )
-    return SPECS[name]
+    spec = SPECS[name]
+    prepared = _prepared_folder(spec, data_dir)
+    if not _is_prepared(prepared):
+        _prepare_records(spec, prepared, _folder(spec, data_files))
+    _load_prepared(spec, prepared)
+    return prepared
 
 
 def _load_real(
     spec: DatasetSpec,
     data_dir: str | os.PathLike[str] | None,
-    idx_dir: str | os.PathLike[str] | None,
+    data_files: str | os.PathLike[str] | None,
 ) -> ImageData:
     prepared = _prepared_folder(spec, data_dir)
-    folder = _idx_folder(spec, idx_dir)
-    if folder is not None and (idx_dir is not None or not _is_prepared(prepared)):
-        splits = idx.read(idx.find(folder), spec)
-        return _image_data(spec, splits, "idx", f"IDX files in {folder}")
+    folder = _folder(spec, data_files)
+    if folder is not None and (data_files is not None or not _is_prepared(prepared)):
+        splits = spec.read(spec.find(folder, spec), spec)
+        return _image_data(spec, splits, "files", f"{spec.files} in {folder}")
     if not _is_prepared(prepared):
         _prepare_records(spec, prepared, None)
     splits = _load_prepared(spec, prepared)
@@ -176,23 +207,23 @@ def _is_prepared(prepared: Path) -> bool:
     return False
 
 
-def _idx_folder(
-    spec: DatasetSpec, idx_dir: str | os.PathLike[str] | None
+def _folder(
+    spec: DatasetSpec, data_files: str | os.PathLike[str] | None
 ) -> Path | None:
-    """Return the folder of IDX files to read, if one was given or is installed."""
-    if idx_dir is not None:
-        return Path(idx_dir).expanduser()
+    """Return the folder of published files, if one was given or is installed."""
+    if data_files is not None:
+        return Path(data_files).expanduser()
     if spec.system_folder is not None and Path(spec.system_folder).is_dir():
         return Path(spec.system_folder)
     return None
 
 
 def _prepare_records(spec: DatasetSpec, prepared: Path, folder: Path | None) -> None:
-    """Write the TFDS set from the IDX files in `folder`, or by a download."""
+    """Write the TFDS set from the published files in `folder`, or by a download."""
     paths = None
     if folder is not None:
-        paths = idx.find(folder)
-    elif (failure := _probe(idx.url(spec, "test_labels"))) is not None:
+        paths = spec.find(folder, spec)
+    elif (failure := _probe(_last_url(spec))) is not None:
         raise _not_found(spec, prepared, failure)
     from bn_jax.data import tfds_builder
 
@@ -220,6 +251,10 @@ def _load_prepared(spec: DatasetSpec, prepared: Path) -> tuple[Split, Split]:
     return splits
 
 
+def _last_url(spec: DatasetSpec) -> str:
+    return list(spec.urls.values())[-1]
+
+
 def _not_found(spec: DatasetSpec, prepared: Path, failure: str) -> DataNotFoundError:
     looked = [f"no TFDS set in {prepared}"]
     ways = [
@@ -227,9 +262,10 @@ def _not_found(spec: DatasetSpec, prepared: Path, failure: str) -> DataNotFoundE
         f"{prepared.parents[1]}"
     ]
     if spec.system_folder is not None:
-        looked.append(f"no IDX files in {spec.system_folder}")
-        ways.append("apt-get install dataset-fashion-mnist")
-    ways.append("--idx_dir=FOLDER with the four IDX files")
+        looked.append(f"no {spec.files} in {spec.system_folder}")
+        ways.append(f"apt-get install {spec.system_package}")
+    address, _, example = _last_url(spec).rpartition("/")
+    ways.append(f"--data_files=FOLDER with the {spec.files}, such as {example}")
     mend = f"To get the data: {'; or '.join(ways)}."
     if spec.name == _SAMPLE_OF:
         mend += (
@@ -238,7 +274,7 @@ def _not_found(spec: DatasetSpec, prepared: Path, failure: str) -> DataNotFoundE
         )
     return DataNotFoundError(
         f"{spec.title} is not at hand: {', '.join(looked)}, and the download "
-        f"from {spec.url} failed ({failure}).",
+        f"from {address} failed ({failure}).",
         mend,
     )
 

@@ -6,7 +6,8 @@ top of a module, so that IDX files, cached arrays and the sample load without TF
 TFDS's own builders of these sets read and encode images by TensorFlow. Ours yields
 ready-made PNG bytes and writes array_record, which need none of it. Name, version,
 features and the keys of the examples are the same, so each reads what the other wrote
-(theirs as long as it is array_record).
+(theirs as long as it is array_record). Only the training and the test split are
+written and read; others, such as the extra digits of SVHN, are left alone.
 """
 
 import contextlib
@@ -21,10 +22,9 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from tensorflow_datasets.core import hashing
 
-from bn_jax.data import idx
 from bn_jax.data.checks import check_values
 from bn_jax.data.image_data import DataError, Split
-from bn_jax.data.spec import PARTS, DatasetSpec, Part, SplitName
+from bn_jax.data.spec import PARTS, DatasetSpec, SplitName
 
 _FILE_FORMAT = "array_record"
 _RECORDS_PER_READ = 4096  # bounds the memory of undecoded records to a few MiB
@@ -35,14 +35,14 @@ class DownloadError(Exception):
 
 
 # Registered, the names would clash with TFDS's own builders.
-class IdxBuilder(  # type: ignore[call-arg]  # TFDS is untyped
+class SpecBuilder(  # type: ignore[call-arg]  # TFDS is untyped
     tfds.core.GeneratorBasedBuilder, skip_registration=True
 ):
-    """Builds one set of the table from IDX files, given or downloaded.
+    """Builds one set of the table from its published files, given or downloaded.
 
     Attributes:
         spec: The set to build.
-        paths: The IDX file of each part, or None to download them.
+        paths: The published files, as `spec.find` gives them, or None to download them.
     """
 
     VERSION = None  # of the instance, from its spec
@@ -52,7 +52,7 @@ class IdxBuilder(  # type: ignore[call-arg]  # TFDS is untyped
         spec: DatasetSpec,
         *,
         data_dir: Path,
-        paths: Mapping[Part, Path] | None = None,
+        paths: Mapping[str, Path] | None = None,
     ) -> None:
         self.spec = spec
         self.paths = paths
@@ -65,12 +65,7 @@ class IdxBuilder(  # type: ignore[call-arg]  # TFDS is untyped
             builder=self,
             description=self.spec.description,
             homepage=self.spec.homepage,
-            features=tfds.features.FeaturesDict(
-                {
-                    "image": tfds.features.Image(shape=self.spec.image_shape),
-                    "label": tfds.features.ClassLabel(names=self.spec.class_names),
-                }
-            ),
+            features=tfds.features.FeaturesDict(_features(self.spec)),
             supervised_keys=("image", "label"),
         )
 
@@ -80,35 +75,64 @@ class IdxBuilder(  # type: ignore[call-arg]  # TFDS is untyped
         paths = self.paths
         if paths is None:
             paths = _download(dl_manager, self.spec)
-        train, test = idx.read(paths, self.spec)
+        train, test = self.spec.read(paths, self.spec)
         return {
-            "train": self._generate_examples(train),
-            "test": self._generate_examples(test),
+            "train": self._generate_examples("train", train),
+            "test": self._generate_examples("test", test),
         }
 
-    def _generate_examples(self, split: Split) -> Iterator[tuple[int, dict[str, Any]]]:
+    def _generate_examples(
+        self, name: SplitName, split: Split
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
+        spec = self.spec
+        superclasses = spec.superclasses or {}
+        coarse_of = {
+            class_name: coarse
+            for coarse, class_names in enumerate(superclasses.values())
+            for class_name in class_names
+        }
         # The keys are TFDS's: they decide the order of the records.
         for key, (image, label) in enumerate(zip(*split, strict=True)):
-            yield key, {"image": _as_png(image), "label": int(label)}
+            example = {"image": _as_png(image), "label": int(label)}
+            if spec.id_digits is not None:
+                example["id"] = f"{name}_{key:0{spec.id_digits}}"
+            if superclasses:
+                example["coarse_label"] = coarse_of[spec.class_names[label]]
+            yield key, example
+
+
+def _features(spec: DatasetSpec) -> dict[str, Any]:
+    """Return the features that TFDS's own builder of the set has."""
+    features = {
+        "image": tfds.features.Image(shape=spec.image_shape),
+        "label": tfds.features.ClassLabel(names=spec.class_names),
+    }
+    if spec.id_digits is not None:
+        features["id"] = tfds.features.Text()
+    if spec.superclasses is not None:
+        features["coarse_label"] = tfds.features.ClassLabel(
+            names=list(spec.superclasses)
+        )
+    return features
 
 
 def prepare(
-    spec: DatasetSpec, *, data_dir: Path, paths: Mapping[Part, Path] | None = None
+    spec: DatasetSpec, *, data_dir: Path, paths: Mapping[str, Path] | None = None
 ) -> None:
     """Write a set in TFDS's layout below `data_dir`.
 
     Args:
         spec: The set to write.
         data_dir: TFDS's root folder; made where it does not exist.
-        paths: The IDX file of each part; None downloads them by TFDS's download
-            manager into `<data_dir>/downloads`.
+        paths: The published files, as `spec.find` gives them; None downloads them by
+            TFDS's download manager into `<data_dir>/downloads`.
 
     Raises:
         DataError: If the source is damaged, or `data_dir` cannot be written.
         DownloadError: If there were no paths and the download failed.
     """
     try:
-        builder = IdxBuilder(spec, data_dir=data_dir, paths=paths)
+        builder = SpecBuilder(spec, data_dir=data_dir, paths=paths)
         builder.download_and_prepare(
             file_format=_FILE_FORMAT,
             # TFDS's bucket holds tfrecord, which only TensorFlow reads.
@@ -133,7 +157,7 @@ def read(prepared: Path, spec: DatasetSpec) -> tuple[Split, Split]:
         spec: What the set should be.
 
     Returns:
-        The training and the test split, in the order of the IDX files.
+        The training and the test split, in the order of the published files.
 
     Raises:
         DataError: If the records are damaged, not what `spec` says, or not
@@ -143,7 +167,8 @@ def read(prepared: Path, spec: DatasetSpec) -> tuple[Split, Split]:
     try:
         builder = tfds.builder_from_directory(prepared)
         found_format = builder.info.file_format.value
-        sizes = {name: s.num_examples for name, s in builder.info.splits.items()}
+        splits = builder.info.splits
+        sizes = {name: splits[name].num_examples for name in spec.sizes}
         features = builder.info.features
         image_shape, classes = features["image"].shape, features["label"].num_classes
     except Exception as error:  # whatever TFDS raises on JSON that it cannot take
@@ -154,8 +179,8 @@ def read(prepared: Path, spec: DatasetSpec) -> tuple[Split, Split]:
     if found_format != _FILE_FORMAT:
         raise DataError(
             f"{prepared} was prepared as {found_format}, which needs TensorFlow; "
-            f"expected {_FILE_FORMAT}. Give another --data_dir or the IDX files with "
-            "--idx_dir, or delete the folder and prepare the set again."
+            f"expected {_FILE_FORMAT}. Give another --data_dir or the {spec.files} "
+            "with --data_files, or delete the folder and prepare the set again."
         )
     found = (sizes, image_shape, classes)
     expected = (dict(spec.sizes), spec.image_shape, len(spec.class_names))
@@ -191,7 +216,7 @@ def _read_split(
             for i, record in zip(
                 stored, source.__getitems__(list(stored)), strict=True
             ):
-                images[order[i]] = _from_png(record["image"])[..., None]
+                images[order[i]] = _from_png(record["image"], spec.image_shape)
                 labels[order[i]] = record["label"]
     except Exception as error:  # array_record and protobuf raise what they like
         raise DataError(
@@ -216,15 +241,14 @@ def _stored_order(split_name: str, count: int) -> list[int]:
 
 def _download(
     dl_manager: tfds.download.DownloadManager, spec: DatasetSpec
-) -> dict[Part, Path]:
-    urls = {part: idx.url(spec, part) for part in PARTS}
+) -> dict[str, Path]:
     try:
         with _quiet_retries():
-            paths = dl_manager.download(urls)
+            paths = dl_manager.download(dict(spec.urls))
     except Exception as error:  # of requests, urllib3 or TFDS, by the kind of failure
         text = " ".join(str(error).split())
         raise DownloadError(f"{type(error).__name__}: {text}") from None
-    return {part: Path(path) for part, path in paths.items()}
+    return {key: Path(path) for key, path in paths.items()}
 
 
 @contextlib.contextmanager
@@ -241,11 +265,13 @@ def _quiet_retries() -> Iterator[None]:
 
 def _as_png(image: np.ndarray) -> io.BytesIO:
     buffer = io.BytesIO()
-    Image.fromarray(image[..., 0]).save(buffer, format="PNG")
+    # Pillow takes a gray image without its axis of channels.
+    gray = image.shape[-1] == 1
+    Image.fromarray(image[..., 0] if gray else image).save(buffer, format="PNG")
     buffer.seek(0)
     return buffer
 
 
-def _from_png(content: bytes) -> np.ndarray:
+def _from_png(content: bytes, shape: tuple[int, int, int]) -> np.ndarray:
     with Image.open(io.BytesIO(content)) as image:
-        return np.asarray(image)
+        return np.asarray(image).reshape(shape)

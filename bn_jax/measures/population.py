@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import traverse_util
 from jax import Array, lax
+from jax.typing import ArrayLike
 
 from bn_jax.functional import BatchNormParams, normalize
 from bn_jax.measures.layer_calls import (
@@ -112,6 +113,23 @@ def exact_statistics(
         of_calls.append(moments_of_call)
         current = with_statistics(variables, _by_layer(paths, of_calls))
     return with_statistics(current, {})["batch_stats"]
+
+
+def refusal(predict: Predict, variables: Any, example: ArrayLike) -> str | None:
+    """Return why `exact_statistics` would refuse a model, or None if it takes it.
+
+    Args:
+      predict: as for `exact_statistics`.
+      variables: of the model.
+      example: one input, shape `[1, ...]`.
+    """
+    try:
+        check_all_called(
+            variables, [call.path for call in layer_calls(predict, variables, example)]
+        )
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def batch_moments(

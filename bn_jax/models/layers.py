@@ -1,4 +1,6 @@
-"""Convolution and average pooling in a chosen layout of the activations.
+"""What the models are made of: convolution, pooling, norms, activations by name.
+
+Convolution and average pooling are in a chosen layout of the activations.
 
 Layouts are named by their axes: `NHWC` is native on GPU and TPU; `CHWN`, batch last, is
 two to four times faster for small networks on CPU, where each row of a patch is then a
@@ -9,8 +11,9 @@ does not know the layout that it was trained in.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from typing import Literal, get_args
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +22,131 @@ from flax import linen as nn
 from flax.linen import initializers
 from jax import Array, lax
 
+from bn_jax.fields import ConfigError, Range
 from bn_jax.models.blocks import Pair, conv2d_by_blocks
 
 Layout = Literal["NHWC", "CHWN"]
 Padding = Literal["VALID", "SAME"] | tuple[Pair, Pair]
+# The constructor of a normalisation; `normalise` says how it is called.
+NormConstructor = Callable[..., nn.Module]
+
+Activation = Literal["sigmoid", "relu", "tanh", "gelu", "silu", "linear"]
+ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {
+    "sigmoid": jax.nn.sigmoid,
+    "relu": jax.nn.relu,
+    "tanh": jnp.tanh,
+    "gelu": jax.nn.gelu,
+    "silu": jax.nn.silu,
+    "linear": lambda x: x,
+}
+
+# Of the option `norm_layers`.
+DIGITS = Range(
+    "one digit for each layer that may have a norm, 1 with and 0 without, as in 0011",
+    lambda v: bool(v) and set(v) <= {"0", "1"},
+)
+
+
+def switches_of(digits: Any) -> Any:
+    """Return the digits of the option `norm_layers` as booleans, one a layer.
+
+    Anything but a text is returned as it is: None, booleans or a traced array.
+    """
+    if isinstance(digits, str):
+        return tuple(digit == "1" for digit in digits)
+    return digits
+
+
+def norm_switches(
+    norm: NormConstructor | None,
+    norm_layers: Sequence[bool] | Array | None,
+    num_layers: int,
+) -> list[bool | Array]:
+    """Return for each layer whether a norm follows it.
+
+    Args:
+      norm: constructor of the norms; None for none.
+      norm_layers: one boolean for each layer, or an array of them, perhaps traced; None
+        for a norm after each layer.
+      num_layers: number of layers that may have a norm.
+
+    Raises:
+      ConfigError: if there are more or fewer booleans than layers.
+    """
+    if norm_layers is not None and len(norm_layers) != num_layers:
+        raise ConfigError(
+            f"norm_layers has {len(norm_layers)} digits; expected {num_layers}, one "
+            "for each layer that may have a norm"
+        )
+    if norm is None:
+        return [False] * num_layers
+    if norm_layers is None:
+        return [True] * num_layers
+    return [norm_layers[i] for i in range(num_layers)]
+
+
+def normalise(
+    x: Array,
+    norm: NormConstructor | None,
+    *,
+    train: bool,
+    axis: int,
+    batch_axis: int,
+    name: str,
+    switch: bool | Array = True,
+) -> Array:
+    """Make a norm in the calling module and apply it.
+
+    The norm is made as `norm(use_running_average=..., axis=..., batch_axis=...,
+    name=...)`. Arguments that the constructor lacks are left out: Flax's
+    `nn.BatchNorm` has no `batch_axis`. One that has no `axis`, such as Flax's
+    `nn.LayerNorm`, gets examples on the first axis and features on the last.
+
+    Args:
+      x: activations.
+      norm: the constructor; None returns x.
+      train: whether the norm uses the batch's statistics and moves its averages.
+      axis: of the features.
+      batch_axis: of the examples.
+      name: of the norm's module.
+      switch: whether the norm is there. One that is traced decides at run time; the
+        norm is then there, and passed by where the switch is off.
+
+    Returns:
+      Array of x's shape and dtype.
+
+    Raises:
+      TypeError: if `norm` is not a constructor.
+    """
+    if norm is None or switch is False:
+        return x
+    if not callable(norm):
+        raise TypeError(
+            f"norm={norm!r}; expected a constructor, such as bn_jax.linen.BatchNorm or "
+            "bn_jax.linen.norm('group:num_groups=2'), or None for no norm"
+        )
+    known = inspect.signature(norm).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in known.values())
+    options: dict[str, Any] = {
+        "use_running_average": not train,
+        "axis": axis,
+        "batch_axis": batch_axis,
+    }
+    options = {k: v for k, v in options.items() if takes_any or k in known}
+    layer: Any = norm(**options, name=name)
+    if "axis" in options:
+        y = layer(x)
+    else:
+        here, there = (batch_axis, axis), (0, -1)
+        y = jnp.moveaxis(layer(jnp.moveaxis(x, here, there)), there, here)
+    # Norms promote half precision to the float32 of their parameters.
+    y = y.astype(x.dtype)
+    return y if switch is True else jnp.where(switch, y, x)
+
+
+def to_logits(x: Array) -> Array:
+    """Return x in float32, or wider where it is."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def default_layout() -> Layout:
@@ -169,6 +293,8 @@ class Conv(nn.Module):
       strides: as `conv2d` takes them.
       padding: as `conv2d` takes it.
       kernel_init: initializer of the `[H, W, C_in, C_out]` kernel.
+      dtype: to compute in; None for that of input and parameters, promoted. Parameters
+        are float32.
     """
 
     features: int
@@ -178,6 +304,7 @@ class Conv(nn.Module):
     strides: int | Pair = 1
     padding: Padding = "VALID"
     kernel_init: initializers.Initializer = initializers.lecun_normal()
+    dtype: Any = None
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -185,8 +312,11 @@ class Conv(nn.Module):
         c = feature_axis(self.layout)
         shape = (*self.kernel_size, x.shape[c], self.features)
         kernel = self.param("kernel", self.kernel_init, shape)
-        y = conv2d(x, kernel, self.layout, strides=self.strides, padding=self.padding)
+        bias = None
         if self.use_bias:
             bias = self.param("bias", initializers.zeros, (self.features,))
+        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+        y = conv2d(x, kernel, self.layout, strides=self.strides, padding=self.padding)
+        if bias is not None:
             y = y + jnp.expand_dims(bias, [a for a in range(4) if a != c])
         return y

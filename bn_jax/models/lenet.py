@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,57 @@ from flax import linen as nn
 from flax.linen import initializers
 from jax import Array
 
+from bn_jax import fields, names
 from bn_jax.models import layers
+
+
+def lenet(
+    *,
+    norm: layers.NormConstructor | None = None,
+    num_classes: int = 10,
+    dtype: Any = None,
+    layout: layers.Layout | None = None,
+    norm_layers: Annotated[
+        str,
+        fields.Range(
+            "four digits, 1 for each of the first four layers with its norm and 0 "
+            "without, as in 0011",
+            lambda v: len(v) == 4 and layers.DIGITS.holds(v),
+        ),
+        names.TRACEABLE,
+    ] = "1111",
+    bias_before_norm: bool = True,
+    activation: layers.Activation = "sigmoid",
+    dropout_rate: Annotated[float, fields.BELOW_1] = 0.0,
+    dropout_at: Literal["dense", "last"] = "dense",
+    first_padding: Annotated[int, fields.NOT_NEGATIVE] = 0,
+) -> LeNet:
+    """Return `LeNet` by options that can be written on a command line.
+
+    Args:
+      norm: as the attribute.
+      num_classes: as the attribute.
+      dtype: as the attribute.
+      layout: as the attribute.
+      norm_layers: four digits, such as "0011", or an array of booleans.
+      bias_before_norm: as the attribute.
+      activation: name of the function, of `layers.ACTIVATIONS`.
+      dropout_rate: as the attribute.
+      dropout_at: as the attribute.
+      first_padding: as the attribute.
+    """
+    return LeNet(
+        norm=norm,
+        norm_layers=layers.switches_of(norm_layers),
+        bias_before_norm=bias_before_norm,
+        activation=layers.ACTIVATIONS[activation],
+        dropout_rate=dropout_rate,
+        dropout_at=dropout_at,
+        first_padding=first_padding,
+        num_classes=num_classes,
+        dtype=dtype,
+        layout=layout,
+    )
 
 
 class LeNet(nn.Module):
@@ -22,10 +72,9 @@ class LeNet(nn.Module):
     activation. Kernels start from Xavier's uniform distribution, biases from 0.
 
     Attributes:
-      norm: constructor of the normalisation, called as
-        `norm(use_running_average=..., axis=..., name=...)`: `bn_jax.linen.BatchNorm`,
-        `flax.linen.BatchNorm` or a `functools.partial` of one; None for no
-        normalisation.
+      norm: constructor of the normalisation, as `layers.normalise` calls it:
+        `bn_jax.linen.BatchNorm`, `flax.linen.BatchNorm`, a `functools.partial` of one,
+        or what `bn_jax.linen.norm` returns; None for no normalisation.
       norm_layers: which of the four have their norm. An array instead of booleans may
         be traced; then all norms are there, and those that are off are passed by.
       bias_before_norm: whether the layers before a norm have a bias, as the chapter's
@@ -40,8 +89,8 @@ class LeNet(nn.Module):
       first_padding: pixels of 0 around the images: 0 in the chapter on batch
         normalisation, 2 in the one that introduces LeNet without it.
       num_classes: number of outputs.
-      ghost_batch_size: number of examples that share statistics, for a `norm` that
-        takes `ghost_batch_size` and `batch_axis`, as ours does; None for the batch.
+      dtype: to compute in, such as `jnp.bfloat16`; None for that of the images and
+        parameters, promoted. Parameters are float32, and so are the logits.
       layout: order of the axes of the convolutions' activations; None chooses the
         faster one for the backend. Parameters and results do not depend on it.
 
@@ -53,7 +102,7 @@ class LeNet(nn.Module):
       overfitting".
     """
 
-    norm: Callable[..., nn.Module] | None = None
+    norm: layers.NormConstructor | None = None
     norm_layers: Sequence[bool] | Array = (True, True, True, True)
     bias_before_norm: bool = True
     activation: Callable[[Array], Array] = jax.nn.sigmoid
@@ -61,7 +110,7 @@ class LeNet(nn.Module):
     dropout_at: Literal["dense", "last"] = "dense"
     first_padding: int = 0
     num_classes: int = 10
-    ghost_batch_size: int | None = None
+    dtype: Any = None
     layout: layers.Layout | None = None
 
     @nn.compact
@@ -69,7 +118,8 @@ class LeNet(nn.Module):
         """Return the logits of a batch of images.
 
         Args:
-          x: images `[N, 28, 28, 1]`, pixels in [0, 1].
+          x: images `[N, H, W, C]`, pixels in [0, 1]; the chapter's are 28 x 28 x 1. H
+            and W are at least 16 (with padding), for the second convolution.
           train: whether norms use the batch's statistics and move their averages, and
             dropout drops.
 
@@ -78,22 +128,21 @@ class LeNet(nn.Module):
         """
         layout = self.layout or layers.default_layout()
         xavier = initializers.xavier_uniform()
-
-        def has_norm(i: int) -> Any:
-            return self.norm is not None and self.norm_layers[i - 1]
+        switches = layers.norm_switches(self.norm, self.norm_layers, 4)
 
         def use_bias(i: int) -> bool:
-            return self.bias_before_norm or has_norm(i) is False
+            return self.bias_before_norm or switches[i - 1] is False
 
         def norm_activation(x: Array, i: int, axis: int, batch_axis: int) -> Array:
-            if self.norm is not None and has_norm(i) is not False:
-                options: dict[str, Any] = {"axis": axis, "name": f"norm{i}"}
-                if _takes_batch_axis(self.norm):
-                    options["batch_axis"] = batch_axis
-                if self.ghost_batch_size is not None:
-                    options["ghost_batch_size"] = self.ghost_batch_size
-                y = self.norm(use_running_average=not train, **options)(x)
-                x = y if has_norm(i) is True else jnp.where(has_norm(i), y, x)
+            x = layers.normalise(
+                x,
+                self.norm,
+                train=train,
+                axis=axis,
+                batch_axis=batch_axis,
+                name=f"norm{i}",
+                switch=switches[i - 1],
+            )
             return self.activation(x)
 
         p = self.first_padding
@@ -106,23 +155,17 @@ class LeNet(nn.Module):
                 layout=layout,
                 use_bias=use_bias(i),
                 kernel_init=xavier,
+                dtype=self.dtype,
                 name=f"conv{i}",
             )
             x = norm_activation(conv(x), i, layout.index("C"), layout.index("N"))
             x = layers.avg_pool_2x2(x, layout)
         x = layers.to_nhwc(x, layout)
         x = x.reshape(x.shape[0], -1)
+        dense = functools.partial(nn.Dense, kernel_init=xavier, dtype=self.dtype)
         for i, features in enumerate((120, 84), start=1):
-            dense = nn.Dense(
-                features, use_bias=use_bias(i + 2), kernel_init=xavier, name=f"dense{i}"
-            )
-            x = norm_activation(dense(x), i + 2, -1, 0)
+            x = dense(features, use_bias=use_bias(i + 2), name=f"dense{i}")(x)
+            x = norm_activation(x, i + 2, -1, 0)
             if i == 2 or self.dropout_at == "dense":
                 x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
-        return nn.Dense(self.num_classes, kernel_init=xavier, name="dense3")(x)
-
-
-def _takes_batch_axis(norm: Callable[..., nn.Module]) -> bool:
-    """Return whether a norm's constructor, or a partial of it, has that attribute."""
-    module = norm.func if isinstance(norm, functools.partial) else norm
-    return "batch_axis" in getattr(module, "__dataclass_fields__", {})
+        return layers.to_logits(dense(self.num_classes, name="dense3")(x))

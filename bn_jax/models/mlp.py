@@ -2,12 +2,64 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
+from typing import Annotated, Any
 
 import jax
 from flax import linen as nn
 from flax.linen import initializers
 from jax import Array
+
+from bn_jax import fields, names
+from bn_jax.models import layers
+
+
+def mlp(
+    *,
+    norm: layers.NormConstructor | None = None,
+    num_classes: int = 10,
+    dtype: Any = None,
+    layout: layers.Layout | None = None,
+    widths: Annotated[tuple[int, ...], fields.AT_LEAST_1] = (100, 100, 100),
+    activation: layers.Activation = "sigmoid",
+    norm_layers: Annotated[str | None, layers.DIGITS, names.TRACEABLE] = None,
+    norm_after_activation: bool = False,
+    bias_before_norm: bool = False,
+    dropout_rate: Annotated[float, fields.BELOW_1] = 0.0,
+) -> MLP:
+    """Return `MLP` by options that can be written on a command line.
+
+    Args:
+      norm: as the attribute.
+      num_classes: as the attribute.
+      dtype: as the attribute.
+      layout: of images; dense layers are the same in any.
+      widths: as the attribute.
+      activation: name of the function, of `layers.ACTIVATIONS`.
+      norm_layers: as many digits as hidden layers, such as "011", or an array of
+        booleans; None for a norm at each.
+      norm_after_activation: as the attribute.
+      bias_before_norm: as the attribute.
+      dropout_rate: as the attribute.
+
+    Raises:
+      ConfigError: if there are more or fewer digits than hidden layers.
+    """
+    del layout
+    switches = layers.switches_of(norm_layers)
+    layers.norm_switches(norm, switches, len(widths))  # refuses a wrong number
+    return MLP(
+        widths=widths,
+        activation=layers.ACTIVATIONS[activation],
+        norm=norm,
+        norm_layers=switches,
+        norm_after_activation=norm_after_activation,
+        bias_before_norm=bias_before_norm,
+        dropout_rate=dropout_rate,
+        num_classes=num_classes,
+        dtype=dtype,
+    )
 
 
 class MLP(nn.Module):
@@ -16,24 +68,34 @@ class MLP(nn.Module):
     Attributes:
       widths: number of outputs of each hidden layer.
       activation: function of an array; `lambda x: x` makes the network linear.
-      norm: constructor of the normalisation, called as
-        `norm(use_running_average=..., axis=-1, name=...)`; None for no normalisation.
+      norm: constructor of the normalisation, as `layers.normalise` calls it; None for
+        no normalisation.
+      norm_layers: which hidden layers have their norm; None for all. An array instead
+        of booleans may be traced; then all norms are there, and those that are off are
+        passed by.
       norm_after_activation: whether the norm follows the activation instead of the
         dense layer.
       bias_before_norm: whether a dense layer directly before a norm has a bias; batch
         norm subtracts it again. All others have one.
+      dropout_rate: share of each hidden layer's outputs that training sets to 0; what
+        is left is scaled up. It draws from the random stream "dropout".
       kernel_init: initializer of the kernels; the default suits the sigmoid, and
         `flax.linen.initializers.he_normal()` ReLU.
       num_classes: number of outputs.
+      dtype: to compute in, such as `jnp.bfloat16`; None for that of the examples and
+        parameters, promoted. Parameters are float32, and so are the logits.
     """
 
     widths: Sequence[int] = (100, 100, 100)
     activation: Callable[[Array], Array] = jax.nn.sigmoid
-    norm: Callable[..., nn.Module] | None = None
+    norm: layers.NormConstructor | None = None
+    norm_layers: Sequence[bool] | Array | None = None
     norm_after_activation: bool = False
     bias_before_norm: bool = False
+    dropout_rate: float = 0.0
     kernel_init: initializers.Initializer = initializers.xavier_uniform()
     num_classes: int = 10
+    dtype: Any = None
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool) -> Array:
@@ -41,34 +103,37 @@ class MLP(nn.Module):
 
         Args:
           x: examples `[N, ...]`, each flattened.
-          train: whether norms use the batch's statistics and move their averages.
+          train: whether norms use the batch's statistics and move their averages, and
+            dropout drops.
 
         Returns:
           Logits `[N, num_classes]`.
         """
-
-        def normalised(x: Array, i: int) -> Array:
-            if self.norm is None:
-                return x
-            return self.norm(use_running_average=not train, axis=-1, name=f"norm{i}")(x)
-
-        use_bias = (
-            self.norm is None or self.norm_after_activation or self.bias_before_norm
+        switches = layers.norm_switches(self.norm, self.norm_layers, len(self.widths))
+        dense = functools.partial(
+            nn.Dense, kernel_init=self.kernel_init, dtype=self.dtype
         )
         x = x.reshape(x.shape[0], -1)
-        for i, width in enumerate(self.widths, start=1):
-            x = nn.Dense(
-                width,
-                use_bias=use_bias,
-                kernel_init=self.kernel_init,
-                name=f"dense{i}",
-            )(x)
+        for i, (width, switch) in enumerate(
+            zip(self.widths, switches, strict=True), start=1
+        ):
+            normalised = functools.partial(
+                layers.normalise,
+                norm=self.norm,
+                train=train,
+                axis=-1,
+                batch_axis=0,
+                name=f"norm{i}",
+                switch=switch,
+            )
+            use_bias = (
+                switch is False or self.norm_after_activation or self.bias_before_norm
+            )
+            x = dense(width, use_bias=use_bias, name=f"dense{i}")(x)
             if self.norm_after_activation:
-                x = normalised(self.activation(x), i)
+                x = normalised(self.activation(x))
             else:
-                x = self.activation(normalised(x, i))
-        return nn.Dense(
-            self.num_classes,
-            kernel_init=self.kernel_init,
-            name=f"dense{len(self.widths) + 1}",
-        )(x)
+                x = self.activation(normalised(x))
+            x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
+        last = dense(self.num_classes, name=f"dense{len(self.widths) + 1}")
+        return layers.to_logits(last(x))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +16,13 @@ from flax import linen as nn
 from flax.linen import initializers
 from jax import Array, lax
 
+from bn_jax import fields
 from bn_jax.models import layers
 
 Residual = Literal["plain", "fixup", "skipinit"]
+DEPTHS = fields.Range(
+    "6n + 2, with n at least 1: 8, 14, 20, ...", lambda v: v >= 8 and v % 6 == 2
+)
 HE = initializers.he_normal()
 
 # Its windows are centred on the pixels that `shortcut` keeps; "SAME" would centre them
@@ -26,6 +30,54 @@ HE = initializers.he_normal()
 conv3x3 = functools.partial(
     layers.Conv, kernel_size=(3, 3), padding=((1, 1), (1, 1)), kernel_init=HE
 )
+
+
+def resnet(
+    *,
+    norm: layers.NormConstructor | None = None,
+    num_classes: int = 10,
+    dtype: Any = None,
+    layout: layers.Layout | None = None,
+    depth: Annotated[int, DEPTHS] = 20,
+    width: Annotated[int, fields.AT_LEAST_1] = 16,
+    residual: Residual = "plain",
+) -> ResNet:
+    """Return `ResNet` by options that can be written on a command line.
+
+    Arguments are its attributes.
+
+    Raises:
+      ConfigError: if `residual` is not for networks with a norm.
+    """
+    _check(depth, residual, norm)
+    return ResNet(
+        depth=depth,
+        norm=norm,
+        residual=residual,
+        width=width,
+        num_classes=num_classes,
+        dtype=dtype,
+        layout=layout,
+    )
+
+
+def _check(depth: int, residual: str, norm: layers.NormConstructor | None) -> None:
+    """Refuse attributes that make no ResNet.
+
+    Raises:
+      ConfigError: naming the attribute, its value, and what was expected.
+    """
+    if not DEPTHS.holds(depth):
+        raise fields.ConfigError(f"depth={depth}; expected {DEPTHS.words}")
+    if residual not in get_args(Residual):
+        raise fields.ConfigError(
+            f"residual={residual!r}; expected one of {', '.join(get_args(Residual))}"
+        )
+    if residual != "plain" and norm is not None:
+        raise fields.ConfigError(
+            f"residual={residual} takes the place of a norm, and one is given; give "
+            "norm=none (in Python None), or residual=plain"
+        )
 
 
 def shortcut(x: Array, features: int, stride: int, layout: layers.Layout) -> Array:
@@ -48,15 +100,18 @@ class ResidualBlock(nn.Module):
       features: number of output channels.
       stride: of the first convolution and the shortcut.
       layout: order of the axes of input and output.
-      norm: constructor, called as `norm(name=...)`; None for biases and no norm.
+      normalise: function of an array and a `name` that makes a norm of that name and
+        applies it; None for biases and no norm.
       skip_init: whether the branch is multiplied by a scalar that starts from 0.
+      dtype: to compute in; None for that of input and parameters, promoted.
     """
 
     features: int
     stride: int
     layout: layers.Layout
-    norm: Callable[..., nn.Module] | None = None
+    normalise: Callable[..., Array] | None = None
     skip_init: bool = False
+    dtype: Any = None
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -67,15 +122,16 @@ class ResidualBlock(nn.Module):
                 self.features,
                 layout=self.layout,
                 strides=stride,
-                use_bias=self.norm is None,
+                use_bias=self.normalise is None,
+                dtype=self.dtype,
                 name=f"conv{i}",
             )(y)
-            if self.norm is not None:
-                y = self.norm(name=f"norm{i}")(y)
+            if self.normalise is not None:
+                y = self.normalise(y, name=f"norm{i}")
             if i == 1:
                 y = jax.nn.relu(y)
         if self.skip_init:
-            y = y * self.param("scale", initializers.zeros, ())
+            y = y * scalar(self, "scale", y.dtype)
         return jax.nn.relu(y + shortcut(x, self.features, self.stride, self.layout))
 
 
@@ -92,12 +148,14 @@ class FixupBlock(nn.Module):
       stride: of the first convolution and the shortcut.
       layout: order of the axes of input and output.
       num_blocks: number of blocks in the network.
+      dtype: to compute in; None for that of input and parameters, promoted.
     """
 
     features: int
     stride: int
     layout: layers.Layout
     num_blocks: int
+    dtype: Any = None
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -106,31 +164,32 @@ class FixupBlock(nn.Module):
         scaled_he = initializers.variance_scaling(
             2 / self.num_blocks, "fan_in", "truncated_normal"
         )
-        x = x + scalar_bias(self, "bias1")
-        y = conv3x3(
-            self.features,
-            layout=self.layout,
-            strides=self.stride,
-            use_bias=False,
-            kernel_init=scaled_he,
-            name="conv1",
-        )(x)
-        y = jax.nn.relu(y + scalar_bias(self, "bias2"))
-        y = conv3x3(
+        conv = functools.partial(
+            conv3x3,
             self.features,
             layout=self.layout,
             use_bias=False,
-            kernel_init=initializers.zeros,
-            name="conv2",
-        )(y + scalar_bias(self, "bias3"))
-        y = y * self.param("scale", initializers.ones, ())
-        y = y + scalar_bias(self, "bias4")
+            dtype=self.dtype,
+        )
+        x = x + scalar(self, "bias1", x.dtype)
+        y = conv(strides=self.stride, kernel_init=scaled_he, name="conv1")(x)
+        y = jax.nn.relu(y + scalar(self, "bias2", y.dtype))
+        y = y + scalar(self, "bias3", y.dtype)
+        y = conv(kernel_init=initializers.zeros, name="conv2")(y)
+        y = y * scalar(self, "scale", y.dtype, initializers.ones)
+        y = y + scalar(self, "bias4", y.dtype)
         return jax.nn.relu(y + shortcut(x, self.features, self.stride, self.layout))
 
 
-def scalar_bias(module: nn.Module, name: str) -> Array:
-    """Return a parameter of `module` that is one number and starts from 0."""
-    return module.param(name, initializers.zeros, ())
+def scalar(
+    module: nn.Module,
+    name: str,
+    dtype: Any,
+    initializer: initializers.Initializer = initializers.zeros,
+) -> Array:
+    """Return a parameter of `module` that is one number, in a dtype."""
+    value: Array = module.param(name, initializer, ())
+    return value.astype(dtype)
 
 
 class ResNet(nn.Module):
@@ -140,14 +199,15 @@ class ResNet(nn.Module):
 
     Attributes:
       depth: number of layers with kernels: 8, 14, 20, ..., 56, ..., 110.
-      norm: constructor of the normalisation, called as
-        `norm(use_running_average=..., axis=..., name=...)`; None for none. Convolutions
-        have a bias where they have no norm, except with Fixup.
+      norm: constructor of the normalisation, as `layers.normalise` calls it; None for
+        none. Convolutions have a bias where they have no norm, except with Fixup.
       residual: "plain"; or, without a norm, "fixup" or "skipinit", whose branches start
         from 0.
       width: number of channels of the first stage; each further stage has twice as
         many, on a quarter of the pixels.
       num_classes: number of outputs.
+      dtype: to compute in, such as `jnp.bfloat16`; None for that of the images and
+        parameters, promoted. Parameters are float32, and so are the logits.
       layout: order of the axes of the activations; None chooses the faster one for the
         backend. Parameters and results do not depend on it.
 
@@ -160,10 +220,11 @@ class ResNet(nn.Module):
     """
 
     depth: int = 20
-    norm: Callable[..., nn.Module] | None = None
+    norm: layers.NormConstructor | None = None
     residual: Residual = "plain"
     width: int = 16
     num_classes: int = 10
+    dtype: Any = None
     layout: layers.Layout | None = None
 
     @nn.compact
@@ -178,65 +239,68 @@ class ResNet(nn.Module):
           Logits `[N, num_classes]`.
 
         Raises:
-          ValueError: if the depth is not 6n + 2, or `residual` is unknown or not for
+          ConfigError: if the depth is not 6n + 2, or `residual` is unknown or not for
             networks with a norm.
         """
-        self._check()
+        _check(self.depth, self.residual, self.norm)
         layout = self.layout or layers.default_layout()
         num_blocks = (self.depth - 2) // 6  # in each of three stages
         fixup = self.residual == "fixup"
-        norm = None
+        normalise = None
         if self.norm is not None:
-            norm = functools.partial(
-                self.norm, use_running_average=not train, axis=layout.index("C")
+            normalise = functools.partial(
+                layers.normalise,
+                norm=self.norm,
+                train=train,
+                axis=layout.index("C"),
+                batch_axis=layout.index("N"),
             )
 
         x = conv3x3(
             self.width,
             layout=layout,
-            use_bias=norm is None and not fixup,
+            use_bias=normalise is None and not fixup,
+            dtype=self.dtype,
             name="stem",
         )(layers.from_nhwc(x, layout))
-        if norm is not None:
-            x = norm(name="stem_norm")(x)
+        if normalise is not None:
+            x = normalise(x, name="stem_norm")
         if fixup:
-            x = x + scalar_bias(self, "stem_bias")
+            x = x + scalar(self, "stem_bias", x.dtype)
         x = jax.nn.relu(x)
         for stage in range(3):
             for i in range(num_blocks):
                 features = self.width * 2**stage
                 stride = 2 if stage > 0 and i == 0 else 1
                 name = f"stage{stage + 1}_block{i + 1}"
+                block: nn.Module
                 if fixup:
-                    x = FixupBlock(features, stride, layout, 3 * num_blocks, name=name)(
-                        x
-                    )
-                else:
-                    x = ResidualBlock(
+                    block = FixupBlock(
                         features,
                         stride,
                         layout,
-                        norm,
-                        skip_init=self.residual == "skipinit",
+                        3 * num_blocks,
+                        dtype=self.dtype,
                         name=name,
-                    )(x)
+                    )
+                else:
+                    block = ResidualBlock(
+                        features,
+                        stride,
+                        layout,
+                        normalise,
+                        skip_init=self.residual == "skipinit",
+                        dtype=self.dtype,
+                        name=name,
+                    )
+                x = block(x)
         x = layers.to_nhwc(x, layout).mean((1, 2))
         if fixup:
-            x = x + scalar_bias(self, "head_bias")
-        kernel_init = initializers.zeros if fixup else HE
-        return nn.Dense(self.num_classes, kernel_init=kernel_init, name="head")(x)
-
-    def _check(self) -> None:
-        if self.depth < 8 or self.depth % 6 != 2:
-            raise ValueError(
-                f"depth={self.depth}; expected 6n + 2, n of at least 1: 8, 14, 20, ..."
-            )
-        if self.residual not in get_args(Residual):
-            raise ValueError(
-                f"residual={self.residual!r}; expected one of {get_args(Residual)}"
-            )
-        if self.residual != "plain" and self.norm is not None:
-            raise ValueError(
-                f"residual={self.residual!r} replaces the norm, and norm={self.norm!r} "
-                "is given; give norm=None, or residual='plain'"
-            )
+            x = x + scalar(self, "head_bias", x.dtype)
+        head = nn.Dense(
+            self.num_classes,
+            kernel_init=initializers.zeros if fixup else HE,
+            dtype=self.dtype,
+            name="head",
+        )
+        return layers.to_logits(head(x))

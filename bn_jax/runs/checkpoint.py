@@ -17,20 +17,21 @@ from bn_jax.training.loop import EpochReport, Progress
 from bn_jax.training.state import TrainState
 
 VARIABLES = "variables"
+AVERAGE = "average"  # of the parameters, in a folder of its own
 CHECKPOINTS = "checkpoints"
 
 NUM_LATEST = 3  # kept, and the best
 
 
-def save_variables(workdir: Path, variables: Any) -> None:
-    """Write a model's variables to `workdir`/variables, whole or not at all.
+def save_variables(workdir: Path, variables: Any, *, name: str = VARIABLES) -> None:
+    """Write a model's variables to a folder in `workdir`, whole or not at all.
 
     Raises:
       RunError: if they cannot be written.
     """
     import orbax.checkpoint as ocp  # here, because it takes a second to import
 
-    path = (workdir / VARIABLES).absolute()
+    path = (workdir / name).absolute()
     try:
         with ocp.StandardCheckpointer(
             multiprocessing_options=_primary_alone(), async_options=_folders_first()
@@ -40,22 +41,23 @@ def save_variables(workdir: Path, variables: Any) -> None:
         raise _cannot_write(path, error) from error
 
 
-def load_variables(workdir: Path, like: Any) -> Any:
+def load_variables(workdir: Path, like: Any, *, name: str = VARIABLES) -> Any:
     """Read what `save_variables` wrote.
 
     Args:
       workdir: the run's directory.
       like: variables of the expected structure, shapes and dtypes.
+      name: of the folder.
 
     Raises:
       RunError: if there are none, or they are damaged or of another model.
     """
     import orbax.checkpoint as ocp
 
-    path = (workdir / VARIABLES).absolute()
+    path = (workdir / name).absolute()
     if not path.is_dir():
         raise RunError(
-            f"there is no folder {VARIABLES} in {workdir}; expected the working "
+            f"there is no folder {name} in {workdir}; expected the working "
             "directory of a finished run"
         )
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
@@ -83,7 +85,7 @@ class _LatestAndBest:
 
 
 class Checkpoints:
-    """The checkpoints of a run: the last few, and the best on the test set.
+    """The checkpoints of a run: the last few, and the best.
 
     Writing goes on in the background; a checkpoint has its name only when it is whole.
 
@@ -138,11 +140,11 @@ class Checkpoints:
             **flat(progress.state),
         }
         run = {
-            "history": [report._asdict() for report in progress.history],
+            "history": [report.to_row() for report in progress.history],
             "seconds": progress.seconds,
         }
         # Orbax would forget at a restart which was the best; the history knows.
-        accuracies = {r.step: r.test_accuracy for r in progress.history}
+        accuracies = {r.step: r.best_by for r in progress.history}
         present = accuracies.keys() & {*self.steps, step}
         self._kept.best = max(present, key=lambda s: (accuracies[s], s), default=None)
         self.save_parts(step, arrays, run)
@@ -246,7 +248,7 @@ class Checkpoints:
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise RunError(
                 f"cannot read the checkpoint {self._path / str(step)}: {error}; it is "
-                f"damaged: move it away, and the run goes on from {self._before(step)}"
+                f"damaged: move it away, and the run resumes from {self._before(step)}"
             ) from error
 
     def _refuse(self, step: int, faults: list[str]) -> None:
@@ -279,7 +281,7 @@ def to_bytes(progress: Progress | None) -> bytes:
         return b""
     fields = progress._asdict()
     fields["state"] = serialization.to_state_dict(progress.state)
-    fields["history"] = json.dumps([r._asdict() for r in progress.history])
+    fields["history"] = json.dumps([r.to_row() for r in progress.history])
     return serialization.msgpack_serialize(fields)
 
 
@@ -354,5 +356,5 @@ def _folders_first() -> Any:
 def _cannot_write(path: Path, error: Exception) -> RunError:
     return RunError(
         f"cannot write {path}: {error}; what was written before is kept. Make room, or "
-        "the folder writable, and the same command goes on"
+        "the folder writable, and the same command resumes"
     )

@@ -79,13 +79,12 @@ def start_run(
 ) -> None:
     """Make a working directory that is `locked` ready for a run of `config`.
 
-    Nothing that it holds is overwritten, unless it is an unfinished run of the same
-    config: that is gone on with.
+    Resume an unfinished run of the same config; otherwise overwrite nothing.
 
     Args:
       workdir: the directory.
       config: the run's config, written to config.json.
-      resume: whether to go on with an unfinished run; else it is refused.
+      resume: whether to resume an unfinished run; else it is refused.
       repeat: whether a finished run of the same config may write its results anew.
 
     Raises:
@@ -116,7 +115,7 @@ def start_run(
         )
     if present and not resume:
         raise RunError(
-            f"{workdir} holds an unfinished run of this config; go on with it by "
+            f"{workdir} holds an unfinished run of this config; resume it by "
             "--resume, or give another folder with --workdir"
         )
     write_json(workdir / CONFIG, config)
@@ -203,7 +202,7 @@ def _writing(path: Path) -> Iterator[None]:
     except OSError as error:
         raise RunError(
             f"cannot write {path}: {error.strerror}; what was written before is kept. "
-            "Make room, or the folder writable, and the same command goes on"
+            "Make room, or the folder writable, and the same command resumes"
         ) from error
 
 

@@ -9,18 +9,20 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from flax import linen as nn
 from flax import traverse_util
 from tqdm import tqdm
 
 from bn_jax import data as data_lib
-from bn_jax.runs import results
+from bn_jax.fields import ConfigError
+from bn_jax.runs import checkpoint, distributed, interrupt, results
 from bn_jax.runs.results import RunError
-from bn_jax.runs import checkpoint, distributed, interrupt
-from bn_jax.training import loop, parallel
+from bn_jax.training import loop, own_models, parallel, task
 from bn_jax.training.config import RunOptions, TrainConfig
 from bn_jax.training.loop import EpochReport, Progress
-from bn_jax.training.state import TrainState, init_variables, make_model
+from bn_jax.training.scoring import Score
+from bn_jax.training.state import Network, TrainState
+from bn_jax.training.task import Task, make_network
+from bn_jax.version import __version__
 
 # Training images that take more than this are streamed by default.
 MAX_STORED_BYTES = 10**9
@@ -30,48 +32,59 @@ class Run(NamedTuple):
     """A finished run."""
 
     config: TrainConfig
-    model: nn.Module
+    network: Network
     variables: Any
     metrics: list[dict[str, Any]]  # one row per epoch, as `loop.EpochReport`
     results: dict[str, Any]  # as results.json
+    average: Any = None  # of the parameters, like them; None where none was kept
+
+    def predict(self, images: Any) -> jax.Array:
+        """Return the logits of images given as bytes, `[N, H, W, C]`."""
+        return self.network.predict(self.variables, images)
 
 
-def train_into(
-    workdir: str | Path,
+def train(
     config: TrainConfig,
     data: data_lib.ImageData,
+    *,
+    model: Any = None,
+    workdir: str | Path,
     options: RunOptions | None = None,
 ) -> Run:
-    """Train, evaluate, and write everything to `workdir`; go on where it was stopped.
+    """Train, evaluate, and write everything to `workdir`; resume a run that is there.
 
     Shows a progress bar on a terminal, and prints a line per epoch. With several
     processes, each calls this; process 0 alone reads and writes.
 
     Args:
-      workdir: the run's directory.
       config: what to train.
       data: the images.
+      model: your own Linen module, called as `model(images, train=...)`, NNX module, or
+        function of `nnx.Rngs` that makes one; by default the one that `config` names.
+      workdir: the run's directory.
       options: how to carry it out; by default on one device.
 
     Raises:
       RunError: if `workdir` cannot take this run; nothing is overwritten.
-      ConfigError: if the config does not fit the data or the devices.
+      ConfigError: if the config does not fit the data, the model or the devices.
       FloatingPointError: if the loss is not finite; the last checkpoint is kept.
       Interrupted: on SIGTERM or Ctrl-C, after a checkpoint.
     """
     options = options or RunOptions(devices="1")
-    data = data.with_train_examples(config.train_examples)
-    loop.check_fits(config, data)
+    if model is not None:
+        config = own_models.named(config, model)
+    selected = task.select(config, data)
     placement = parallel.place(
         config, devices=options.devices, parallel=options.parallel
     )
-    steps_per_epoch = len(data.train.labels) // config.batch_size
+    steps_per_epoch = len(selected.train.labels) // config.batch_size
     checkpoint_steps = options.checkpoint_steps(steps_per_epoch)
     trainer = loop.Trainer(
         config,
         data,
+        model=model,
         placement=placement,
-        stream=_is_streamed(options, data),
+        stream=_is_streamed(options, selected),
         checkpoint_steps=checkpoint_steps,
     )
     with contextlib.ExitStack() as stack:
@@ -79,7 +92,7 @@ def train_into(
         like = trainer.progress().state  # all processes take part
         files = None
         if distributed.is_primary():
-            files = _Files(Path(workdir), config, data, trainer)
+            files = _Files(Path(workdir), trainer)
 
         def start() -> bytes:
             assert files is not None  # this is called on the primary alone
@@ -95,10 +108,17 @@ def train_into(
             files.announce(progress)
         _train(trainer, files, request, checkpoint_steps)
         score = trainer.score()
-        variables = trainer.state().variables
-        summary = _summary(trainer, score, variables)
-        rows = [report._asdict() for report in trainer.history]
-        run = Run(config, trainer.model, variables, rows, summary)
+        state = trainer.state()
+        summary = _summary(trainer, score, state.variables)
+        rows = [report.to_row() for report in trainer.history]
+        run = Run(
+            config,
+            trainer.network,
+            state.variables,
+            rows,
+            summary,
+            state.average or None,
+        )
         if files is not None:
             files.finish(run)
         distributed.any_process(False)  # wait for the primary
@@ -106,38 +126,42 @@ def train_into(
 
 
 def train_or_load(
-    workdir: str | Path,
     config: TrainConfig,
     data: data_lib.ImageData,
+    *,
+    model: Any = None,
+    workdir: str | Path,
     options: RunOptions | None = None,
 ) -> Run | None:
-    """Read the finished run in `workdir`, or train it there, or go on with it.
+    """Read the finished run in `workdir`; train it there, or resume it, otherwise.
 
     Args:
-      workdir: as for `train_into`.
-      config: as for `train_into`.
-      data: as for `train_into`.
-      options: as for `train_into`.
+      config: as for `train`.
+      data: as for `train`.
+      model: as for `train`.
+      workdir: as for `train`.
+      options: as for `train`.
 
     Returns:
       The run; None on processes other than the primary, where it was read.
 
     Raises:
-      RunError: if `workdir` holds another run, or as `train_into` says.
+      RunError: if `workdir` holds another run, or as `train` says.
     """
     workdir = Path(workdir)
-    data = data.with_train_examples(config.train_examples)
     done = distributed.on_primary(
         lambda: b"done" if (workdir / results.RESULTS).exists() else b""
     )
     if not done:
-        return train_into(workdir, config, data, options)
+        return train(config, data, model=model, workdir=workdir, options=options)
     if not distributed.is_primary():
         return None
-    run = load(workdir)
+    run = load(workdir, model=model)
+    if model is not None:
+        config = own_models.named(config, model)
     faults = results.differences(
         {**run.config.to_dict(), "data": run.results["data_source"]},
-        {**config.to_dict(), "data": data.source},
+        {**config.to_dict(), "data": task.select(config, data).source},
     )
     if faults:
         raise RunError(
@@ -172,7 +196,7 @@ def _train(
             raise interrupt.Interrupted(
                 request.signum or signal.SIGTERM,
                 f"stopped at step {trainer.step} of {trainer.num_steps}; the same "
-                "command goes on from there",
+                "command resumes from there",
             )
         if files is not None:
             files.show(trainer)
@@ -181,28 +205,22 @@ def _train(
 class _Files:
     """What the primary reads, writes and shows."""
 
-    def __init__(
-        self,
-        workdir: Path,
-        config: TrainConfig,
-        data: data_lib.ImageData,
-        trainer: loop.Trainer,
-    ) -> None:
-        self._workdir, self._config = workdir, config
-        self._trainer, self._data = trainer, data
+    def __init__(self, workdir: Path, trainer: loop.Trainer) -> None:
+        self._workdir, self._config = workdir, trainer.config
+        self._trainer, self._data = trainer, trainer.data
         self._checkpoints: checkpoint.Checkpoints | None = None
         self._bar = tqdm(
             total=trainer.num_steps, unit="step", disable=None, leave=False
         )
 
     def start(self, like: TrainState, *, resume: bool) -> Progress | None:
-        """Make the directory ready; return what there is to go on from."""
+        """Make the directory ready; return the progress to resume from."""
         results.start_run(self._workdir, self._config.to_dict(), resume=resume)
         progress = None
         if (self._workdir / checkpoint.CHECKPOINTS).exists():
             progress = self._open().latest(like)
         history = () if progress is None else progress.history
-        results.write_metrics(self._workdir, (r._asdict() for r in history))
+        results.write_metrics(self._workdir, (r.to_row() for r in history))
         return progress
 
     def _open(self) -> checkpoint.Checkpoints:
@@ -218,7 +236,7 @@ class _Files:
         return self._checkpoints
 
     def announce(self, progress: Progress | None) -> None:
-        """Say on what the run goes, and from where."""
+        """Print the devices and the starting step."""
         placement, batch_size = self._trainer.placement, self._config.batch_size
         num_devices = len(placement.devices)
         if num_devices > 1:
@@ -231,13 +249,13 @@ class _Files:
             self._bar.write("training images are streamed to the devices")
         if progress is not None:
             step = len(progress.step_losses)
-            self._bar.write(f"going on from step {step} of {self._trainer.num_steps}")
+            self._bar.write(f"resuming from step {step} of {self._trainer.num_steps}")
             self._bar.update(step)
         self._bar.set_postfix_str("compiling")
 
     def add_epoch(self, report: EpochReport) -> None:
         """Write and show an epoch's line."""
-        results.append_metrics(self._workdir, report._asdict())
+        results.append_metrics(self._workdir, report.to_row())
         self._bar.write(_line(report, self._config.epochs))
 
     def save(self, progress: Progress) -> None:
@@ -256,6 +274,10 @@ class _Files:
         from bn_jax import plots  # here, so that training starts sooner
 
         checkpoint.save_variables(self._workdir, run.variables)
+        if run.average is not None:
+            checkpoint.save_variables(
+                self._workdir, run.average, name=checkpoint.AVERAGE
+            )
         plots.curves(run.metrics, run.results, self._workdir / "curves.png")
         if run.results["gamma_beta"]:
             path = self._workdir / "gamma_beta.png"
@@ -271,9 +293,7 @@ class _Files:
             opened.close()
 
 
-def _summary(
-    trainer: loop.Trainer, score: loop.Score, variables: Any
-) -> dict[str, Any]:
+def _summary(trainer: loop.Trainer, score: Score, variables: Any) -> dict[str, Any]:
     """Return what results.json holds."""
     last = trainer.history[-1]
     seconds = sum(report.seconds for report in trainer.history)
@@ -284,42 +304,66 @@ def _summary(
     return {
         "train_loss": last.loss,
         "train_accuracy": last.train_accuracy,
-        **score._asdict(),
+        **score.to_row(),
         "exact_statistics_examples": num_examples,
         "examples_per_second": last.step * trainer.config.batch_size / seconds,
         "compile_seconds": trainer.compile_seconds,
         "num_devices": len(trainer.placement.devices),
         "num_processes": jax.process_count(),
         "data_source": trainer.data.source,
+        "task": trainer.task.to_dict(),
+        "class_names": list(trainer.data.class_names),
         "first_step_losses": losses[:20].astype(float).tolist(),
         "gamma_beta": gamma_beta(variables),
     }
 
 
-def load(
-    workdir: str | Path,
-    *,
-    num_classes: int = 10,
-    images_shape: tuple[int, ...] = (28, 28, 1),
-) -> Run:
+def load(workdir: str | Path, *, model: Any = None) -> Run:
     """Read a finished run.
 
     Args:
-      workdir: the directory that `train_into` wrote.
-      num_classes: of the data set; 10 in all those of `bn_jax.data`.
-      images_shape: `[H, W, C]` of the data set, likewise.
+      workdir: the directory that `train` wrote.
+      model: the user's own, of a run that it was passed to.
 
     Raises:
       RunError: if the directory does not hold a finished run, or files are damaged.
-      ConfigError: if its config is of another version of the program.
+      ConfigError: if its config is of another version of the program, or its model was
+        passed in, and is not now.
     """
     workdir = Path(workdir)
-    config = TrainConfig.from_dict(results.read_object(workdir / results.CONFIG))
+    config = read_config(workdir, results.read_object(workdir / results.CONFIG))
     summary = results.read_object(workdir / results.RESULTS)
-    model = make_model(config, num_classes=num_classes)
-    like = init_variables(model, jax.random.key(0), images_shape)
+    if model is not None:
+        config = own_models.named(config, model)
+    of_task = Task.from_dict(summary["task"])
+    network = make_network(config, of_task, model=model)
+    like = jax.eval_shape(network.init, jax.random.key(0))
     variables = checkpoint.load_variables(workdir, like)
-    return Run(config, model, variables, results.read_metrics(workdir), summary)
+    average = None
+    if config.average_weights:
+        average = checkpoint.load_variables(
+            workdir, like["params"], name=checkpoint.AVERAGE
+        )
+    rows = results.read_metrics(workdir)
+    return Run(config, network, variables, rows, summary, average)
+
+
+def read_config(workdir: Path, values: dict[str, Any]) -> TrainConfig:
+    """Return the config of a run in `workdir`.
+
+    Raises:
+      ConfigError: naming the version that wrote it, if that is another.
+    """
+    written_by = results.read_object(workdir / results.ENVIRONMENT).get("bn_jax")
+    try:
+        return TrainConfig.from_dict(values)
+    except ConfigError as error:
+        if written_by == __version__:
+            raise
+        raise ConfigError(
+            f"{workdir} was written by bn_jax {written_by}, whose configs "
+            f"{__version__} does not read; read it with that version, or train it again"
+        ) from error
 
 
 def gamma_beta(variables: Any) -> dict[str, dict[str, list[float]]]:

@@ -1,4 +1,4 @@
-"""What a run is, and how it is carried out: dataclasses, and flags by `fields`.
+"""What a run is, and how it is carried out.
 
 `TrainConfig` is every choice that decides a run's numbers; `RunOptions` is on which
 devices and in which parts they are computed. Where the data lie and where results go is
@@ -11,45 +11,34 @@ import copy
 import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
+from bn_jax import data as data_lib
 from bn_jax.fields import (
     AT_LEAST_1,
     BELOW_1,
     NOT_NEGATIVE,
     POSITIVE,
-    SHARE,
     ConfigError,
     Range,
     check,
     option,
+    parse,
 )
+from bn_jax.models import MODELS
+from bn_jax.names import Table
+from bn_jax.training.augment import AUGMENTATIONS
+from bn_jax.training.inputs import INPUTS
+from bn_jax.training.optimizers import OPTIMIZERS
+from bn_jax.training.parameters import RATE_FACTORS, TRAINED
+from bn_jax.training.schedules import SCHEDULES
+from bn_jax.transforms import NORMS
+
+# The start of `TrainConfig.model` where the user passed the model in, before its class.
+OWN_MODEL = "own:"
 
 # JAX's keys keep 32 bits of a seed: greater ones would repeat these.
 _SEED = Range("a number from 0 to 2**32 - 1", lambda v: 0 <= v < 2**32)
-# What the models know by name, without importing them here.
-NORMS = (
-    "batch_norm",
-    "flax",
-    "none",
-    "renorm",
-    "layer",
-    "group",
-    "instance",
-    "whitening",
-    "quantile",
-)
-_NORM = Range(
-    f"one of {', '.join(NORMS)}, with attributes if need be, such as "
-    "whitening:method=zca,max_group_size=16",
-    lambda v: (
-        re.fullmatch(rf"({'|'.join(NORMS)})(:\w+=[^,=]+(,\w+=[^,=]+)*)?", v) is not None
-    ),
-)
-_NORM_LAYERS = Range(
-    "four digits 0 or 1, such as 0011",
-    lambda v: re.fullmatch("[01]{4}", v) is not None,
-)
 _BATCH_STATS = Range(
     "synced, per_device or groups:K with K devices a group, such as groups:2",
     lambda v: re.fullmatch(r"synced|per_device|groups:[1-9]\d*", v) is not None,
@@ -66,7 +55,10 @@ _EVERY = Range(
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """A training run, complete and hashable; refuses values out of range.
+    """A training run, complete and hashable; the defaults are the chapter's.
+
+    Fields that name something take a name with options, `name:key=value,...`, and hold
+    it in one canonical form: options in their order, defaults left out.
 
     Raises:
       ConfigError: naming each bad field, its value, and what was expected.
@@ -74,84 +66,95 @@ class TrainConfig:
 
     dataset: str = option(
         "auto",
-        "Images to train on. 'auto' takes the full Fashion-MNIST where it is at hand "
-        "and the embedded sample of it (6,000 + 1,000 images) otherwise.",
-        choices=("auto", "fashion_mnist", "mnist", "kmnist", "sample"),
+        f"Images to train on: {', '.join(data_lib.DATASETS)}. 'auto' takes the full "
+        "Fashion-MNIST where it is at hand and the embedded sample of it "
+        "(6,000 + 1,000 images) otherwise; npz:PATH is a file of your own.",
     )
     train_examples: int = option(
         0, "Train on the first N images; 0 for all.", valid=NOT_NEGATIVE
     )
-    activation: str = option(
-        "sigmoid", "After each of the four layers.", choices=("sigmoid", "relu")
+    validation: int = option(
+        0,
+        "Set the last N training images aside, score them after each epoch, and keep "
+        "the checkpoint that is best on them; 0 for none.",
+        valid=NOT_NEGATIVE,
     )
+    inputs: str = option("unit", "How bytes become numbers.", table=INPUTS)
+    augment: str = option(
+        "none", "How training images are changed at random.", table=AUGMENTATIONS
+    )
+    model: str = option("lenet", "The network.", table=MODELS)
     norm: str = option(
         "batch_norm",
-        f"<{'|'.join(NORMS)}>, with attributes as in group:num_groups=2 if need be: "
-        "what normalises before each activation; flax is Flax's own batch norm.",
-        valid=_NORM,
+        "What the network normalises with; flax is Flax's own batch norm.",
+        table=NORMS,
     )
-    norm_layers: str = option(
-        "1111",
-        "Which of the four layers have the norm, in order: two convolutions, then two "
-        "dense layers; 0011 has it after the dense layers alone.",
-        valid=_NORM_LAYERS,
-    )
-    train_gamma: bool = option(True, "Whether the norms' gamma learns; else it is 1.")
-    train_beta: bool = option(True, "Whether the norms' beta learns; else it is 0.")
     trained: str = option(
         "all",
-        "What learns, the rest staying as initialised: all; the norms' gamma and beta "
-        "alone; these and the last layer; or as many other parameters, chosen at "
-        "random.",
-        choices=("all", "norm", "norm_and_last", "random"),
-    )
-    dropout_rate: float = option(
-        0.0, "Share of values that training sets to 0.", valid=BELOW_1
-    )
-    dropout_at: str = option(
-        "dense",
-        "Where: after both hidden dense layers, the first of which a norm follows; or "
-        "after the last of them alone.",
-        choices=("dense", "last"),
-    )
-    bias_before_norm: bool = option(
-        True, "Whether layers before a norm have a bias; batch norm cancels it."
-    )
-    first_padding: int = option(
-        0,
-        "Pixels of 0 around the images: 0 in the chapter on batch normalisation, 2 in "
-        "the one that introduces LeNet without it.",
-        valid=NOT_NEGATIVE,
+        "What learns, the rest staying as initialised: all, perhaps without the norms' "
+        "gamma or beta; the norms alone, or with another layer; or as many other "
+        "parameters, chosen at random.",
+        table=TRAINED,
     )
     epochs: int = option(10, "Passes over the training images.", valid=AT_LEAST_1)
     batch_size: int = option(
         256,
-        "Images a step; those left over at an epoch's end are dropped.",
+        "Images a step, on all devices together; those left over at an epoch's end are "
+        "dropped.",
         valid=AT_LEAST_1,
     )
-    learning_rate: float = option(1.0, "(Initial) learning rate.", valid=POSITIVE)
-    optimizer: str = option(
-        "sgd",
-        "Plain SGD, SGD with momentum, or Adam.",
-        choices=("sgd", "momentum", "adam"),
-    )
-    optimizer_momentum: float = option(
-        0.9,
-        "Momentum of --optimizer=momentum (not of the statistics).",
-        valid=SHARE,
-    )
+    learning_rate: float = option(1.0, "(Peak) learning rate.", valid=POSITIVE)
+    optimizer: str = option("sgd", "The optimizer.", table=OPTIMIZERS)
     schedule: str = option(
-        "constant",
-        "Learning rate over the run: constant, or a cosine from the initial one to 0.",
-        choices=("constant", "cosine"),
+        "constant", "The learning rate over the run.", table=SCHEDULES
     )
-    momentum: float = option(
-        0.9,
-        "Weight of the OLD average in the moving statistics of batch norm.",
-        valid=SHARE,
+    weight_decay: float = option(
+        0.0,
+        "Added to the gradient, times the parameters (adamw decouples it).",
+        valid=NOT_NEGATIVE,
     )
-    epsilon: float = option(
-        1e-5, "Added to the variance in batch norm.", valid=POSITIVE
+    decay: str = option(
+        "kernels",
+        "What decays: kernels alone, not norms and biases; or all parameters.",
+        choices=("kernels", "all"),
+    )
+    clip_norm: float = option(
+        0.0,
+        "Largest norm of the gradient, which is scaled down to it; 0 for any.",
+        valid=NOT_NEGATIVE,
+    )
+    label_smoothing: float = option(
+        0.0, "Share of a label spread over all classes.", valid=BELOW_1
+    )
+    rate_factors: str = option(
+        "",
+        "PATTERN=FACTOR;...: factors of the learning rate for parameters whose path, "
+        "such as dense1/kernel, matches a regular expression.",
+        valid=RATE_FACTORS,
+    )
+    accumulate: int = option(
+        1,
+        "Micro-batches that a batch is cut into, whose gradients are averaged: a "
+        "divisor of the batch, for batches that do not fit a device.",
+        valid=AT_LEAST_1,
+    )
+    accumulate_stats: str = option(
+        "each",
+        "Micro-batches are normalised each by its own statistics. The moving averages "
+        "take these one after another (each), or take the moments of the whole batch "
+        "at once (once).",
+        choices=("each", "once"),
+    )
+    average_weights: float = option(
+        0.0,
+        "Decay a step of an exponential average of the weights, which is scored at "
+        "the end with exact statistics of its own; 0 for none.",
+        valid=BELOW_1,
+    )
+    precision: str = option(
+        "float32",
+        "Of activations and gradients; parameters and statistics are float32.",
+        choices=("float32", "bfloat16"),
     )
     batch_stats: str = option(
         "synced",
@@ -169,27 +172,98 @@ class TrainConfig:
         0, "Decides initial weights and the order of images.", valid=_SEED
     )
 
+    _traced: ClassVar[Mapping[str, Any]] = {}
+
     def __post_init__(self) -> None:
-        """Check each field's type and range."""
+        """Check each field's type and range, and write names in one form."""
         check(self)
+        faults = []
+        try:
+            data_lib.check_name(self.dataset)
+        except data_lib.DataError as error:
+            faults.append(str(error))
+        for name, table in _tables().items():
+            text = getattr(self, name)
+            if name == "model" and text.startswith(OWN_MODEL):
+                continue
+            try:
+                object.__setattr__(self, name, table.canonical(text))
+            except ConfigError as error:
+                faults.append(str(error))
+        if faults:
+            raise ConfigError("; ".join(faults))
+        if self.batch_size % self.accumulate:
+            raise ConfigError(
+                f"accumulate={self.accumulate} does not divide batch_size="
+                f"{self.batch_size}; give a divisor"
+            )
+
+    def value(self, name: str) -> Any:
+        """Return a field, or an option of a named field, such as "norm.momentum".
+
+        Raises:
+          ConfigError: if there is no such field or option.
+        """
+        return value_of(dataclasses.asdict(self), name)
+
+    def replaced(self, name: str, value: Any) -> TrainConfig:
+        """Return a copy with another value of a field or of a named field's option.
+
+        Raises:
+          ConfigError: if there is no such field or option, or the value does not fit.
+        """
+        field, _, option_name = name.partition(".")
+        if option_name:
+            table = _table(field)
+            value = table.replaced(getattr(self, field), **{option_name: value})
+        return dataclasses.replace(self, **{field: value})
+
+    def replaced_by_text(self, name: str, text: str) -> TrainConfig:
+        """Return `replaced` with the value that a text writes.
+
+        Raises:
+          ConfigError: as `replaced`, or if the text writes no value of the field.
+        """
+        field, _, option_name = name.partition(".")
+        if option_name:
+            table = _table(field)
+            kind = table.options(table.parse(getattr(self, field)).name)
+            self.value(name)  # refuses an option that there is not
+            return self.replaced(name, kind[option_name].parse(text))
+        (known,) = (f for f in dataclasses.fields(self) if f.name == name)
+        return self.replaced(name, parse(known, text))
+
+    def with_traced(self, values: Mapping[str, Any]) -> TrainConfig:
+        """Return a copy in which fields and options are traced values, by name.
+
+        Traced values cannot be checked. Those of options are read with `traced`.
+        """
+        traced = copy.copy(self)
+        options = {name: v for name, v in values.items() if "." in name}
+        object.__setattr__(traced, "_traced", {**self._traced, **options})
+        for name in values.keys() - options.keys():
+            object.__setattr__(traced, name, values[name])
+        return traced
+
+    def traced(self, field: str) -> dict[str, Any]:
+        """Return the traced values of a named field's options."""
+        return {
+            name.partition(".")[2]: value
+            for name, value in self._traced.items()
+            if name.startswith(f"{field}.")
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a dict that JSON can hold."""
         return dataclasses.asdict(self)
-
-    def with_traced(self, values: Mapping[str, Any]) -> TrainConfig:
-        """Return a copy in which fields are traced values, which cannot be checked."""
-        traced = copy.copy(self)
-        for name, value in values.items():
-            object.__setattr__(traced, name, value)
-        return traced
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
         """Return the config of such a dict.
 
         Raises:
-          ConfigError: if fields are missing or unknown, or a value is out of range.
+          ConfigError: if fields are missing or unknown, as in a run of another version,
+            or a value is out of range.
         """
         names = {field.name for field in dataclasses.fields(cls)}
         missing, unknown = names - values.keys(), values.keys() - names
@@ -199,6 +273,65 @@ class TrainConfig:
                 f"{sorted(missing)}, unknown: {sorted(unknown)}"
             )
         return cls(**values)
+
+
+def _tables() -> dict[str, Table[Any]]:
+    """Return the tables of the fields that take a name."""
+    return {
+        field.name: field.metadata["table"]
+        for field in dataclasses.fields(TrainConfig)
+        if field.metadata["table"] is not None
+    }
+
+
+def _table(field: str) -> Table[Any]:
+    tables = _tables()
+    if field not in tables:
+        raise ConfigError(
+            f"{field!r} is no field with options; those are {', '.join(tables)}"
+        )
+    return tables[field]
+
+
+def value_of(config: Mapping[str, Any], name: str) -> Any:
+    """Return a field of a config's dict, or an option, such as "norm.momentum".
+
+    Args:
+      config: as `TrainConfig.to_dict` returns it.
+      name: of the field, with that of the option after a dot.
+
+    Raises:
+      ConfigError: if there is no such field or option.
+    """
+    field, _, option_name = name.partition(".")
+    if field not in config:
+        raise ConfigError(f"{field!r} is no field; expected one of {', '.join(config)}")
+    if not option_name:
+        return config[field]
+    return _table(field).value(config[field], option_name)
+
+
+def traceable(config: TrainConfig) -> dict[str, Any]:
+    """Return what a compiled program can take as an argument, by name: numbers.
+
+    Returns:
+      The values of `config`: learning rate, seed, and the options of named fields that
+      are marked so, by dotted name.
+    """
+    found = {"learning_rate": config.learning_rate}
+    for field, table in _tables().items():
+        text = getattr(config, field)
+        if text.startswith(OWN_MODEL):
+            continue
+        options = table.options(table.parse(text).name)
+        for name, known in options.items():
+            # A layer without norm needs the bias that others then do not have.
+            adds_bias = name == "norm_layers" and not table.value(
+                text, "bias_before_norm"
+            )
+            if known.is_traceable and not adds_bias:
+                found[f"{field}.{name}"] = table.value(text, name)
+    return {**found, "seed": config.seed}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,11 +364,11 @@ class RunOptions:
     )
     checkpoint_every: str = option(
         "1epoch",
-        "<Nepochs|Nsteps|never>: how often the state is saved, to go on from.",
+        "<Nepochs|Nsteps|never>: how often the state is saved, to resume from.",
         valid=_EVERY,
     )
     resume: bool = option(
-        True, "Go on from the last checkpoint where the folder holds this run."
+        True, "Resume from the last checkpoint where the folder holds this run."
     )
 
     def __post_init__(self) -> None:

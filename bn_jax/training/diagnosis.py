@@ -7,20 +7,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import linen as nn
 from flax import traverse_util
 from jax import Array
 
 from bn_jax.training import step as step_lib
-from bn_jax.training.state import TrainState
+from bn_jax.training.losses import losses
+from bn_jax.training.state import Network, TrainState
 
 
-def first_not_finite(model: nn.Module, state: TrainState, batch: step_lib.Batch) -> str:
+def first_not_finite(network: Network, state: TrainState, batch: step_lib.Batch) -> str:
     """Return, in words, what a training step from `state` first makes not finite.
 
     Args:
-      model: called as `model(images, train=True)`.
+      network: what is trained.
       state: before the step.
       batch: of the step.
     """
@@ -43,16 +43,14 @@ def first_not_finite(model: nn.Module, state: TrainState, batch: step_lib.Batch)
             return y
 
         with nn.intercept_methods(note):
-            logits, _ = model.apply(
+            logits, _ = network.apply(
                 {"params": params, "batch_stats": state.batch_stats},
-                step_lib.to_float(jnp.asarray(batch.images)),
+                jnp.asarray(batch.images),
                 train=True,
                 mutable=["batch_stats"],
+                rngs={"dropout": jax.random.key(0)},
             )
-        losses = optax.softmax_cross_entropy_with_integer_labels(
-            logits, jnp.asarray(batch.labels)
-        )
-        return losses.mean(), finite
+        return losses(logits, jnp.asarray(batch.labels)).mean(), finite
 
     gradient_of = jax.jit(jax.value_and_grad(forward, has_aux=True))
     (loss, finite), gradients = gradient_of(state.params)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from flax import linen as nn
+from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
 from bn_jax import data as data_lib
@@ -30,10 +30,10 @@ class Evaluation(NamedTuple):
 
 
 class Evaluator:
-    """Evaluates a model's variables on one data set.
+    """Evaluates variables on one data set.
 
     Args:
-      model: the model.
+      predict: gives the logits of a batch of images, of variables and images.
       split: the data set, with at least one example.
       devices: of all processes; each takes an equal part.
       stored: whether the data set stays in the devices' memory; else it is sent there
@@ -43,7 +43,7 @@ class Evaluator:
 
     def __init__(
         self,
-        model: nn.Module,
+        predict: Callable[[Any, Array], Array],
         split: data_lib.Split,
         *,
         devices: Sequence[jax.Device],
@@ -60,7 +60,8 @@ class Evaluator:
         self._replicated = NamedSharding(mesh, PartitionSpec())
         self._by_column = NamedSharding(mesh, PartitionSpec(None, parallel.DATA))
         self._evaluate = jax.jit(
-            functools.partial(step_lib.evaluate, model), out_shardings=self._replicated
+            functools.partial(step_lib.evaluate, predict),
+            out_shardings=self._replicated,
         )
         self._compiled: Any = None
         self._stored = list(self._parts()) if stored else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -10,25 +9,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
-from jax.sharding import NamedSharding, PartitionSpec
 
 from bn_jax import data as data_lib
-from bn_jax.fields import ConfigError
-from bn_jax.measures import population
-from bn_jax.training import diagnosis, feed, memory, parallel
+from bn_jax.training import diagnosis, feed, own_models, parallel, scoring, task
 from bn_jax.training import step as step_lib
 from bn_jax.training.config import TrainConfig
-from bn_jax.training.evaluation import BATCH_SIZE, Evaluator
-from bn_jax.training.state import (
-    TrainState,
-    dropout_key,
-    init_state,
-    init_variables,
-    make_model,
-    make_optimizer,
-    make_schedule,
-)
+from bn_jax.training.evaluation import Evaluator
+from bn_jax.training.optimizers import make_optimizer, make_schedule
+from bn_jax.training.scoring import Score
+from bn_jax.training.state import TrainState, init_state
+from bn_jax.training.task import Task
 
 # Of a data set that is streamed, so many examples give the exact statistics.
 MAX_STREAMED_EXAMPLES = 2**16
@@ -45,6 +35,22 @@ class EpochReport(NamedTuple):
     test_accuracy: float  # likewise
     seconds: float  # of training alone, without evaluation or compilation
     examples_per_second: float  # trained, without evaluation or compilation
+    validation_loss: float | None = None  # as that of the test set; None without one
+    validation_accuracy: float | None = None  # likewise
+
+    @property
+    def best_by(self) -> float:
+        """What the best checkpoint is chosen by: accuracy on the validation set.
+
+        Without one it is that on the test set.
+        """
+        if self.validation_accuracy is None:
+            return self.test_accuracy
+        return self.validation_accuracy
+
+    def to_row(self) -> dict[str, float]:
+        """Return the fields that have a value."""
+        return {name: v for name, v in self._asdict().items() if v is not None}
 
 
 class Progress(NamedTuple):
@@ -57,25 +63,6 @@ class Progress(NamedTuple):
     seconds: float  # of training in the epoch that is not
 
 
-class Fit(NamedTuple):
-    """What `fit` returns."""
-
-    model: nn.Module
-    state: TrainState
-    history: list[EpochReport]
-    step_losses: np.ndarray  # shape [steps], float32
-    compile_seconds: float
-
-
-class Score(NamedTuple):
-    """Test accuracy by the moving averages and by the training set's statistics."""
-
-    test_loss: float
-    test_accuracy: float
-    test_loss_exact: float
-    test_accuracy_exact: float
-
-
 class Trainer:
     """A run that can be looked at, saved and gone on from between calls.
 
@@ -85,14 +72,16 @@ class Trainer:
     Args:
       config: what to train, and how.
       data: the images.
+      model: the user's own Linen or NNX module, called as `model(images, train=...)`,
+        instead of the one that `config` names.
       placement: the devices; by default JAX's first.
       stream: whether training images are streamed to the devices, which then need not
         hold all of them.
       checkpoint_steps: `train` pauses at each multiple of it.
-      make_train_step: called as `step.make_train_step`, for a step that does more.
+      wrap_step: makes of the training step one that does more.
 
     Raises:
-      ConfigError: if a batch is larger than the training set.
+      ConfigError: if the config does not fit the data, the model or the devices.
     """
 
     def __init__(
@@ -100,18 +89,29 @@ class Trainer:
         config: TrainConfig,
         data: data_lib.ImageData,
         *,
+        model: Any = None,
         placement: parallel.Placement | None = None,
         stream: bool = False,
         checkpoint_steps: int | None = None,
-        make_train_step: Callable[..., step_lib.TrainStep] = step_lib.make_train_step,
+        wrap_step: Callable[[step_lib.TrainStep], step_lib.TrainStep] = lambda s: s,
     ) -> None:
-        data = data.with_train_examples(config.train_examples)
-        check_fits(config, data)
+        if model is not None:
+            config = own_models.named(config, model)
+        data = task.select(config, data)
         placement = placement or parallel.place(config)
         self.config, self.data, self.placement = config, data, placement
         self.stream, self._checkpoint_steps = stream, checkpoint_steps
-        num_classes = len(data.class_names)
-        self.model = make_model(config, num_classes=num_classes)
+        self.task = Task.of(config, data)
+        self.network = task.make_network(config, self.task, model=model)
+        trained = task.make_network(
+            config,
+            self.task,
+            model=model,
+            norm_attributes=parallel.norm_attributes(config, placement),
+        )
+        self.network.check_fits()
+        if model is not None:
+            own_models.check_sharing(config, placement, trained)
         init_key, self.order_key = jax.random.split(jax.random.key(config.seed))
         self._order = feed.Order(
             self.order_key,
@@ -119,22 +119,23 @@ class Trainer:
             batch_size=config.batch_size,
         )
         self.steps_per_epoch = self._order.steps_per_epoch
-        self._optimizer = make_optimizer(config, steps_per_epoch=self.steps_per_epoch)
-        options = parallel.sharing_options(config, placement)
+        optimizer = make_optimizer(config, steps_per_epoch=self.steps_per_epoch)
         self._steps = parallel.make_steps(
             placement,
-            make_train_step(
-                make_model(config, num_classes=num_classes, **options),
-                self._optimizer,
-                axis_name=parallel.DATA if placement.uses_axis else None,
-                dropout_key=dropout_key(config),
+            wrap_step(
+                task.make_step(
+                    config,
+                    trained,
+                    optimizer,
+                    axis_name=parallel.DATA if placement.uses_axis else None,
+                )
             ),
         )
-        self._evaluate = Evaluator(
-            self.model, data.test, devices=placement.devices, stored=not stream
-        )
-        variables = init_variables(self.model, init_key, data.train.images.shape[1:])
-        state = jax.tree.map(np.asarray, init_state(variables, self._optimizer))
+        self._evaluate = self._evaluator(data.test)
+        self._validate = data.validation and self._evaluator(data.validation)
+        variables = self.network.init(init_key)
+        state = init_state(variables, optimizer, averages=config.average_weights > 0)
+        state = jax.tree.map(np.asarray, state)
         self.restore(
             Progress(
                 _with_copies(state, placement.num_states),
@@ -143,6 +144,14 @@ class Trainer:
                 history=(),
                 seconds=0.0,
             )
+        )
+
+    def _evaluator(self, split: data_lib.Split) -> Evaluator:
+        return Evaluator(
+            self.network.predict,
+            split,
+            devices=self.placement.devices,
+            stored=not self.stream,
         )
 
     @property
@@ -274,7 +283,7 @@ class Trainer:
         images, labels = (jnp.asarray(array[rows]) for array in self.data.train)
         batch = step_lib.Batch(images, labels)
         rate = make_schedule(self.config, steps_per_epoch=self.steps_per_epoch)
-        where = diagnosis.first_not_finite(self.model, self.state(), batch)
+        where = diagnosis.first_not_finite(self.network, self.state(), batch)
         raise FloatingPointError(
             f"{'the loss is' if not np.isfinite(loss) else 'parameters are'} not "
             f"finite at step {self.step + 1} (learning_rate="
@@ -283,13 +292,15 @@ class Trainer:
 
     def _report(self, epoch: int) -> EpochReport:
         """Evaluate and return the report of the epoch that has ended."""
-        tested = self._evaluate(self.state().variables)
+        variables = self.state().variables
+        tested = self._evaluate(variables)
         if not np.isfinite(tested.loss):
             raise FloatingPointError(
                 f"the loss on the test set is not finite after epoch {epoch + 1} "
                 f"(learning_rate={self.config.learning_rate}); try a smaller "
                 "--learning_rate"
             )
+        validated = None if self._validate is None else self._validate(variables)
         steps = slice(self.step - self.steps_per_epoch, self.step)
         num_examples = self.steps_per_epoch * self.config.batch_size
         report = EpochReport(
@@ -301,6 +312,8 @@ class Trainer:
             test_accuracy=tested.accuracy,
             seconds=self._seconds,
             examples_per_second=num_examples / self._seconds,
+            validation_loss=validated and validated.loss,
+            validation_accuracy=validated and validated.accuracy,
         )
         self._seconds = 0.0
         self.history.append(report)
@@ -308,13 +321,14 @@ class Trainer:
 
     def score(self) -> Score:
         """Evaluate by moving averages and by exact statistics of the training set."""
-        return _score(
-            self.model,
-            self.state().variables,
-            self.data,
+        state = self.state()
+        return scoring.score(
+            self.network,
+            state.variables,
             self._evaluate,
+            self.data.train.images[: MAX_STREAMED_EXAMPLES if self.stream else None],
             devices=self.placement.local_devices,
-            num_examples=MAX_STREAMED_EXAMPLES if self.stream else None,
+            average=state.average,
         )
 
 
@@ -325,101 +339,3 @@ def _with_copies(state: TrainState, num_copies: int) -> TrainState:
         return np.stack([np.asarray(leaf)] * num_copies)
 
     return state.replace(batch_stats=jax.tree.map(copies, state.batch_stats))
-
-
-def fit(
-    config: TrainConfig,
-    data: data_lib.ImageData,
-    *,
-    on_epoch: Callable[[EpochReport], Any] = lambda report: None,
-    **options: Any,
-) -> Fit:
-    """Train a model from its initial state to the end.
-
-    Args:
-      config: what to train, and how.
-      data: the images.
-      on_epoch: called with each epoch's report.
-      **options: of `Trainer`.
-
-    Raises:
-      ConfigError: if a batch is larger than the training set.
-      FloatingPointError: if the loss is not finite.
-    """
-    trainer = Trainer(config, data, **options)
-    for report in trainer.train():
-        if report is not None:
-            on_epoch(report)
-    return Fit(
-        trainer.model,
-        trainer.state(),
-        trainer.history,
-        trainer.progress().step_losses,
-        trainer.compile_seconds,
-    )
-
-
-def check_fits(config: TrainConfig, data: data_lib.ImageData) -> None:
-    """Refuse a config that cannot train on `data`.
-
-    Raises:
-      ConfigError: if a batch is larger than the training set.
-    """
-    num_examples = len(data.train.labels)
-    if config.batch_size > num_examples:
-        raise ConfigError(
-            f"batch_size={config.batch_size} is larger than the training set of "
-            f"{num_examples} images; give at most {num_examples}"
-        )
-
-
-def score(model: nn.Module, variables: Any, data: data_lib.ImageData) -> Score:
-    """Evaluate on the test set by moving averages and by exact statistics.
-
-    Args:
-      model: the model.
-      variables: its parameters and moving averages.
-      data: the training set gives the exact statistics, the test set the accuracy.
-    """
-    devices = jax.local_devices()[:1]
-    evaluate = Evaluator(model, data.test, devices=devices)
-    return _score(model, variables, data, evaluate, devices=devices)
-
-
-def _score(
-    model: nn.Module,
-    variables: Any,
-    data: data_lib.ImageData,
-    evaluate: Evaluator,
-    *,
-    devices: Any,
-    num_examples: int | None = None,
-) -> Score:
-    """Evaluate; `devices`, of this process, measure the exact statistics."""
-    memory.return_freed()  # here most is needed
-    images = data.train.images[:num_examples]
-    if len(images) % len(devices):
-        devices = devices[:1]
-    mesh = jax.sharding.Mesh(np.array(devices), (parallel.DATA,))
-    by_example = NamedSharding(mesh, PartitionSpec(parallel.DATA))
-    replicated = NamedSharding(mesh, PartitionSpec())
-    with jax.set_mesh(mesh):  # convolutions look at it
-        exact = population.exact_statistics(
-            functools.partial(step_lib.predict, model),
-            jax.tree.map(lambda v: parallel.put(v, replicated), variables),
-            parallel.put(images, by_example),
-            batch_size=BATCH_SIZE * len(devices),
-        )
-    by_average = evaluate(variables)
-    by_exact = evaluate({**variables, "batch_stats": exact})
-    return Score(
-        test_loss=by_average.loss,
-        test_accuracy=by_average.accuracy,
-        test_loss_exact=by_exact.loss,
-        test_accuracy_exact=by_exact.accuracy,
-    )
-
-
-def on_device(split: data_lib.Split) -> step_lib.Batch:
-    """Return a split as arrays on the default device, images still as bytes."""
-    return step_lib.Batch(jnp.asarray(split.images), jnp.asarray(split.labels))

@@ -1,6 +1,8 @@
 """The members of a sweep: their configs, and the program of one.
 
-Members differ in `SWEPT` fields alone: numbers that a program takes as arguments.
+Members whose configs differ in numbers alone (`config.traceable`) share one compiled
+program, which takes these as arguments. What else they differ in parts them into
+groups, each with a program of its own.
 """
 
 from __future__ import annotations
@@ -18,122 +20,149 @@ import numpy as np
 from bn_jax.fields import ConfigError
 from bn_jax.training import parallel
 from bn_jax.training import step as step_lib
-from bn_jax.training.config import TrainConfig
-from bn_jax.training.state import (
-    TrainState,
-    dropout_key,
-    make_model,
-    make_optimizer,
-)
+from bn_jax.training.config import TrainConfig, traceable
+from bn_jax.training.optimizers import make_optimizer
+from bn_jax.training.state import Network, TrainState
+from bn_jax.training.task import Task, make_network, make_step
 
-# Fields that a program can take as arguments.
-SWEPT = (
-    "learning_rate",
-    "optimizer_momentum",
-    "momentum",
-    "epsilon",
-    "norm_layers",
-    "train_gamma",
-    "train_beta",
-    "seed",
-)
-
-Values = dict[str, Any]  # fields that differ, and the seed, as arrays
+Values = dict[str, Any]  # numbers that differ, and the seed, as arrays, by dotted name
 
 
 def parse(spec: str, base: TrainConfig) -> list[TrainConfig]:
     """Return the configs of a sweep written as "learning_rate=0.1,1.0;seed=0..4".
 
     Args:
-      spec: fields with their values, all of which are combined; the last field varies
-        fastest. `a..b` stands for the integers from a to b.
+      spec: fields, or options of named fields such as `norm.momentum`, with their
+        values, all of which are combined; the last one varies fastest. `a..b` stands
+        for the integers from a to b. Names that have options of their own are set
+        apart by `|`, as in "norm=batch_norm|whitening:method=zca,max_group_size=16".
       base: gives the other fields.
 
     Raises:
-      ConfigError: if a field cannot be swept, or a value is none of it.
+      ConfigError: if there is no such field or option, or a value does not fit it.
     """
-    fields = {field.name: type(field.default) for field in dataclasses.fields(base)}
-    choices: dict[str, list[Any]] = {}
+    choices: dict[str, list[str]] = {}
     for part in spec.split(";"):
         name, _, text = (piece.strip() for piece in part.partition("="))
-        if name not in SWEPT or not text or name in choices:
+        if not text or name in choices:
             raise ConfigError(
                 f"sweep={spec!r}: {part!r}; expected FIELD=VALUE,VALUE,... with each "
-                f"field once, of {', '.join(SWEPT)}"
+                "field once, such as learning_rate=0.1,1.0;norm.momentum=0.9,0.99"
             )
-        kind = fields[name]
-        choices[name] = [v for t in text.split(",") for v in _values(name, t, kind)]
-    members = itertools.product(*choices.values())
-    return [
-        dataclasses.replace(base, **dict(zip(choices, member, strict=True)))
-        for member in members
-    ]
+        base.value(name)  # refuses a name that there is not
+        has_options = "." not in name and (":" in text or "|" in text)
+        choices[name] = [
+            value
+            for piece in text.split("|" if has_options else ",")
+            for value in _range(piece.strip())
+        ]
+    configs = []
+    for member in itertools.product(*choices.values()):
+        config = base
+        for name, text in zip(choices, member, strict=True):
+            config = _with(config, name, text)
+        configs.append(config)
+    return configs
 
 
-def _values(name: str, text: str, kind: type) -> list[Any]:
-    """Return the values that one entry of a field's list stands for."""
-    text = text.strip()
+def _range(text: str) -> list[str]:
+    """Return the integers that "a..b" stands for, or else the text."""
     integers = re.fullmatch(r"(\d+)\.\.(\d+)", text)
-    if kind is int and integers is not None:
-        return list(range(int(integers[1]), int(integers[2]) + 1))
-    if kind is bool:
-        known = {"true": True, "1": True, "false": False, "0": False}
-        if text.lower() not in known:
-            raise ConfigError(f"{name}={text!r} in a sweep; expected true or false")
-        return [known[text.lower()]]
+    if integers is None:
+        return [text]
+    return [str(i) for i in range(int(integers[1]), int(integers[2]) + 1)]
+
+
+def _with(config: TrainConfig, name: str, text: str) -> TrainConfig:
+    """Return a config with the value that a text writes.
+
+    Raises:
+      ConfigError: naming the field, if the text writes none of its values.
+    """
     try:
-        return [kind(text)]
-    except ValueError:
-        raise ConfigError(
-            f"{name}={text!r} in a sweep; expected {kind.__name__}"
-        ) from None
+        return config.replaced_by_text(name, text)
+    except ConfigError as error:
+        raise ConfigError(f"{error} (in a sweep of {name})") from None
+
+
+def static(config: TrainConfig) -> TrainConfig:
+    """Return the config that all members of a program share: its numbers are fixed."""
+    names = traceable(config)
+    fixed = {"learning_rate": 1.0, "seed": 0}
+    for name in names:
+        field, _, option = name.partition(".")
+        if option:
+            default = getattr(config, field).partition(":")[0]
+            fixed[name] = TrainConfig(**{field: default}).value(name)
+        config = config.replaced(name, fixed[name])
+    return config
+
+
+def grouped(configs: Sequence[TrainConfig]) -> list[list[int]]:
+    """Return the numbers of the configs that share a program, group by group.
+
+    Raises:
+      ConfigError: if there are none, or they are not of one data set and batch.
+    """
+    if not configs:
+        raise ConfigError("a sweep of no configs; give at least one")
+    found: dict[TrainConfig, list[int]] = {}
+    for i, config in enumerate(configs):
+        found.setdefault(static(config), []).append(i)
+    return list(found.values())
 
 
 def check(configs: Sequence[TrainConfig]) -> None:
     """Refuse configs that one program cannot train.
 
     Raises:
-      ConfigError: if there are none, or they differ in other fields than `SWEPT`.
+      ConfigError: if there are none, or they differ in more than numbers.
     """
-    if not configs:
-        raise ConfigError("a sweep of no configs; give at least one")
-    for field in dataclasses.fields(TrainConfig):
-        values = {getattr(config, field.name) for config in configs}
-        if len(values) > 1 and field.name not in SWEPT:
-            raise ConfigError(
-                f"configs of a sweep differ in {field.name}: {sorted(map(str, values))}"
-                f"; they may in {', '.join(SWEPT)}"
-            )
-    if not configs[0].bias_before_norm and any(
-        config.norm_layers != "1111" for config in configs
-    ):
+    if len(grouped(configs)) > 1:
+        differing = [
+            field.name
+            for field in dataclasses.fields(TrainConfig)
+            if len({getattr(static(config), field.name) for config in configs}) > 1
+        ]
         raise ConfigError(
-            "bias_before_norm=False in a sweep with layers without norm, which need a "
-            "bias; leave the biases in"
+            f"configs of one program differ in {', '.join(differing)}; they may in "
+            f"{', '.join(traceable(configs[0]))}"
         )
 
 
+def differing(configs: Sequence[TrainConfig]) -> list[str]:
+    """Return the fields and options in which configs of a sweep differ, by name."""
+    names = list(traceable(configs[0]))
+    for field in dataclasses.fields(TrainConfig):
+        if len({getattr(static(config), field.name) for config in configs}) > 1:
+            names = [n for n in names if not n.startswith(f"{field.name}.")]
+            names.append(field.name)
+    return [n for n in names if len({str(c.value(n)) for c in configs}) > 1]
+
+
 def stack_values(configs: Sequence[TrainConfig]) -> Values:
-    """Return the fields that differ as arrays with a leading axis of configs.
+    """Return the numbers that differ as arrays with a leading axis of configs.
 
     What all configs share stays a constant of the program, which is the faster for it.
     """
-    swept: Values = {}
-    for name in SWEPT:
-        values = [getattr(config, name) for config in configs]
+    stacked: Values = {}
+    of_configs = [traceable(config) for config in configs]
+    for name in of_configs[0]:
+        values = [of_config[name] for of_config in of_configs]
         if name != "seed" and len(set(values)) == 1:
             continue
-        if name == "norm_layers":
-            swept[name] = np.array([[d == "1" for d in v] for v in values])
+        if isinstance(values[0], str):  # digits, 0 and 1, that switch layers
+            stacked[name] = np.array([[d == "1" for d in v] for v in values])
         else:
             kind = np.uint32 if name == "seed" else jnp.result_type(type(values[0]))
-            swept[name] = np.array(values, kind)
-    return swept
+            stacked[name] = np.array(values, kind)
+    return stacked
 
 
 def run_member(
     base: TrainConfig,
-    num_classes: int,
+    task: Task,
+    model: Any,
     steps_per_epoch: int,
     values: Values,
     state: TrainState,
@@ -144,10 +173,10 @@ def run_member(
 ) -> tuple[TrainState, step_lib.Metrics]:
     """Take one member's steps; see `step.run_steps`."""
     config = base.with_traced(values)
-    train_step = step_lib.make_train_step(
-        make_model(config, num_classes=num_classes),
+    train_step = make_step(
+        config,
+        make_network(config, task, model=model),
         make_optimizer(config, steps_per_epoch=steps_per_epoch),
-        dropout_key=dropout_key(config),
     )
     return step_lib.run_steps(
         train_step,
@@ -161,30 +190,29 @@ def run_member(
 
 def evaluate_member(
     base: TrainConfig,
-    num_classes: int,
-    predict: Callable[[Any, Any, Any], Any],
+    task: Task,
+    model: Any,
+    predict: Callable[[Network, Any, Any], Any],
     values: Values,
     variables: Any,
     batches: step_lib.Batch,
     counts: Any,
 ) -> step_lib.Sums:
-    """Evaluate one member, without dropout."""
-    config = base.with_traced({**values, "dropout_rate": 0.0})
-    model = make_model(config, num_classes=num_classes)
-    return step_lib.evaluate(model, variables, batches, counts, predict=predict)
+    """Evaluate one member by `Network.predict` or `Network.predict_by_batch`."""
+    network = make_network(base.with_traced(values), task, model=model)
+    return step_lib.evaluate(
+        functools.partial(predict, network), variables, batches, counts
+    )
 
 
-@functools.lru_cache(maxsize=8)
-def predict_of(base: TrainConfig, num_classes: int) -> Callable[[Any, Any], Any]:
-    """Return `predict(variables, images)` of a member, whose values are variables.
-
-    It is the same function for the same arguments, so that it is compiled once.
-    """
+def predict_of(
+    base: TrainConfig, task: Task, model: Any
+) -> Callable[[Mapping[str, Any], Any], Any]:
+    """Return `predict(variables, images)` of a member, whose values are variables."""
 
     def predict(variables: Mapping[str, Any], images: Any) -> Any:
         own = {name: variables[name] for name in ("params", "batch_stats")}
         config = base.with_traced(variables["swept"])
-        model = make_model(config, num_classes=num_classes)
-        return step_lib.predict(model, own, images)
+        return make_network(config, task, model=model).predict(own, images)
 
     return predict

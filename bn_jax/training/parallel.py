@@ -95,8 +95,8 @@ def place(
       parallel: "pmap" or "jit".
 
     Raises:
-      ConfigError: if there are too few devices, they do not divide the batch, groups
-        do not divide the devices, or the norm cannot share statistics so.
+      ConfigError: if there are too few devices, they do not divide the batch, or groups
+        do not divide the devices.
     """
     present = jax.devices()
     num_devices = len(present) if devices == "all" else int(devices)
@@ -118,19 +118,17 @@ def place(
             "divides it"
         )
     group_size = _group_size(config.batch_stats, num_devices)
-    placement = Placement(
+    if config.batch_size % (num_devices * config.accumulate):
+        raise ConfigError(
+            f"accumulate={config.accumulate} does not divide the "
+            f"{config.batch_size // num_devices} images of each of {num_devices} "
+            "devices; give a divisor"
+        )
+    return Placement(
         tuple(present[:num_devices]),
         "pmap" if parallel == "pmap" else "jit",
         group_size,
     )
-    if config.norm == "flax" and "ghost_batch_size" in sharing_options(
-        config, placement
-    ):
-        raise ConfigError(
-            f"norm='flax' with batch_stats={config.batch_stats!r} and parallel='jit': "
-            "Flax's layer has no ghost batches; use --parallel=pmap or our norm"
-        )
-    return placement
 
 
 def _group_size(batch_stats: str, num_devices: int) -> int:
@@ -148,22 +146,23 @@ def _group_size(batch_stats: str, num_devices: int) -> int:
     return size
 
 
-def sharing_options(config: TrainConfig, placement: Placement) -> dict[str, Any]:
-    """Return the options of `make_model` by which its norms share statistics."""
+def norm_attributes(config: TrainConfig, placement: Placement) -> dict[str, Any]:
+    """Return the attributes by which the norms of our models share statistics."""
     num_devices, group_size = len(placement.devices), placement.group_size
-    if config.norm == "none" or num_devices == 1:
+    if num_devices == 1:
         return {}
     if placement.parallel == "jit":
         if group_size == num_devices:
             return {}
-        return {"ghost_batch_size": config.batch_size // placement.num_groups}
+        parts = placement.num_groups * config.accumulate
+        return {"ghost_batch_size": config.batch_size // parts}
     if group_size == 1:
         return {}
-    options: dict[str, Any] = {"axis_name": DATA}
+    attributes: dict[str, Any] = {"axis_name": DATA}
     if group_size < num_devices:
         groups = np.arange(num_devices).reshape(-1, group_size)
-        options["axis_index_groups"] = groups.tolist()
-    return {"norm_options": options}
+        attributes["axis_index_groups"] = groups.tolist()
+    return attributes
 
 
 def merged(batch_stats: Any, rule: str) -> Any:

@@ -1,24 +1,19 @@
-"""`TrainState`: all that a training step changes."""
+"""`TrainState`, all that a training step changes, and `Network`, what is trained."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from flax import linen as nn
 from flax import struct
 from jax import Array
-from jax.flatten_util import ravel_pytree
 
 from bn_jax import models
-from bn_jax.fields import ConfigError
-from bn_jax.models.lenet import LeNet
-from bn_jax.training.config import TrainConfig
-
-LAST_LAYER = "dense3"  # of LeNet
 
 
 class TrainState(struct.PyTreeNode):
@@ -28,6 +23,8 @@ class TrainState(struct.PyTreeNode):
     params: Any  # as `model.init` makes them
     batch_stats: Any  # the moving statistics; {} in a model without any
     opt_state: optax.OptState
+    # Exponential average of params, like them; {} where none is kept.
+    average: Any = struct.field(default_factory=dict)
 
     @property
     def variables(self) -> dict[str, Any]:
@@ -35,161 +32,73 @@ class TrainState(struct.PyTreeNode):
         return {"params": self.params, "batch_stats": self.batch_stats}
 
 
-def make_model(
-    config: TrainConfig,
-    *,
-    num_classes: int,
-    norm_options: Mapping[str, Any] | None = None,
-    ghost_batch_size: int | None = None,
-) -> LeNet:
-    """Return the model that `config` names.
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A model with what comes before it.
 
-    Args:
-      config: names it.
-      num_classes: of the data set.
-      norm_options: attributes of the norms besides momentum and epsilon, such as the
-        axis that shares statistics.
-      ghost_batch_size: number of examples that share statistics; None for the batch.
+    Attributes:
+      model: called as `model.apply(variables, images, train=..., ...)`.
+      image_shape: `[H, W, C]` of the images that the model sees.
+      num_classes: number of outputs that it should have.
+      scale: turns images of bytes into the numbers that the model takes.
+      centre: cuts images of the data set to `image_shape` where nothing is random.
     """
-    try:
-        norm = models.norm_by_name(
-            config.norm,
-            momentum=config.momentum,
-            epsilon=config.epsilon,
-            **(norm_options or {}),
+
+    model: Any
+    image_shape: tuple[int, ...]
+    num_classes: int
+    scale: Callable[[Array], Array]
+    centre: Callable[[Array], Array]
+
+    def check_fits(self) -> None:
+        """Refuse a model that does not fit the images or the classes.
+
+        Raises:
+          ConfigError: in one line, as `bn_jax.models.check_fits` says.
+        """
+        models.check_fits(self.model, self.image_shape, num_classes=self.num_classes)
+
+    def init(self, key: Array) -> dict[str, Any]:
+        """Return the model's initial variables."""
+        return models.make_init(self.model, self.image_shape)(key)
+
+    def apply(self, variables: Any, images: Array, **options: Any) -> Any:
+        """Apply the model to images given as bytes."""
+        return self.model.apply(variables, self.scale(images), **options)
+
+    def predict(self, variables: Any, images: Array) -> Array:
+        """Return the logits of images given as bytes, in prediction mode."""
+        logits: Any = self.apply(variables, self.centre(images), train=False)
+        return logits
+
+    def predict_by_batch(self, variables: Any, images: Array) -> Array:
+        """Return the logits that norms give by the statistics of these images.
+
+        Nothing is dropped, and the moving averages in `variables` are not used.
+        """
+        return models.logits_by_batch(
+            self.model, variables, self.scale(self.centre(images))
         )
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    layers: Any = config.norm_layers
-    if isinstance(layers, str):
-        layers = tuple(digit == "1" for digit in layers)
-    return LeNet(
-        norm=norm,
-        norm_layers=layers,
-        bias_before_norm=config.bias_before_norm,
-        activation={"sigmoid": jax.nn.sigmoid, "relu": jax.nn.relu}[config.activation],
-        dropout_rate=config.dropout_rate,
-        dropout_at=config.dropout_at,  # type: ignore[arg-type]
-        first_padding=config.first_padding,
-        num_classes=num_classes,
-        ghost_batch_size=ghost_batch_size,
-    )
-
-
-def make_optimizer(
-    config: TrainConfig, *, steps_per_epoch: int
-) -> optax.GradientTransformation:
-    """Return the optimizer, with its schedule, that `config` names."""
-    rate: optax.ScalarOrSchedule = config.learning_rate
-    if config.schedule != "constant":
-        rate = make_schedule(config, steps_per_epoch=steps_per_epoch)
-    if config.optimizer == "momentum":
-        optimizer = optax.sgd(rate, momentum=config.optimizer_momentum)
-    else:
-        optimizer = {"sgd": optax.sgd, "adam": optax.adam}[config.optimizer](rate)
-    if config.trained == "random":
-        return optax.chain(optimizer, _frozen_at_random(config.seed))
-    if config.trained == "all" and config.train_gamma is config.train_beta is True:
-        return optimizer
-    return optax.chain(optimizer, _frozen_layers(config))
-
-
-def _frozen_layers(config: TrainConfig) -> optax.GradientTransformation:
-    """Return what drops the updates of what does not learn, by layer and kind."""
-    of_norms = {"scale": config.train_gamma, "bias": config.train_beta}
-
-    def update(path: tuple[Any, ...], value: Array) -> Array:
-        layer, name = path[-2].key, path[-1].key
-        if layer.startswith("norm"):
-            return jnp.where(of_norms[name], value, 0)
-        others = {"all": True, "norm": False, "norm_and_last": layer == LAST_LAYER}
-        return value if others[config.trained] else jnp.zeros_like(value)
-
-    return optax.stateless(
-        lambda updates, _: jax.tree_util.tree_map_with_path(update, updates)
-    )
-
-
-class _LearnsState(NamedTuple):
-    """Which parameters learn."""
-
-    learns: Any  # booleans, a tree like the parameters
-
-
-def _frozen_at_random(seed: int | Array) -> optax.GradientTransformation:
-    """Return what lets as many parameters learn as norms have, none of them a norm's.
-
-    Args:
-      seed: decides which.
-    """
-
-    def init(params: Any) -> _LearnsState:
-        others = {k: v for k, v in params.items() if not k.startswith("norm")}
-        norms = {k: v for k, v in params.items() if k.startswith("norm")}
-        count = sum(leaf.size for leaf in jax.tree.leaves(norms))
-        flat, unravel = ravel_pytree(others)
-        # Another key than that of the initial weights.
-        key = jax.random.fold_in(jax.random.key(seed), 1)
-        chosen = jax.random.permutation(key, flat.size) < count
-        learns = jax.tree.map(jnp.bool_, unravel(chosen.astype(flat.dtype)))
-        return _LearnsState(
-            {**learns, **jax.tree.map(lambda v: jnp.zeros(v.shape, bool), norms)}
-        )
-
-    def update(
-        updates: Any, state: _LearnsState, params: Any = None
-    ) -> tuple[Any, _LearnsState]:
-        del params
-        frozen = jax.tree.map(lambda u, w: jnp.where(w, u, 0), updates, state.learns)
-        return frozen, state
-
-    return optax.GradientTransformation(init, update)
-
-
-def dropout_key(config: TrainConfig) -> Array | None:
-    """Return the key of what training drops, or None where that is nothing."""
-    if config.dropout_rate == 0:
-        return None
-    return jax.random.fold_in(jax.random.key(config.seed), 2)
-
-
-def make_schedule(config: TrainConfig, *, steps_per_epoch: int) -> optax.Schedule:
-    """Return the learning rate as a function of the number of steps taken."""
-    if config.schedule == "cosine":
-        num_steps = config.epochs * steps_per_epoch
-        return optax.cosine_decay_schedule(config.learning_rate, num_steps)
-    return optax.constant_schedule(config.learning_rate)
-
-
-def init_variables(
-    model: nn.Module, key: Array, images_shape: tuple[int, ...]
-) -> dict[str, Any]:
-    """Return a model's initial parameters and moving statistics.
-
-    Args:
-      model: called as `model(images, train=...)`.
-      key: decides the parameters.
-      images_shape: `[H, W, C]`.
-    """
-    return make_init(model, images_shape)(key)
-
-
-def make_init(
-    model: nn.Module, images_shape: tuple[int, ...]
-) -> Callable[[Array], dict[str, Any]]:
-    """Return `init_variables` as a function of the key, compiled once for all keys."""
-    images = jnp.zeros((1, *images_shape))
-    init = jax.jit(model.init, static_argnames="train")
-    return lambda key: {"batch_stats": {}, **init(key, images, train=False)}
 
 
 def init_state(
-    variables: dict[str, Any], optimizer: optax.GradientTransformation
+    variables: dict[str, Any],
+    optimizer: optax.GradientTransformation,
+    *,
+    averages: bool = False,
 ) -> TrainState:
-    """Return the state before the first step, from a model's initial variables."""
+    """Return the state before the first step, from a model's initial variables.
+
+    Args:
+      variables: as `Network.init` returns them.
+      optimizer: of the parameters.
+      averages: whether an average of the parameters is kept.
+    """
+    params = variables["params"]
     return TrainState(
         step=jnp.zeros((), jnp.int32),
-        params=variables["params"],
+        params=params,
         batch_stats=variables["batch_stats"],
-        opt_state=optimizer.init(variables["params"]),
+        opt_state=optimizer.init(params),
+        average=jax.tree.map(np.asarray, params) if averages else {},
     )

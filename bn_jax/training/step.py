@@ -6,16 +6,18 @@ Images reach the device as bytes; a step takes its batch and scales it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from flax import linen as nn
 from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 
-from bn_jax.training.state import TrainState
+from bn_jax.functional import debiased_momentum
+from bn_jax.training.augment import Augmentation, Unchanged
+from bn_jax.training.losses import losses
+from bn_jax.training.state import Network, TrainState
 
 
 class Batch(NamedTuple):
@@ -56,69 +58,166 @@ class Streamed(NamedTuple):
         return jax.tree.map(lambda leaf: leaf[i], self.batches)
 
 
-def to_float(images: Array) -> Array:
-    """Return pixels in [0, 1], of bytes, in JAX's default float dtype."""
-    return images.astype(jnp.result_type(float)) / 255
-
-
 def make_train_step(
-    model: nn.Module,
+    network: Network,
     optimizer: optax.GradientTransformation,
     *,
+    dropout_key: Array,
     axis_name: str | None = None,
-    dropout_key: Array | None = None,
+    augment: Augmentation = Unchanged(),  # noqa: B008 - it holds nothing
+    augment_key: Array | None = None,
+    label_smoothing: float = 0.0,
+    accumulate: int = 1,
+    accumulate_stats: Literal["each", "once"] = "each",
+    average_weights: float = 0.0,
 ) -> TrainStep:
     """Return `train_step(state, batch) -> (state, metrics)`, a pure function.
 
     Args:
-      model: called as `model(images, train=True)`.
+      network: what is trained.
       optimizer: of the parameters.
+      dropout_key: decides what each step drops, on each instance along the axis.
       axis_name: of the mapped axis whose instances each hold an equal part of the
         batch; gradients and metrics are means over all of it. Whether statistics are
         shared, too, is the model's affair.
-      dropout_key: decides what each step drops, on each instance along the axis; None
-        for a model without dropout.
+      augment: changes images at random.
+      augment_key: decides how, by step and place in the batch.
+      label_smoothing: share of a label that is spread over all classes.
+      accumulate: number of micro-batches whose gradients are averaged, a divisor of
+        the batch on each instance. Micro-batch j holds the examples j, j + accumulate,
+        ..., so that it takes an equal part of each device's share.
+      accumulate_stats: micro-batches are normalised each by its own statistics. "each"
+        moves the averages by one micro-batch after another; "once" moves them by the
+        moments of all, merged exactly, as ghost batches do.
+      average_weights: decay a step of the exponential average of the parameters, free
+        of its initial value; 0 keeps none.
     """
 
-    def random_streams(step: Array) -> dict[str, Array]:
-        if dropout_key is None:
-            return {}
-        key = jax.random.fold_in(dropout_key, step)
+    def key_of(step: Array, key: Array) -> Array:
+        key = jax.random.fold_in(key, step)
         if axis_name is not None:
             key = jax.random.fold_in(key, lax.axis_index(axis_name))
-        return {"dropout": key}
+        return key
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def augmented(images: Array, step: Array) -> Array:
+        assert augment_key is not None
+        first = 0 if axis_name is None else lax.axis_index(axis_name) * len(images)
+        return augment(jax.random.fold_in(augment_key, step), images, first=first)
+
+    def gradients_of(
+        params: Any, batch_stats: Any, batch: Batch, dropout_key: Array
+    ) -> tuple[Any, Any, Metrics]:
+        """Return gradients, the moved averages and metrics of a (micro-)batch."""
+
         def loss_of(params: Any) -> tuple[Array, tuple[Any, Array]]:
-            logits, updates = model.apply(
-                {"params": params, "batch_stats": state.batch_stats},
-                to_float(batch.images),
+            logits, updates = network.apply(
+                {"params": params, "batch_stats": batch_stats},
+                batch.images,
                 train=True,
                 mutable=["batch_stats"],
-                rngs=random_streams(state.step),
+                rngs={"dropout": dropout_key},
             )
-            losses = optax.softmax_cross_entropy_with_integer_labels(
-                logits, batch.labels
-            )
-            return losses.mean(), (updates.get("batch_stats", {}), logits)
+            of_examples = losses(logits, batch.labels, label_smoothing=label_smoothing)
+            return of_examples.mean(), (updates.get("batch_stats", {}), logits)
 
         gradient_of = jax.value_and_grad(loss_of, has_aux=True)
-        (loss, (batch_stats, logits)), gradients = gradient_of(state.params)
+        (loss, (batch_stats, logits)), gradients = gradient_of(params)
         accuracy = jnp.mean(logits.argmax(-1) == batch.labels)
+        return gradients, batch_stats, Metrics(loss, accuracy)
+
+    def accumulated(
+        params: Any, old_stats: Any, batch: Batch, dropout_key: Array
+    ) -> tuple[Any, Any, Metrics]:
+        """Return what `gradients_of` does, means over the micro-batches."""
+        parts: Batch = jax.tree.map(
+            lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch
+        )
+        keys = jax.random.split(dropout_key, accumulate)
+
+        def add(stats: Any, part: tuple[Batch, Array]) -> tuple[Any, Any]:
+            of_part, key = part
+            start = old_stats if accumulate_stats == "once" else stats
+            gradients, stats, metrics = gradients_of(params, start, of_part, key)
+            return stats, (gradients, stats, metrics)
+
+        last, (gradients, stats, metrics) = lax.scan(add, old_stats, (parts, keys))
+        if accumulate_stats == "once":
+            first = jax.tree.map(lambda x: x[0], parts)
+            last = _moved_once(
+                old_stats,
+                stats,
+                lambda start: gradients_of(params, start, first, keys[0])[1],
+            )
+        gradients, metrics = jax.tree.map(lambda x: x.mean(0), (gradients, metrics))
+        return gradients, last, metrics
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        if augment_key is not None:
+            batch = Batch(augmented(batch.images, state.step), batch.labels)
+        compute = gradients_of if accumulate == 1 else accumulated
+        gradients, batch_stats, (loss, accuracy) = compute(
+            state.params, state.batch_stats, batch, key_of(state.step, dropout_key)
+        )
         if axis_name is not None:
             gradients, loss, accuracy = _mean_over(
                 axis_name, (gradients, loss, accuracy)
             )
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        average = state.average
+        if average_weights:
+            m = debiased_momentum(average_weights, state.step)
+            average = jax.tree.map(
+                lambda old, new: (m * old + (1 - m) * new).astype(old.dtype),
+                average,
+                params,
+            )
         state = TrainState(
             step=state.step + 1,
-            params=optax.apply_updates(state.params, updates),
+            params=params,
             batch_stats=batch_stats,
             opt_state=opt_state,
+            average=average,
         )
         return state, Metrics(loss, accuracy)
 
     return train_step
+
+
+def _moved_once(old: Any, moved: Any, move: Callable[[Any], Any]) -> Any:
+    r"""Return averages moved by the moments of all micro-batches at once.
+
+    Each micro-batch i has moved the averages a to $a_i = m a + (1 - m) b_i$. Of means,
+    the mean over i is what the merged moments give. Of variances, it lacks the variance
+    of the means between micro-batches, $(1 - m) V_i[b_i] = V_i[a_i] / (1 - m)$.
+
+    Args:
+      old: the averages before, by layer; each layer holds `mean` and `var`.
+      moved: those that each micro-batch made of them, with a leading axis.
+      move: what the first micro-batch makes of averages: its derivative by them is m.
+
+    Raises:
+      ValueError: when traced, if a layer holds other statistics.
+    """
+    ones = jax.tree.map(jnp.ones_like, old)
+    _, momentum = jax.jvp(move, (old,), (ones,))
+
+    def is_layer(node: Any) -> bool:
+        return isinstance(node, dict) and not any(
+            isinstance(child, dict) for child in node.values()
+        )
+
+    def of_layer(moved: dict[str, Array], momentum: dict[str, Array]) -> Any:
+        if moved.keys() != {"mean", "var"}:
+            raise ValueError(
+                f"accumulate_stats='once' with a norm that keeps {', '.join(moved)}; "
+                "it merges means and variances alone: give 'each'"
+            )
+        weight = 1 - momentum["mean"]
+        between = jnp.var(moved["mean"], axis=0) / jnp.where(weight > 0, weight, 1)
+        return {"mean": moved["mean"].mean(0), "var": moved["var"].mean(0) + between}
+
+    return jax.tree.map(of_layer, moved, momentum, is_leaf=is_layer)
 
 
 def _mean_over(axis_name: str, tree: Any) -> Any:
@@ -197,26 +296,6 @@ def _all_finite(tree: Any) -> Array:
     return jnp.all(jnp.stack(finite))
 
 
-def predict(model: nn.Module, variables: Any, images: Array) -> Array:
-    """Return the logits of images given as bytes, in prediction mode."""
-    logits: Any = model.apply(variables, to_float(images), train=False)
-    return logits
-
-
-def predict_by_batch(model: nn.Module, variables: Any, images: Array) -> Array:
-    """Return the logits that norms give by the statistics of these images.
-
-    Args:
-      model: without dropout, which training mode would apply.
-      variables: as for `predict`; the moving statistics are not used.
-      images: the batch, as bytes.
-    """
-    logits, _ = model.apply(
-        variables, to_float(images), train=True, mutable=["batch_stats"]
-    )
-    return logits
-
-
 class Sums(NamedTuple):
     """Sums over examples."""
 
@@ -225,31 +304,28 @@ class Sums(NamedTuple):
 
 
 def evaluate(
-    model: nn.Module,
+    predict: Callable[[Any, Array], Array],
     variables: Any,
     batches: Batch,
     counts: Array,
-    *,
-    predict: Callable[[nn.Module, Any, Array], Array] = predict,
 ) -> Sums:
     """Return sums over examples.
 
     Args:
-      model: the model.
-      variables: its parameters and statistics.
+      predict: gives the logits of a batch of images; see `Network.predict`.
+      variables: what `predict` takes.
       batches: images and labels with a leading axis of batches, `[T, N, ...]`.
       counts: booleans `[T, N]`; False leaves an example out, such as one of padding.
-      predict: gives the logits of a batch.
     """
 
     def add_batch(total: Sums, batch: tuple[Batch, Array]) -> tuple[Sums, None]:
         (images, labels), counts = batch
-        logits = predict(model, variables, images)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        logits = predict(variables, images)
+        of_examples = losses(logits, labels)
         correct = logits.argmax(-1) == labels
         # A product would make NaN of 0 times the loss of padding that overflows.
         added = Sums(
-            jnp.sum(jnp.where(counts, losses, 0)),
+            jnp.sum(jnp.where(counts, of_examples, 0)),
             jnp.sum(correct & counts, dtype=jnp.int32),
         )
         return jax.tree.map(jnp.add, total, added), None

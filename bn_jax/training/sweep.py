@@ -16,20 +16,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 
 from bn_jax import data as data_lib
 from bn_jax import models
 from bn_jax.measures import population
-from bn_jax.training import evaluation, feed, loop, mapped, members
+from bn_jax.training import evaluation, feed, mapped, members, own_models, scoring, task
 from bn_jax.training import step as step_lib
 from bn_jax.training.config import TrainConfig
-from bn_jax.training.state import (
-    TrainState,
-    init_state,
-    make_init,
-    make_model,
-    make_optimizer,
-)
+from bn_jax.training.optimizers import make_optimizer
+from bn_jax.training.state import Network, TrainState, init_state
+from bn_jax.training.task import Task, make_network
 
 
 class Progress(NamedTuple):
@@ -38,20 +35,22 @@ class Progress(NamedTuple):
     state: TrainState  # NumPy arrays with a leading axis of members
     step_losses: np.ndarray  # shape [members, steps], float32; NaN after divergence
     step_accuracies: np.ndarray  # likewise
-    test_losses: np.ndarray  # shape [members, epochs]; NaN before, or once diverged
-    test_accuracies: np.ndarray  # likewise
+    # test_loss and test_accuracy, and those of the validation set where there is one;
+    # each of shape [members, epochs], NaN before an epoch or once diverged.
+    scores: dict[str, np.ndarray]
     seconds: float  # of training, all members together
 
 
 class Sweep:
-    """The members of a sweep, trained together.
+    """Members of a sweep that share a program, trained together.
 
     A member whose loss or parameters are not finite stops there, and keeps its last
     finite state; the others go on.
 
     Args:
-      configs: of the members; they differ in `members.SWEPT` fields alone.
+      configs: of the members; they differ in numbers alone, see `config.traceable`.
       data: the images.
+      model: the user's own, as for `loop.Trainer`.
       devices: that share the members; by default JAX's first.
       checkpoint_steps: `train` pauses at each multiple of it.
 
@@ -64,16 +63,19 @@ class Sweep:
         configs: Sequence[TrainConfig],
         data: data_lib.ImageData,
         *,
+        model: Any = None,
         devices: Sequence[jax.Device] | None = None,
         checkpoint_steps: int | None = None,
     ) -> None:
+        if model is not None:
+            configs = [own_models.named(config, model) for config in configs]
         members.check(configs)
-        data = data.with_train_examples(configs[0].train_examples)
+        data = task.select(configs[0], data)
         self.configs, self.data = list(configs), data
         self.devices = list(devices or jax.local_devices()[:1])
         self._base, self._checkpoint_steps = configs[0], checkpoint_steps
-        loop.check_fits(self._base, data)
-        self.num_classes = len(data.class_names)
+        self.task = Task.of(self._base, data)
+        self._model = model
         # Filled up, so that each device has as many; those added are left out later.
         padding = -len(configs) % len(self.devices)
         self._members = [*configs, *[configs[-1]] * padding]
@@ -83,7 +85,7 @@ class Sweep:
         }
         self.steps_per_epoch = len(data.train.labels) // self._base.batch_size
         self._map = mapped.Mapped(self.devices)
-        of_all = (self._base, self.num_classes)
+        of_all = (self._base, self.task, model)
         self._run = self._map.compiled(
             functools.partial(members.run_member, *of_all, self.steps_per_epoch),
             shared=(False, False, True, False, True, True),
@@ -94,15 +96,23 @@ class Sweep:
                 functools.partial(members.evaluate_member, *of_all, way),
                 shared=(False, False, True, True),
             )
-            for way in (step_lib.predict, step_lib.predict_by_batch)
+            for way in (Network.predict, Network.predict_by_batch)
         )
         self.compile_seconds = 0.0
         self._is_compiled = False
+        self._predict = members.predict_of(*of_all)  # one, so that it is compiled once
         self._test = self._batched(data.test)
-        state = _init_members(self._members, data.train.images.shape[1:], self)
+        self._scored = {"test": self._test}  # after each epoch
+        if data.validation is not None:
+            self._scored["validation"] = self._batched(data.validation)
         no_steps = np.zeros((len(configs), 0), np.float32)
-        untested = np.full((len(configs), self._base.epochs), np.nan, np.float32)
-        self.restore(Progress(state, no_steps, no_steps, untested, untested, 0.0))
+        unscored = np.full((len(configs), self._base.epochs), np.nan, np.float32)
+        scores = {
+            f"{split}_{kind}": unscored
+            for split in self._scored
+            for kind in ("loss", "accuracy")
+        }
+        self.restore(Progress(self._init_members(), no_steps, no_steps, scores, 0.0))
 
     def _order_of(self, seed: int) -> feed.Order:
         _, key = jax.random.split(jax.random.key(seed))
@@ -128,8 +138,7 @@ class Sweep:
         filled = [*range(n), *[n - 1] * (len(self._members) - n)]
         state = jax.tree.map(lambda leaf: leaf[filled], progress.state)
         self._state = self._map.put(state)
-        _, self._losses, self._accuracies, *tested, self._seconds = progress
-        self._test_losses, self._test_accuracies = tested
+        _, self._losses, self._accuracies, self._scores, self._seconds = progress
 
     def progress(self) -> Progress:
         """Return what the sweep has become, on the host."""
@@ -139,8 +148,7 @@ class Sweep:
             jax.tree.map(lambda leaf: leaf[:n], state),
             self._losses,
             self._accuracies,
-            self._test_losses,
-            self._test_accuracies,
+            self._scores,
             self._seconds,
         )
 
@@ -185,10 +193,10 @@ class Sweep:
             if call.stop % self.steps_per_epoch:
                 yield None
                 continue
-            sums = self._map.get(
-                self._evaluate(values, self._state.variables, *self._test)
-            )
-            self._set_tested(epoch, sums)
+            for split, batches in self._scored.items():
+                variables = self._state.variables
+                sums = self._map.get(self._evaluate(values, variables, *batches))
+                self._set_scores(epoch, f"{split}_{{}}", sums, batches)
             yield epoch + 1
 
     def _take(self, metrics: step_lib.Metrics, size: int) -> None:
@@ -201,47 +209,47 @@ class Sweep:
             old = getattr(self, of_calls)
             setattr(self, of_calls, np.append(old, new.astype(np.float32), axis=1))
 
-    def _set_tested(self, epoch: int, sums: step_lib.Sums) -> None:
+    def _set_scores(
+        self, epoch: int, name: str, sums: step_lib.Sums, batches: Any
+    ) -> None:
         """Keep what an evaluation at an epoch's end has found."""
-        n, count = len(self.configs), len(self.data.test.labels)
-        alive = np.isfinite(self._losses[:, -1])
         of_epoch = np.arange(self._base.epochs) == epoch
-        for values, name in (
-            (sums.loss, "_test_losses"),
-            (sums.correct, "_test_accuracies"),
-        ):
-            new = np.where(alive, values[:n] / count, np.nan).astype(np.float32)
-            setattr(self, name, np.where(of_epoch, new[:, None], getattr(self, name)))
+        means = self._means(name, sums, batches)
+        self._scores = self._scores | {
+            name: np.where(
+                of_epoch, new.astype(np.float32)[:, None], self._scores[name]
+            )
+            for name, new in means.items()
+        }
 
     def rows(self, *, exact: bool = True, train: bool = False) -> list[dict[str, Any]]:
         """Return a row for each member, of values that JSON can hold.
 
         Args:
           exact: whether to measure loss and accuracy by exact statistics of the
-            training set, too, where the norm is batch norm; it takes about half an
-            epoch a member.
+            training set, too, where the norms have any; it takes about half an epoch a
+            member.
           train: whether to evaluate on the training set, too.
         """
         progress = self.progress()
         by_epoch = (len(self.configs), -1, self.steps_per_epoch)
         losses = progress.step_losses.reshape(by_epoch).mean(2)
         accuracies = progress.step_accuracies.reshape(by_epoch).mean(2)
-        scores = self._scores(exact=exact, train=train)
+        scores = self._final_scores(exact=exact, train=train)
         return [
             {
                 "config": config.to_dict(),
                 "diverged_at_step": _diverged_at(progress.step_losses[i]),
                 "loss": _json(losses[i]),
                 "train_accuracy": _json(accuracies[i]),
-                "test_loss": _json(progress.test_losses[i]),
-                "test_accuracy": _json(progress.test_accuracies[i]),
+                **{name: _json(of[i]) for name, of in progress.scores.items()},
                 **{name: _json(values)[i] for name, values in scores.items()},
                 "first_step_losses": _json(progress.step_losses[i, :20]),
             }
             for i, config in enumerate(self.configs)
         ]
 
-    def _scores(self, *, exact: bool, train: bool) -> dict[str, np.ndarray]:
+    def _final_scores(self, *, exact: bool, train: bool) -> dict[str, np.ndarray]:
         """Return the members' scores at the end, but that on the test set by averages.
 
         Returns:
@@ -255,21 +263,21 @@ class Sweep:
         variables = self._map.get(self._state).variables
         states = {"average": variables}
         scores: dict[str, np.ndarray] = {}
-        if exact and models.is_batch_norm(self._base.norm):
+        if exact and self._has_exact_statistics():
             found = self._exact_statistics()
             states["exact"] = {**variables, "batch_stats": found}
-            for layer, of_layer in variables["batch_stats"].items():
-                ratio = of_layer["var"] / found[layer]["var"]
-                scores[f"{layer}_variance_ratio"] = np.median(ratio, -1)[
-                    : len(self.configs)
-                ]
+            ratios = jax.tree.map(np.divide, variables["batch_stats"], found)
+            for path, ratio in traverse_util.flatten_dict(ratios).items():
+                if path[-1] == "var":
+                    name = f"{'/'.join(path[:-1])}_variance_ratio"
+                    scores[name] = np.median(ratio, -1)[: len(self.configs)]
         of_train = self._batched(self.data.train) if train else None
         wanted = [("test", self._test, name) for name in states if name != "average"]
         wanted += [("train", of_train, name) for name in states if train]
         for split, batches, name in wanted:
             sums = self._sums(self._evaluate, states[name], batches)
             scores |= self._means(f"{split}_{{}}_{name}", sums, batches)
-        if self._base.norm != "none":
+        if jax.tree.leaves(variables["batch_stats"]):
             sums = self._sums(self._evaluate_by_batch, variables, self._test)
             scores |= self._means("test_{}_batch", sums, self._test)
         return scores
@@ -300,47 +308,62 @@ class Sweep:
             evaluation.batched(split, num_batches, -(-n // num_batches))
         )
 
+    def _config(self) -> TrainConfig:
+        """Return the config of the first member; the others differ in values alone."""
+        first = jax.tree.map(lambda leaf: leaf[0], self._values)
+        return self._base.with_traced(first)
+
+    def _network(self) -> Network:
+        return make_network(self._config(), self.task, model=self._model)
+
+    def _variables(self, i: int) -> dict[str, Any]:
+        """Return the variables of a member, its numbers among them."""
+        variables = self._map.get(self._state).variables
+        own: dict[str, Any] = jax.tree.map(lambda leaf: leaf[i], variables)
+        swept = jax.tree.map(lambda leaf: leaf[i], self._values)
+        return {**own, "swept": swept}
+
+    def _has_exact_statistics(self) -> bool:
+        own = self._variables(0)
+        own.pop("swept")
+        images = self.data.train.images[:1]
+        return (
+            bool(jax.tree.leaves(own["batch_stats"]))
+            and scoring.exact_refusal(self._network(), own, images) is None
+        )
+
     def _exact_statistics(self) -> Any:
         """Return each member's exact statistics of the training set, stacked."""
         inputs = jnp.asarray(self.data.train.images)
-        predict = members.predict_of(self._base, self.num_classes)
-        state, values = self._map.get(self._state), self._values
-        stats = []
-        for i in range(len(self._members)):
-            own = jax.tree.map(lambda leaf, i=i: leaf[i], state.variables)
-            swept = jax.tree.map(lambda leaf, i=i: leaf[i], values)
-            stats.append(
-                population.exact_statistics(
-                    predict,
-                    {**own, "swept": swept},
-                    inputs,
-                    batch_size=evaluation.BATCH_SIZE,
-                )
+        stats = [
+            population.exact_statistics(
+                self._predict,
+                self._variables(i),
+                inputs,
+                batch_size=evaluation.BATCH_SIZE,
             )
+            for i in range(len(self._members))
+        ]
         return jax.tree.map(lambda *leaves: np.stack(leaves), *stats)
 
-
-def _init_members(
-    configs: Sequence[TrainConfig], images_shape: tuple[int, ...], sweep: Sweep
-) -> TrainState:
-    """Return the members' initial states, stacked; those of `loop.Trainer`."""
-    of_seed: dict[int, TrainState] = {}
-    # Values differ, shapes do not.
-    config = configs[0].with_traced(
-        jax.tree.map(lambda leaf: leaf[0], members.stack_values(configs))
-    )
-    model = make_model(config, num_classes=sweep.num_classes)
-    init = make_init(model, images_shape)
-    for seed in {config.seed for config in configs}:
-        optimizer = make_optimizer(
-            config.with_traced({"seed": seed}), steps_per_epoch=sweep.steps_per_epoch
+    def _init_members(self) -> TrainState:
+        """Return the members' initial states, stacked; those of `loop.Trainer`."""
+        of_seed: dict[int, TrainState] = {}
+        network, config = self._network(), self._config()
+        network.check_fits()
+        init = models.make_init(network.model, network.image_shape)
+        for seed in {config.seed for config in self._members}:
+            optimizer = make_optimizer(
+                config.with_traced({"seed": seed}), steps_per_epoch=self.steps_per_epoch
+            )
+            key, _ = jax.random.split(jax.random.key(seed))
+            state = init_state(
+                init(key), optimizer, averages=config.average_weights > 0
+            )
+            of_seed[seed] = jax.tree.map(np.asarray, state)
+        return jax.tree.map(
+            lambda *leaves: np.stack(leaves), *(of_seed[c.seed] for c in self.configs)
         )
-        key, _ = jax.random.split(jax.random.key(seed))
-        state = init_state(init(key), optimizer)
-        of_seed[seed] = jax.tree.map(np.asarray, state)
-    return jax.tree.map(
-        lambda *leaves: np.stack(leaves), *(of_seed[c.seed] for c in configs)
-    )
 
 
 def _diverged_at(losses: np.ndarray) -> int | None:

@@ -6,12 +6,14 @@ a group and all positions, for every example n and group g alone:
 $$y = \gamma \frac{x - \mu_{ng}}{\sqrt{\sigma_{ng}^2 + \epsilon}} + \beta.$$
 
 One group is layer norm, a group for each feature instance norm. There is no batch in
-it, hence no state, no difference between training and prediction, and no collective.
+it, hence an empty state, no difference between training and prediction, and no
+collective.
 """
 
 from __future__ import annotations
 
 import warnings
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
@@ -22,21 +24,29 @@ from bn_jax.functional import BatchNormParams, normalize
 from bn_jax.moments import measure
 
 
+class EmptyState(NamedTuple):
+    """The state of a transform that averages nothing over batches."""
+
+
 def group_norm(
     x: Array,
     params: BatchNormParams,
+    state: EmptyState,
     *,
+    train: bool,
     num_groups: int,
     epsilon: float = 1e-5,
     feature_axis: int = -1,
     batch_axis: int = 0,
-) -> tuple[Array, tuple[()]]:
+) -> tuple[Array, EmptyState]:
     """Normalise each example by the moments of each group of its features.
 
     Args:
       x: batch of shape `[N, C]`, `[N, H, W, C]`, `[C, H, W, N]` or any other of rank 2
         or more, of dtype float32, bfloat16, float16, float64 or complex.
       params: gamma and beta, each of shape `[C]` or None.
+      state: empty.
+      train: accepted because every transform takes it; it changes nothing.
       num_groups: number of contiguous groups of C / num_groups features, a divisor of
         C.
       epsilon: added to the variance, greater than 0.
@@ -44,7 +54,7 @@ def group_norm(
       batch_axis: axis of the examples.
 
     Returns:
-      `(y, ())`: y of x's shape and dtype, and the state, which is empty.
+      `(y, state)`: y of x's shape and dtype, and the state as it was.
 
     Raises:
       TypeError: if `x` is of neither a floating-point nor a complex dtype.
@@ -58,9 +68,11 @@ def group_norm(
       >>> from bn_jax import init
       >>> params, _ = init(4)
       >>> x = jnp.array([[1.0, 3.0, 0.0, 0.0]])
-      >>> group_norm(x, params, num_groups=2)[0].round(3).tolist()
+      >>> y, _ = group_norm(x, params, EmptyState(), train=True, num_groups=2)
+      >>> y.round(3).tolist()
       [[-1.0, 1.0, 0.0, 0.0]]
     """
+    del train
     x = jnp.asarray(x)
     moments_lib.check_input(x, feature_axis)
     feature = single_axis(x, "feature_axis", feature_axis)
@@ -99,17 +111,19 @@ def group_norm(
         y = y * jnp.expand_dims(scale, others)
     if bias is not None:
         y = y + jnp.expand_dims(bias, others)
-    return y.astype(x.dtype), ()
+    return y.astype(x.dtype), state
 
 
 def layer_norm(
     x: Array,
     params: BatchNormParams,
+    state: EmptyState,
     *,
+    train: bool,
     epsilon: float = 1e-5,
     feature_axis: int = -1,
     batch_axis: int = 0,
-) -> tuple[Array, tuple[()]]:
+) -> tuple[Array, EmptyState]:
     """Normalise each example by its moments over features and positions.
 
     This is `group_norm` with one group: over all axes but the batch, with a gamma and
@@ -118,12 +132,14 @@ def layer_norm(
     Args:
       x: as for `group_norm`.
       params: as for `group_norm`.
+      state: as for `group_norm`.
+      train: as for `group_norm`.
       epsilon: as for `group_norm`.
       feature_axis: as for `group_norm`.
       batch_axis: as for `group_norm`.
 
     Returns:
-      `(y, ())`, as `group_norm`.
+      `(y, state)`, as `group_norm`.
 
     Raises:
       TypeError: as `group_norm` says.
@@ -135,6 +151,8 @@ def layer_norm(
     return group_norm(
         x,
         params,
+        state,
+        train=train,
         num_groups=1,
         epsilon=epsilon,
         feature_axis=feature_axis,
@@ -145,11 +163,13 @@ def layer_norm(
 def instance_norm(
     x: Array,
     params: BatchNormParams,
+    state: EmptyState,
     *,
+    train: bool,
     epsilon: float = 1e-5,
     feature_axis: int = -1,
     batch_axis: int = 0,
-) -> tuple[Array, tuple[()]]:
+) -> tuple[Array, EmptyState]:
     """Normalise each feature of each example by its moments over the positions.
 
     This is `group_norm` with a group for each feature. Of an example `[C]` without
@@ -158,12 +178,14 @@ def instance_norm(
     Args:
       x: as for `group_norm`.
       params: as for `group_norm`.
+      state: as for `group_norm`.
+      train: as for `group_norm`.
       epsilon: as for `group_norm`.
       feature_axis: as for `group_norm`.
       batch_axis: as for `group_norm`.
 
     Returns:
-      `(y, ())`, as `group_norm`.
+      `(y, state)`, as `group_norm`.
 
     Raises:
       TypeError: as `group_norm` says.
@@ -179,6 +201,8 @@ def instance_norm(
     return group_norm(
         x,
         params,
+        state,
+        train=train,
         num_groups=x.shape[feature],
         epsilon=epsilon,
         feature_axis=feature_axis,

@@ -80,6 +80,7 @@ def init(
         num_features, scale=scale, bias=bias, dtype=dtype
     )
     targets = target_quantiles(target, num_quantiles, mean.dtype)
+    num_features = checks.check_one_integer(num_features)
     return params, QuantileState(jnp.tile(targets[:, None], (1, num_features)))
 
 

@@ -6,7 +6,8 @@ $$r = \sigma_B / \sigma \in [1 / r_{max}, r_{max}], \qquad
   d = (\mu_B - \mu) / \sigma \in [-d_{max}, d_{max}],$$
 
 both taken as constants by the gradient. With r_max 1 and d_max 0 this is batch norm;
-without limits, training normalises by the moving averages, as prediction does.
+without limits, training normalises by the moving averages, as prediction does. The
+limits may rise over training: the state counts the batches.
 """
 
 from __future__ import annotations
@@ -18,98 +19,146 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from bn_jax.functional import BatchNormParams, BatchNormState, batch_norm
-from bn_jax.moments import AxisIndexGroups, AxisName, measure
+from bn_jax import checks
+from bn_jax import functional as functional_lib
+from bn_jax.functional import (
+    BatchNormParams,
+    BatchNormState,
+    CountedState,
+    batch_norm,
+)
+from bn_jax.moments import AxisIndexGroups, AxisName, Moments, measure
+
+
+def init(
+    num_features: int | Sequence[int],
+    *,
+    scale: bool = True,
+    bias: bool = True,
+    dtype: Any = jnp.float32,
+) -> tuple[BatchNormParams, CountedState]:
+    """Return gamma 1, beta 0, moving mean 0, moving variance 1 and no batch counted.
+
+    Args:
+      num_features: as for `bn_jax.init`.
+      scale: whether there is a gamma.
+      bias: whether there is a beta.
+      dtype: of the parameters. The state is in float32, or wider where dtype is.
+    """
+    params, averages = functional_lib.init(
+        num_features, scale=scale, bias=bias, dtype=dtype
+    )
+    return params, CountedState(*averages, jnp.zeros((), jnp.float32))
 
 
 def batch_renorm(
     x: Array,
     params: BatchNormParams,
-    state: BatchNormState,
+    state: CountedState,
     *,
     train: bool,
-    r_max: float | Array,
-    d_max: float | Array,
-    momentum: float | Array = 0.99,
+    r_max: float | Array = 3.0,
+    d_max: float | Array = 5.0,
+    start: int = 0,
+    r_end: int = 0,
+    d_end: int = 0,
+    momentum: float | Array = 0.9,
     epsilon: float = 1e-5,
     feature_axis: int | Sequence[int] = -1,
     weights: Array | None = None,
     axis_name: AxisName | None = None,
     axis_index_groups: AxisIndexGroups | None = None,
+    statistics: BatchNormState | Moments | None = None,
     update_state: bool | None = None,
-) -> tuple[Array, BatchNormState]:
+) -> tuple[Array, CountedState]:
     """Normalise by the batch, corrected towards the moving averages.
 
     Args:
       x: as for `batch_norm`.
       params: as for `batch_norm`.
-      state: as for `batch_norm`.
+      state: moving mean and variance, and the number of batches in them, which is the
+        step of the schedule.
       train: static. False is `batch_norm` in prediction.
       r_max: largest correction of the deviation, at least 1; may be traced.
       d_max: largest correction of the mean, in deviations, at least 0; may be traced.
+      start: as for `limits`, and so are `r_end` and `d_end`; by default the limits are
+        constant.
+      r_end: see `start`.
+      d_end: see `start`.
       momentum: weight of the OLD average, in [0, 1].
       epsilon: as for `batch_norm`.
       feature_axis: as for `batch_norm`.
-      weights: as for `batch_norm`.
+      weights: as for `batch_norm`. A batch of total weight 0 is not counted.
       axis_name: as for `batch_norm`.
       axis_index_groups: as for `batch_norm`.
-      update_state: static. Whether the averages move by the moments of `x`; by
-        default in training.
+      statistics: normalise by these instead, without a correction.
+      update_state: static. Whether the averages and the count move by `x`; by default
+        in training.
 
     Returns:
       `(y, state)`, as `batch_norm`.
 
     Raises:
-      ValueError: if r_max is below 1 or d_max below 0, or as `batch_norm` says.
+      ValueError: if a limit is too small or the schedule ends before it starts, as
+        `limits` says, or as `batch_norm` says.
 
     References:
       Ioffe, 2017, "Batch Renormalization: Towards Reducing Minibatch Dependence in
       Batch-Normalized Models", arXiv:1702.03275.
     """
-    for name, value, least in (("r_max", r_max, 1), ("d_max", d_max, 0)):
-        if isinstance(value, int | float) and not value >= least:
-            raise ValueError(f"{name}={value!r}; expected a number of at least {least}")
-    options: dict[str, Any] = {
-        "momentum": momentum,
-        "epsilon": epsilon,
+    checks.check_static(train=train, update_state=update_state)
+    r_limit, d_limit = limits(
+        state.count, start=start, r_max=r_max, r_end=r_end, d_max=d_max, d_end=d_end
+    )
+    across: dict[str, Any] = {
         "feature_axis": feature_axis,
         "weights": weights,
         "axis_name": axis_name,
         "axis_index_groups": axis_index_groups,
-        "update_state": update_state,
     }
-    if not train:
-        return batch_norm(x, params, state, train=False, **options)
-    # batch_norm measures again; compiled, the two are one.
-    moments = measure(
+    averages = BatchNormState(state.mean, state.var)
+    moves = train if update_state is None else update_state
+    by_batch = train and statistics is None
+    if by_batch or moves:
+        # batch_norm measures again; compiled, the two are one.
+        moments = measure(x, **across)
+        present = moments.count > 0
+    if by_batch:
+        sigma = jnp.sqrt(state.var + epsilon)
+        r = jnp.clip(jnp.sqrt(moments.var + epsilon) / sigma, 1 / r_limit, r_limit)
+        d = jnp.clip((moments.mean - state.mean) / sigma, -d_limit, d_limit)
+        # Without examples batch_norm normalises by the averages.
+        r = lax.stop_gradient(jnp.where(present, r, 1))
+        d = lax.stop_gradient(jnp.where(present, d, 0))
+        # gamma (r x_hat + d) + beta, as a batch norm with other parameters.
+        gamma, beta = params
+        scale = r if gamma is None else gamma * r
+        bias = d if gamma is None else gamma * d
+        params = BatchNormParams(scale, bias if beta is None else bias + beta)
+    y, averages = batch_norm(
         x,
-        feature_axis=feature_axis,
-        weights=weights,
-        axis_name=axis_name,
-        axis_index_groups=axis_index_groups,
+        params,
+        averages,
+        train=train,
+        momentum=momentum,
+        epsilon=epsilon,
+        statistics=statistics,
+        update_state=update_state,
+        **across,
     )
-    sigma = jnp.sqrt(state.var + epsilon)
-    r = jnp.clip(jnp.sqrt(moments.var + epsilon) / sigma, 1 / r_max, r_max)
-    d = jnp.clip((moments.mean - state.mean) / sigma, -d_max, d_max)
-    present = moments.count > 0  # else batch_norm normalises by the averages
-    r = lax.stop_gradient(jnp.where(present, r, 1))
-    d = lax.stop_gradient(jnp.where(present, d, 0))
-
-    # gamma (r x_hat + d) + beta, as a batch norm with other parameters.
-    gamma, beta = params
-    scale = r if gamma is None else gamma * r
-    bias = d if gamma is None else gamma * d
-    corrected = BatchNormParams(scale, bias if beta is None else bias + beta)
-    return batch_norm(x, corrected, state, train=True, **options)
+    if not moves:
+        return y, state
+    count = state.count + jnp.any(present).astype(state.count.dtype)
+    return y, CountedState(*averages, count)
 
 
 def limits(
     step: ArrayLike,
     *,
     start: int = 5_000,
-    r_max: float = 3.0,
+    r_max: float | Array = 3.0,
     r_end: int = 40_000,
-    d_max: float = 5.0,
+    d_max: float | Array = 5.0,
     d_end: int = 25_000,
 ) -> tuple[Array, Array]:
     """Return `(r_max, d_max)` at a step: the paper's schedule, batch norm at first.
@@ -117,14 +166,30 @@ def limits(
     The defaults are the paper's.
 
     Args:
-      step: number of the training step.
+      step: number of the training step, from 0.
       start: step at which the limits begin to rise, linearly, from 1 and 0.
-      r_max: final limit of the deviation's correction, reached at step `r_end`.
-      r_end: see `r_max`.
-      d_max: final limit of the mean's correction, reached at step `d_end`.
-      d_end: see `d_max`.
+      r_max: final limit of the deviation's correction, at least 1, reached at step
+        `r_end`.
+      r_end: see `r_max`. With `r_end=start` the limit jumps there.
+      d_max: final limit of the mean's correction, at least 0, reached at step `d_end`.
+      d_end: see `d_max`. With `d_end=start` the limit jumps there.
+
+    Raises:
+      ValueError: if a limit is too small, or reached before it begins to rise.
     """
+    for name, value, least in (("r_max", r_max, 1), ("d_max", d_max, 0)):
+        if isinstance(value, int | float) and not value >= least:
+            raise ValueError(f"{name}={value!r}; expected a number of at least {least}")
     t = jnp.asarray(step, jnp.float32)
-    rise_r = jnp.clip((t - start) / (r_end - start), 0, 1)
-    rise_d = jnp.clip((t - start) / (d_end - start), 0, 1)
-    return 1 + (r_max - 1) * rise_r, d_max * rise_d
+
+    def risen(name: str, end: int) -> Array:
+        if end < start:
+            raise ValueError(
+                f"{name}={end} is before start={start}; give the step at which the "
+                f"limit has risen, {start} or later"
+            )
+        if end == start:
+            return (t >= start).astype(jnp.float32)
+        return jnp.clip((t - start) / (end - start), 0, 1)
+
+    return 1 + (r_max - 1) * risen("r_end", r_end), d_max * risen("d_end", d_end)

@@ -79,7 +79,7 @@ def init(
     params, (mean, _) = functional_lib.init(
         num_features, scale=scale, bias=bias, dtype=dtype
     )
-    groups, size = _split(num_features, group_size)
+    groups, size = _split(checks.check_one_integer(num_features), group_size)
     identity = jnp.eye(size, dtype=mean.dtype)
     return params, WhiteningState(mean, jnp.tile(identity, (groups, 1, 1)))
 
@@ -202,7 +202,7 @@ def whiten(
         centred = rows - spread(state.mean)
         covariance = state.covariance.reshape(*features, size)
 
-    w = whitening_matrix(covariance, epsilon)
+    w = whitening_matrix(covariance, jnp.asarray(epsilon, covariance.dtype))
     scale, bias = params
     if scale is not None:
         w = w * spread(scale)
@@ -241,9 +241,9 @@ def _split(num_features: int, group_size: int | None) -> tuple[int, int]:
     return num_features // group_size, group_size
 
 
-def _method(method: str, num_iterations: int) -> Callable[[Array, float], Array]:
+def _method(method: str, num_iterations: int) -> Callable[[Array, Any], Array]:
     """Return the function from covariance and epsilon to the whitening matrix."""
-    methods: dict[str, Callable[[Array, float], Array]] = {
+    methods: dict[str, Callable[[Array, Any], Array]] = {
         "zca": inverse_square_root,
         "pca": _pca_matrix,
         "cholesky": _cholesky_matrix,
@@ -256,7 +256,7 @@ def _method(method: str, num_iterations: int) -> Callable[[Array, float], Array]
     return methods[method]
 
 
-def _decompose(covariance: Array, epsilon: float) -> tuple[Array, Array]:
+def _decompose(covariance: Array, epsilon: float | Array) -> tuple[Array, Array]:
     """Return eigenvalues plus epsilon, ascending, and eigenvectors as columns."""
     if covariance.ndim > 2:
         # One matrix after another: jaxlib 0.10's eigh of many, of some 30 rows or more,
@@ -268,8 +268,8 @@ def _decompose(covariance: Array, epsilon: float) -> tuple[Array, Array]:
     return jnp.maximum(variances, 0) + epsilon, v
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def inverse_square_root(covariance: Array, epsilon: float) -> Array:
+@jax.custom_jvp
+def inverse_square_root(covariance: Array, epsilon: float | Array) -> Array:
     r"""Return the symmetric $W = (\Sigma + \epsilon I)^{-1/2}$, the matrix of zca.
 
     The derivative is that of Daleckii and Krein: for a function f of the eigenvalues
@@ -305,25 +305,29 @@ def inverse_square_root(covariance: Array, epsilon: float) -> Array:
 
 @inverse_square_root.defjvp
 def _inverse_square_root_jvp(
-    epsilon: float, primals: tuple[Array], tangents: tuple[Array]
+    primals: tuple[Array, Array], tangents: tuple[Array, Array]
 ) -> tuple[Array, Array]:
-    eigenvalues, v = _decompose(primals[0], epsilon)
+    eigenvalues, v = _decompose(*primals)
     roots = jnp.sqrt(eigenvalues)
     w = _product(v / roots[..., None, :], _transpose(v))
     a, b = roots[..., :, None], roots[..., None, :]
     factors = -1 / (a * b * (a + b))
-    inner = factors * _in_basis(v, tangents[0])
+    inner = factors * _in_basis(v, *tangents)
     return w, _product(_product(v, inner), _transpose(v))
 
 
-def _in_basis(v: Array, tangent: Array) -> Array:
-    """Return V^T T V of the symmetric part of a tangent, all that eigh reads."""
+def _in_basis(v: Array, tangent: Array, of_epsilon: Array) -> Array:
+    """Return V^T T V of a tangent of the covariance and one of epsilon.
+
+    T is the symmetric part, all that eigh reads; V^T (e I) V is e I.
+    """
     symmetric = (tangent + _transpose(tangent)) / 2
-    return _product(_product(_transpose(v), symmetric), v)
+    inner = _product(_product(_transpose(v), symmetric), v)
+    return inner + of_epsilon * jnp.eye(v.shape[-1], dtype=v.dtype)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _pca_matrix(covariance: Array, epsilon: float) -> Array:
+@jax.custom_jvp
+def _pca_matrix(covariance: Array, epsilon: float | Array) -> Array:
     r"""Return $\Lambda^{-1/2} V^T$, of the largest variance first.
 
     The largest entry by magnitude of each eigenvector is positive. The derivative of
@@ -342,11 +346,11 @@ def _pca_matrix(covariance: Array, epsilon: float) -> Array:
 
 @_pca_matrix.defjvp
 def _pca_matrix_jvp(
-    epsilon: float, primals: tuple[Array], tangents: tuple[Array]
+    primals: tuple[Array, Array], tangents: tuple[Array, Array]
 ) -> tuple[Array, Array]:
-    eigenvalues, v = _pca_basis(primals[0], epsilon)
+    eigenvalues, v = _pca_basis(*primals)
     inverse_roots = lax.rsqrt(eigenvalues)[..., None, :]
-    inner = _in_basis(v, tangents[0])
+    inner = _in_basis(v, *tangents)
     gaps = eigenvalues[..., None, :] - eigenvalues[..., :, None]
     delta = _BROADENING * jnp.max(eigenvalues, -1)[..., None, None]
     d_v = _product(v, gaps / (gaps**2 + delta**2) * inner)
@@ -356,7 +360,7 @@ def _pca_matrix_jvp(
     return _transpose(v * inverse_roots), _transpose(d_w)
 
 
-def _pca_basis(covariance: Array, epsilon: float) -> tuple[Array, Array]:
+def _pca_basis(covariance: Array, epsilon: float | Array) -> tuple[Array, Array]:
     """Return `_decompose`, descending and with signs that the batch cannot choose."""
     eigenvalues, v = _decompose(covariance, epsilon)
     eigenvalues, v = eigenvalues[..., ::-1], v[..., ::-1]
@@ -364,7 +368,7 @@ def _pca_basis(covariance: Array, epsilon: float) -> tuple[Array, Array]:
     return eigenvalues, v * jnp.sign(jnp.take_along_axis(v, largest, -2))
 
 
-def _cholesky_matrix(covariance: Array, epsilon: float) -> Array:
+def _cholesky_matrix(covariance: Array, epsilon: float | Array) -> Array:
     """Return the inverse of the lower Cholesky factor."""
     identity = jnp.broadcast_to(
         jnp.eye(covariance.shape[-1], dtype=covariance.dtype), covariance.shape
@@ -373,7 +377,9 @@ def _cholesky_matrix(covariance: Array, epsilon: float) -> Array:
     return lax.linalg.triangular_solve(factor, identity, left_side=True, lower=True)
 
 
-def _newton_matrix(covariance: Array, epsilon: float, *, num_iterations: int) -> Array:
+def _newton_matrix(
+    covariance: Array, epsilon: float | Array, *, num_iterations: int
+) -> Array:
     r"""Return the inverse square root after some steps of Newton and Schulz.
 
     $P_{k+1} = (3 P_k - P_k^3 S) / 2$ from $P_0 = I$ converges for eigenvalues of S in

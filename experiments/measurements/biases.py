@@ -12,9 +12,8 @@ import optax
 from jax import Array
 
 from bn_jax.data import ImageData
-from bn_jax.training import state as state_lib
-from bn_jax.training import step as step_lib
 from bn_jax.training.config import TrainConfig, value_of
+from bn_jax.training.task import Task, make_network
 from experiments.scores import Row
 
 LAYERS = ("conv1", "conv2", "dense1", "dense2")  # of LeNet, each before a norm
@@ -31,22 +30,18 @@ def effects(row: Row, variables: Mapping[str, Any], data: ImageData) -> Row:
     """
     params = variables["params"]
     found: Row = {"parameters": sum(np.size(leaf) for leaf in jax.tree.leaves(params))}
-    config = row["config"]
-    if not value_of(config, "model.bias_before_norm"):
+    if not value_of(row["config"], "model.bias_before_norm"):
         return found
     with jax.enable_x64(True):
-        model = state_lib.make_model(
-            TrainConfig.from_dict(config), num_classes=len(data.class_names)
-        )
+        config = TrainConfig.from_dict(row["config"])
+        network = make_network(config, Task.of(config, data))
         variables = jax.tree.map(lambda v: jnp.asarray(v, jnp.float64), variables)
         params = variables["params"]
         images = jnp.asarray(data.train.images[:256])
         labels = jnp.asarray(data.train.labels[:256])
 
         def logits_of(params: Any) -> Array:
-            return step_lib.predict_by_batch(
-                model, {**variables, "params": params}, images
-            )
+            return network.predict_by_batch({**variables, "params": params}, images)
 
         def loss_of(params: Any) -> Array:
             return optax.softmax_cross_entropy_with_integer_labels(

@@ -9,11 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bn_jax import models
+from bn_jax import linen
 from bn_jax.data import ImageData
-from bn_jax.training import state as state_lib
-from bn_jax.training import step as step_lib
 from bn_jax.training.config import TrainConfig
+from bn_jax.training.task import Task, make_network
 from experiments.scores import Row
 
 GROUP = 15  # of the 120 features: the largest divisor up to 16
@@ -61,12 +60,10 @@ def distance_within(covariance: np.ndarray, size: int) -> float:
 
 def dense_features(data: ImageData) -> np.ndarray:
     """Return the first dense layer's output, in an untrained LeNet, for 256 images."""
-    model = state_lib.make_model(TrainConfig(), num_classes=len(data.class_names))
-    images = data.train.images[:256]
-    variables = state_lib.init_variables(model, jax.random.key(0), images.shape[1:])
-    _, state = model.apply(
-        variables,
-        step_lib.to_float(jnp.asarray(images)),
+    network = make_network(TrainConfig(), Task.of(TrainConfig(), data))
+    _, state = network.apply(
+        network.init(jax.random.key(0)),
+        jnp.asarray(data.train.images[:256]),
         train=True,
         mutable=["batch_stats", "intermediates"],
         capture_intermediates=lambda module, _: module.name == "dense1",
@@ -76,7 +73,7 @@ def dense_features(data: ImageData) -> np.ndarray:
 
 def transformed(norm: str, x: np.ndarray) -> np.ndarray:
     """Return the output of an untrained norm, by name, for a batch `[N, C]`."""
-    constructor = models.norm_by_name(norm, momentum=0.9, epsilon=1e-5)
+    constructor = linen.norm(norm)
     assert constructor is not None
     layer = constructor(use_running_average=False)
     features = jnp.asarray(x, jnp.float32)

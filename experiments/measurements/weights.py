@@ -15,11 +15,12 @@ from jax import Array
 
 from bn_jax.data import ImageData
 from bn_jax.runs import results
-from bn_jax.runs.sweep import ROWS
-from bn_jax.training import feed, loop
-from bn_jax.training import state as state_lib
+from bn_jax.runs.sweeps import ROWS
+from bn_jax.training import feed
 from bn_jax.training import step as step_lib
 from bn_jax.training.config import TrainConfig
+from bn_jax.training.state import init_state
+from bn_jax.training.task import Task, make_network
 from experiments.scores import Row
 
 LAYERS = ("conv1", "conv2", "dense1", "dense2")  # of LeNet, each before a norm
@@ -82,16 +83,18 @@ def probe() -> optax.GradientTransformation:
 
 def compiled(config: TrainConfig, data: ImageData) -> Callable[[float, int], Probed]:
     """Return a function of rate and seed that trains; it is compiled only once."""
-    model = state_lib.make_model(config, num_classes=len(data.class_names))
+    network = make_network(config, Task.of(config, data))
     steps_per_epoch = len(data.train.labels) // config.batch_size
-    stored = loop.on_device(data.train)
+    stored = step_lib.Batch(*map(jnp.asarray, data.train))
 
     def optimizer_of(rate: float | Array) -> optax.GradientTransformation:
         return optax.chain(probe(), optax.sgd(rate))
 
     @jax.jit
     def epoch(rate: Array, state: Any, order: Array) -> Any:
-        train_step = step_lib.make_train_step(model, optimizer_of(rate))
+        train_step = step_lib.make_train_step(
+            network, optimizer_of(rate), dropout_key=jax.random.key(0)
+        )
 
         def probed_step(state: Any, batch: Any) -> Any:
             state, metrics = train_step(state, batch)
@@ -113,9 +116,7 @@ def compiled(config: TrainConfig, data: ImageData) -> Callable[[float, int], Pro
             num_examples=len(data.train.labels),
             batch_size=config.batch_size,
         )
-        shape = data.train.images.shape[1:]
-        variables = state_lib.init_variables(model, init_key, shape)
-        state = state_lib.init_state(variables, optimizer_of(rate))
+        state = init_state(network.init(init_key), optimizer_of(rate))
         parts = []
         for i in range(config.epochs):
             state, probed = epoch(rate, state, jnp.asarray(order.of_epoch(i)))

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from bn_jax.data import Split, idx
-from bn_jax.data.spec import PARTS, SPECS, DatasetSpec
+from bn_jax.data.sources import SPECS
+from bn_jax.data.spec import PARTS, DatasetSpec
 
 NAME = "fashion_mnist"
 FULL = SPECS[NAME]  # before any test replaces it
@@ -67,7 +68,7 @@ def tiny(tmp_path, monkeypatch):
             part: zlib.crc32(array.astype(np.uint8)) for part, array in arrays.items()
         },
         system_folder=str(tmp_path / "system"),
-        url="http://127.0.0.1:9/",  # the discard port: refuses at once
+        urls=idx.urls("http://127.0.0.1:9/"),  # the discard port: refuses at once
     )
     monkeypatch.setitem(SPECS, NAME, spec)
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
@@ -83,6 +84,27 @@ def tiny(tmp_path, monkeypatch):
         values = array.astype(np.uint8)
         data.rewrite(part, as_idx(values[..., 0] if values.ndim == 4 else values))
     return data
+
+
+@pytest.fixture
+def shrink(tmp_path, monkeypatch):
+    """Give a set of the table other sizes, and no way to a download."""
+
+    def to(name, *, train, test):
+        spec = SPECS[name]
+        urls = {
+            key: f"http://127.0.0.1:9/{url.rpartition('/')[2]}"
+            for key, url in spec.urls.items()
+        }
+        spec = dataclasses.replace(
+            spec, sizes={"train": train, "test": test}, urls=urls
+        )
+        monkeypatch.setitem(SPECS, name, spec)
+        return spec
+
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    return to
 
 
 @pytest.fixture
@@ -107,10 +129,10 @@ def run_python(tiny):
     setup = f"""
 import dataclasses, os, sys
 from bn_jax.data import load, prepare
-from bn_jax.data.spec import SPECS
+from bn_jax.data.sources import SPECS
 SPECS[{NAME!r}] = dataclasses.replace(
     SPECS[{NAME!r}], sizes={tiny.spec.sizes!r}, crc32={tiny.spec.crc32!r},
-    system_folder=None, url={tiny.spec.url!r})
+    system_folder=None, urls={tiny.spec.urls!r})
 IDX, ROOT = {str(tiny.idx_dir)!r}, {str(tiny.data_dir)!r}
 """
 
@@ -132,4 +154,4 @@ def full():
     folder = Path(FULL.system_folder)
     if not folder.is_dir():
         pytest.skip(f"Debian's dataset-fashion-mnist is not installed in {folder}")
-    return idx.read(idx.find(folder), FULL)
+    return idx.read(idx.find(folder, FULL), FULL)

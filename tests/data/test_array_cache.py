@@ -82,7 +82,7 @@ def killed(*args, **kwargs):
     if len(made) == 3: os._exit(9)
     save(*args, **kwargs)
 np.save = killed
-prepare({NAME!r}, data_dir=ROOT, idx_dir=IDX)
+prepare({NAME!r}, data_dir=ROOT, data_files=IDX)
 """
     )
     assert result.returncode == 9, result.stderr
@@ -123,7 +123,7 @@ def test_set_that_cannot_be_cached_loads_with_one_warning(
 
 
 def test_second_to_finish_writing_accepts_the_first(tiny, monkeypatch, assert_is_tiny):
-    prepare(NAME, idx_dir=tiny.idx_dir)
+    prepare(NAME, data_files=tiny.idx_dir)
     folder = tiny.prepared / array_cache.FOLDER
     rename = os.rename
     rename(folder, tiny.prepared / "first")

@@ -12,7 +12,7 @@ NAME = "fashion_mnist"
 
 def error_of(tiny):
     with pytest.raises(DataError) as caught:
-        load(NAME, idx_dir=tiny.idx_dir)
+        load(NAME, data_files=tiny.idx_dir)
     return str(caught.value)
 
 
@@ -27,9 +27,9 @@ def test_every_spelling_reads_the_same_arrays(tiny, assert_is_tiny, spelling):
             path.rename(path.with_name(path.name.replace("-idx", ".idx")))
         elif spelling == "unpacked but .gz":
             path.write_bytes(content)
-    data = load(NAME, idx_dir=tiny.idx_dir)
+    data = load(NAME, data_files=tiny.idx_dir)
     assert_is_tiny(data)
-    assert data.kind == "idx"
+    assert data.kind == "files"
     assert data.source == f"Fashion-MNIST, 30 + 20 images, IDX files in {tiny.idx_dir}"
 
 
@@ -44,7 +44,7 @@ def test_all_missing_files_are_named_at_once(tiny):
 
 def test_missing_folder_is_named(tiny):
     with pytest.raises(DataError, match="nowhere is not a folder"):
-        load(NAME, idx_dir=tiny.idx_dir / "nowhere")
+        load(NAME, data_files=tiny.idx_dir / "nowhere")
 
 
 def corrupt_gzip_middle(content):
@@ -147,7 +147,7 @@ def test_folder_with_the_name_of_a_file_counts_as_missing(tiny):
     path.unlink()
     path.mkdir()
     with pytest.raises(DataError, match="lacks 1 of the 4"):
-        idx.find(tiny.idx_dir)
+        idx.find(tiny.idx_dir, tiny.spec)
 
 
 def test_gzip_content_decides_not_the_suffix(tiny, assert_is_tiny):
@@ -155,4 +155,4 @@ def test_gzip_content_decides_not_the_suffix(tiny, assert_is_tiny):
         path = tiny.file(part)
         path.with_suffix("").write_bytes(gzip.compress(tiny.content(part)))
         path.unlink()
-    assert_is_tiny(load(NAME, idx_dir=tiny.idx_dir))
+    assert_is_tiny(load(NAME, data_files=tiny.idx_dir))

@@ -9,7 +9,16 @@ import time
 
 import pytest
 
-from bn_jax.data import DATASETS, DataError, load, prepare, sources, tfds_builder
+from bn_jax.data import (
+    DATASETS,
+    DataError,
+    check_name,
+    idx,
+    load,
+    prepare,
+    sources,
+    tfds_builder,
+)
 
 NAME = "fashion_mnist"
 
@@ -37,7 +46,7 @@ def serve(tiny):
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         servers.append((server, thread))
-        tiny.install(url=f"http://127.0.0.1:{server.server_port}/")
+        tiny.install(urls=idx.urls(f"http://127.0.0.1:{server.server_port}/"))
 
     yield start
     for server, thread in servers:
@@ -47,26 +56,48 @@ def serve(tiny):
 
 
 def test_names_are_public():
-    assert DATASETS == ("auto", "fashion_mnist", "mnist", "kmnist", "sample")
+    assert DATASETS == (
+        "auto",
+        "fashion_mnist",
+        "mnist",
+        "kmnist",
+        "cifar10",
+        "cifar100",
+        "svhn_cropped",
+        "sample",
+        "npz:PATH",
+    )
 
 
-@pytest.mark.parametrize("name", ["cifar", ""])
-def test_unknown_name_lists_the_names(name):
+@pytest.mark.parametrize("name", ["cifar", "", "npz", "mnist:"])
+@pytest.mark.parametrize("call", [load, prepare, check_name])
+def test_unknown_name_lists_the_names(call, name):
     with pytest.raises(DataError) as caught:
-        load(name)
+        call(name)
     assert repr(name) in str(caught.value)
     assert all(known in str(caught.value) for known in DATASETS)
+    assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["auto", "sample"])
+def test_name_that_is_nearly_right_is_guessed():
+    with pytest.raises(DataError, match="Did you mean cifar10?"):
+        check_name("CIFAR10".lower().replace("1", "_1"))
+
+
+def test_names_are_checked_without_looking_for_data():
+    for name in (*DATASETS, "npz:nowhere.npz", "npz:~/a=1,b:c.npz"):
+        check_name(name)
+
+
+@pytest.mark.parametrize("name", ["auto", "sample", "npz:a.npz"])
 def test_only_real_sets_are_prepared(name):
-    with pytest.raises(DataError, match=f"dataset '{name}' is not one"):
+    with pytest.raises(DataError, match=f"dataset '{name}' cannot be prepared"):
         prepare(name)
 
 
-def test_sample_refuses_an_idx_dir(tiny):
-    with pytest.raises(DataError, match="'sample' is embedded, but idx_dir"):
-        load("sample", idx_dir=tiny.idx_dir)
+def test_sample_refuses_data_files(tiny):
+    with pytest.raises(DataError, match="'sample' is embedded, but data_files"):
+        load("sample", data_files=tiny.idx_dir)
 
 
 def test_strict_name_without_data_tells_the_three_ways(tiny):
@@ -79,7 +110,7 @@ def test_strict_name_without_data_tells_the_three_ways(tiny):
     for way in (
         "a machine with internet",
         "apt-get install dataset-fashion-mnist",
-        "--idx_dir=FOLDER",
+        "--data_files=FOLDER",
         "--dataset=auto or --dataset=sample",
     ):
         assert way in message
@@ -101,7 +132,7 @@ def test_system_folder_is_used_where_nothing_is_prepared(tiny, assert_is_tiny, n
     tiny.install(system_folder=str(tiny.idx_dir))
     data = load(name)
     assert_is_tiny(data)
-    assert (data.name, data.kind, data.fallback_reason) == (NAME, "idx", None)
+    assert (data.name, data.kind, data.fallback_reason) == (NAME, "files", None)
     assert not tiny.data_dir.exists()  # reading IDX files writes nothing
 
 
@@ -111,11 +142,11 @@ def test_auto_raises_on_damaged_data_that_is_there(tiny, given):
     if given == "system":
         tiny.install(system_folder=str(tiny.idx_dir))
     with pytest.raises(DataError, match="lacks 1 of the 4"):
-        load("auto", idx_dir=tiny.idx_dir if given == "idx_dir" else None)
+        load("auto", data_files=tiny.idx_dir if given == "idx_dir" else None)
 
 
 def test_prepared_set_comes_before_the_system_folder(tiny, assert_is_tiny):
-    prepare(NAME, idx_dir=tiny.idx_dir)
+    prepare(NAME, data_files=tiny.idx_dir)
     tiny.install(system_folder=str(tiny.idx_dir))
     data = load("auto")
     assert_is_tiny(data)
@@ -123,14 +154,14 @@ def test_prepared_set_comes_before_the_system_folder(tiny, assert_is_tiny):
 
 
 def test_given_idx_dir_comes_before_a_prepared_set(tiny):
-    prepare(NAME, idx_dir=tiny.idx_dir)
-    assert load(NAME, idx_dir=tiny.idx_dir).kind == "idx"
+    prepare(NAME, data_files=tiny.idx_dir)
+    assert load(NAME, data_files=tiny.idx_dir).kind == "files"
     with pytest.raises(DataError, match="is not a folder"):
-        load(NAME, idx_dir=tiny.idx_dir / "nowhere")
+        load(NAME, data_files=tiny.idx_dir / "nowhere")
 
 
 def test_data_dir_argument_comes_before_the_environment(tiny, tmp_path):
-    folder = prepare(NAME, data_dir=tmp_path / "other", idx_dir=tiny.idx_dir)
+    folder = prepare(NAME, data_dir=tmp_path / "other", data_files=tiny.idx_dir)
     assert folder == tmp_path / "other" / NAME / "3.0.1"
     assert not tiny.data_dir.exists()
     assert load(NAME, data_dir=tmp_path / "other").kind == "tfds"
@@ -182,7 +213,7 @@ def test_damaged_download_is_an_error_even_for_auto(tiny, serve):
 def test_server_that_never_answers_is_given_up(tiny, monkeypatch):
     monkeypatch.setattr(sources, "_PROBE_SECONDS", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as server:
-        tiny.install(url=f"http://127.0.0.1:{server.getsockname()[1]}/")
+        tiny.install(urls=idx.urls(f"http://127.0.0.1:{server.getsockname()[1]}/"))
         start = time.monotonic()
         with pytest.raises(DataError, match="no answer within|timed out"):
             load(NAME)
@@ -202,14 +233,14 @@ def test_unreachable_download_is_reported_once(run_python):
 
 
 def test_idx_cache_and_sample_load_without_tfds(tiny, run_python):
-    prepare(NAME, idx_dir=tiny.idx_dir)
+    prepare(NAME, data_files=tiny.idx_dir)
     result = run_python(
         f"""
-assert load({NAME!r}, idx_dir=IDX).kind == "idx"
+assert load({NAME!r}, data_files=IDX).kind == "files"
 assert load({NAME!r}, data_dir=ROOT).kind == "tfds"
 assert load("sample").kind == "sample"
 assert load("auto", data_dir=IDX).kind == "sample"
-banned = ("tensorflow_datasets", "matplotlib", "flax", "absl")
+banned = ("tensorflow_datasets", "scipy.io", "matplotlib", "flax", "absl")
 print(sorted(set(banned) & set(sys.modules)))
 """
     )

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from bn_jax.data import DataError, array_cache, load, prepare, tfds_builder
-from bn_jax.data.spec import SPECS
+from bn_jax.data.sources import SPECS
 
 NAME = "fashion_mnist"
 tfds = tfds_builder.tfds
@@ -19,7 +19,7 @@ def remove_cache(tiny):
 
 
 def test_round_trip_keeps_values_and_order(tiny, assert_is_tiny):
-    assert prepare(NAME, idx_dir=tiny.idx_dir) == tiny.prepared
+    assert prepare(NAME, data_files=tiny.idx_dir) == tiny.prepared
     assert_is_tiny(load(NAME))  # from the cache
     remove_cache(tiny)
     assert_is_tiny(load(NAME))  # from the records, which TFDS shuffled
@@ -28,7 +28,7 @@ def test_round_trip_keeps_values_and_order(tiny, assert_is_tiny):
 
 def test_fresh_process_reads_the_records(tiny, run_python, assert_is_tiny):
     # TFDS loads its modules on demand: one that preparing needs may be absent here.
-    prepare(NAME, idx_dir=tiny.idx_dir)
+    prepare(NAME, data_files=tiny.idx_dir)
     remove_cache(tiny)
     result = run_python(f"print(load({NAME!r}, data_dir=ROOT).kind)")
     assert (result.stdout, result.stderr) == ("tfds\n", "")
@@ -36,19 +36,19 @@ def test_fresh_process_reads_the_records(tiny, run_python, assert_is_tiny):
 
 
 def test_prepared_set_is_left_as_it_is(tiny, monkeypatch):
-    prepare(NAME, idx_dir=tiny.idx_dir)
+    prepare(NAME, data_files=tiny.idx_dir)
     before = {
         path: path.stat().st_mtime_ns for path in sorted(tiny.prepared.rglob("*"))
     }
     monkeypatch.delattr(tfds_builder, "prepare")
-    prepare(NAME, idx_dir=tiny.idx_dir / "nowhere")
+    prepare(NAME, data_files=tiny.idx_dir / "nowhere")
     assert before == {
         path: path.stat().st_mtime_ns for path in sorted(tiny.prepared.rglob("*"))
     }
 
 
 def test_tfds_lists_and_reads_what_we_prepared(tiny):
-    prepare(NAME, idx_dir=tiny.idx_dir)
+    prepare(NAME, data_files=tiny.idx_dir)
     (reference,) = tfds.core.utils.file_utils.list_datasets_in_data_dir(tiny.data_dir)
     assert (reference.dataset_name, reference.version) == (NAME, "3.0.1")
     # Its own builder of this name, with its own features.
@@ -64,18 +64,25 @@ def test_tfds_lists_and_reads_what_we_prepared(tiny):
     assert sorted(labels) == sorted(tiny.test.labels)
 
 
-@pytest.mark.parametrize("name", ["fashion_mnist", "mnist", "kmnist"])
+@pytest.mark.parametrize("name", SPECS)
 def test_table_agrees_with_tfds(name, tmp_path):
-    builder = tfds.builder(name, data_dir=tmp_path)
     spec = SPECS[name]
+    builder = tfds.builder(name, data_dir=tmp_path)
+    ours = tfds_builder.SpecBuilder(spec, data_dir=tmp_path).info.features
+    theirs = builder.info.features
     assert str(builder.version) == spec.version
-    assert tuple(builder.info.features["label"].names) == spec.class_names
-    assert builder.info.features["image"].shape == spec.image_shape
-    known = tfds.core.download.checksums.get_all_url_infos()
-    assert tfds_builder.idx.url(spec, "test_images") in known
+    assert set(ours) == set(theirs)
+    assert theirs["image"].shape == spec.image_shape
+    for key in {"label", "coarse_label"} & set(theirs):
+        assert ours[key].num_classes == theirs[key].num_classes
+    if spec.id_digits is None:  # the others have their names in the archive
+        assert tuple(theirs["label"].names) == spec.class_names
+    known = {**tfds.core.download.checksums.get_all_url_infos(), **builder.url_infos}
+    assert set(spec.urls.values()) <= set(known)
 
 
-def test_order_is_that_of_tfds_for_its_own_keys(tmp_path):
+@pytest.mark.parametrize("num_shards", [1, 3])  # of a large set
+def test_order_is_that_of_tfds_for_its_own_keys(tmp_path, num_shards):
     class Toy(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         VERSION = tfds.core.Version("1.0.0")
 
@@ -91,7 +98,11 @@ def test_order_is_that_of_tfds_for_its_own_keys(tmp_path):
             raise NotImplementedError
 
     builder = Toy(data_dir=tmp_path)
-    builder.download_and_prepare(file_format="array_record")
+    builder.download_and_prepare(
+        file_format="array_record",
+        download_config=tfds.download.DownloadConfig(num_shards=num_shards),
+    )
+    assert builder.info.splits["train"].num_shards == num_shards
     stored = [record["key"] for record in builder.as_data_source("train")]
     assert stored == tfds_builder._stored_order("train", 50)
     assert stored != list(range(50))
@@ -106,7 +117,7 @@ def edit_info(tiny, change):
 
 def error_after_preparing(tiny, damage):
     """Prepare, drop the cache, damage, and return what load says."""
-    prepare(NAME, idx_dir=tiny.idx_dir)
+    prepare(NAME, data_files=tiny.idx_dir)
     remove_cache(tiny)
     damage()
     with pytest.raises(DataError) as caught:
@@ -122,7 +133,7 @@ def test_tfrecord_is_refused_with_the_mend(tiny):
     message = error_after_preparing(tiny, damage)
     assert "was prepared as tfrecord, which needs TensorFlow" in message
     assert "--data_dir" in message
-    assert "--idx_dir" in message
+    assert "--data_files" in message
 
 
 def test_other_number_of_examples_is_refused(tiny):
@@ -177,7 +188,7 @@ def test_folder_without_metadata_is_refused(tiny):
 def test_data_dir_that_cannot_be_made_is_named(tiny, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match="cannot be prepared in .*file") as caught:
-        prepare(NAME, data_dir=tmp_path / "file", idx_dir=tiny.idx_dir)
+        prepare(NAME, data_dir=tmp_path / "file", data_files=tiny.idx_dir)
     assert "--data_dir" in str(caught.value)
 
 
@@ -193,14 +204,14 @@ def killed(image):
     if len(made) == 40: os._exit(9)  # within the second split
     return as_png(image)
 tfds_builder._as_png = killed
-prepare({NAME!r}, data_dir=ROOT, idx_dir=IDX)
+prepare({NAME!r}, data_dir=ROOT, data_files=IDX)
 """
     )
     assert result.returncode == 9, result.stderr
     assert list(tiny.data_dir.rglob("*incomplete*"))
     assert not tiny.prepared.exists()
     assert load("auto").kind == "sample"
-    prepare(NAME, idx_dir=tiny.idx_dir)
+    prepare(NAME, data_files=tiny.idx_dir)
     assert_is_tiny(load(NAME))
 
 
@@ -212,10 +223,10 @@ def test_second_to_finish_preparing_accepts_the_first(
     def overtaken(image):
         if not calls:
             calls.append(1)
-            prepare(NAME, idx_dir=tiny.idx_dir)  # another process, from start to end
+            prepare(NAME, data_files=tiny.idx_dir)  # another process, from start to end
         return as_png(image)
 
     monkeypatch.setattr(tfds_builder, "_as_png", overtaken)
-    prepare(NAME, idx_dir=tiny.idx_dir)
+    prepare(NAME, data_files=tiny.idx_dir)
     assert_is_tiny(load(NAME))
     assert not list(tiny.data_dir.rglob("*incomplete*"))

@@ -2,7 +2,7 @@ import pytest
 
 from bn_jax.training import members
 from bn_jax.training.config import TrainConfig
-from bn_jax.training.state import make_model
+from bn_jax.training.task import Task, make_network
 from experiments import options
 
 DESIGN = options.Design(epochs=3, seeds=3, dataset="sample")
@@ -47,7 +47,7 @@ def verdict(rows, words):
 @pytest.mark.parametrize("arm", ARMS)
 def test_arm_is_a_sweep_of_models_that_can_be_made(arm):
     members.check(ARMS[arm])
-    make_model(ARMS[arm][0], num_classes=10)
+    make_network(ARMS[arm][0], Task(num_classes=10, image_shape=(28, 28, 1)))
     assert len(set(ARMS[arm])) == len(ARMS[arm])
     assert "/" not in arm and ":" not in arm
 

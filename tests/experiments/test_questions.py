@@ -12,9 +12,8 @@ import pytest
 
 from bn_jax import data as data_lib
 from bn_jax.training import members
-from bn_jax.training import state as state_lib
-from bn_jax.training import step as step_lib
 from bn_jax.training.config import TrainConfig, value_of
+from bn_jax.training.task import Task, make_network
 from experiments import (
     estimate,
     frozen,
@@ -41,6 +40,10 @@ def configs_of(module, **choices):
     design = module.STUDY.design(**choices)
     arms = module.STUDY.arms_of(design)
     return {arm: design.configs(of_arm) for arm, of_arm in arms.items()}
+
+
+def network(config):
+    return make_network(config, Task(num_classes=10, image_shape=(28, 28, 1)))
 
 
 @pytest.mark.parametrize("name", list(report.studies()))
@@ -191,16 +194,14 @@ def test_figures_of_layers_are_drawn(tmp_path):
 def test_biases_have_no_gradient_and_no_effect_but_the_last_has():
     data = data_lib.load("sample")
     config = TrainConfig(dataset="sample")
-    model = state_lib.make_model(config, num_classes=10)
-    variables = state_lib.init_variables(model, jax.random.key(0), (28, 28, 1))
+    variables = network(config).init(jax.random.key(0))
     found = biases.effects({"config": config.to_dict()}, variables, data)
     assert max(found["gradient_ratio"].values()) < 1e-12
     assert found["output_change"] < 1e-12
     assert found["parameters"] == 44878
     # The same measure sees a bias that counts: without norms they do.
     config = TrainConfig(dataset="sample", norm="none")
-    model = state_lib.make_model(config, num_classes=10)
-    variables = state_lib.init_variables(model, jax.random.key(0), (28, 28, 1))
+    variables = network(config).init(jax.random.key(0))
     found = biases.effects({"config": config.to_dict()}, variables, data)
     assert min(found["gradient_ratio"].values()) > 1e-3
     assert found["output_change"] > 1e-3
@@ -284,9 +285,8 @@ def test_runs_are_followed_and_those_there_are_not_repeated(tmp_path):
     with_norm, without = rows
     assert max(with_norm["mean_abs_cosine"]) < 1e-3 < max(without["mean_abs_cosine"])
     # The run is the usual one: its first weights are those of the seed.
-    model = state_lib.make_model(TrainConfig(), num_classes=10)
     key, _ = jax.random.split(jax.random.key(0))
-    variables = state_lib.init_variables(model, key, (28, 28, 1))
+    variables = network(TrainConfig()).init(key)
     expected = optax.tree.norm(variables["params"]["conv1"]["kernel"], squared=True)
     assert with_norm["squared_norm"][0][0] == pytest.approx(float(expected), rel=1e-5)
 
@@ -324,11 +324,10 @@ def test_features_are_those_before_the_norm_of_the_first_dense_layer():
     data = data_lib.load("sample")
     x = covariance.dense_features(data)
     assert x.shape == (256, 120)
-    model = state_lib.make_model(TrainConfig(), num_classes=10)
-    variables = state_lib.init_variables(model, jax.random.key(0), (28, 28, 1))
-    _, updates = model.apply(
-        variables,
-        step_lib.to_float(jnp.asarray(data.train.images[:256])),
+    untrained = network(TrainConfig())
+    _, updates = untrained.apply(
+        untrained.init(jax.random.key(0)),
+        jnp.asarray(data.train.images[:256]),
         train=True,
         mutable=["batch_stats"],
     )

@@ -21,8 +21,8 @@ from flax import traverse_util
 from bn_jax import data as data_lib
 from bn_jax.linen import BatchNorm
 from bn_jax.runs import distributed, interrupt
-from bn_jax.training import loop, parallel
 from bn_jax.runs import run as run_lib
+from bn_jax.training import loop, parallel
 from bn_jax.training.config import RunOptions, TrainConfig
 
 LOCAL_DEVICES = 2

@@ -11,9 +11,9 @@ import numpy as np
 import optax
 import pytest
 
-from bn_jax.runs.results import RunError
 from bn_jax.runs import checkpoint
 from bn_jax.runs.checkpoint import Checkpoints
+from bn_jax.runs.results import RunError
 from bn_jax.training.loop import EpochReport, Progress
 from bn_jax.training.state import TrainState
 

@@ -18,8 +18,8 @@ import pytest
 from runs import processes
 
 from bn_jax.runs import distributed
-from bn_jax.training import feed
 from bn_jax.runs.distributed import DistributedError
+from bn_jax.training import feed
 
 ROOT = Path(__file__).parents[2]
 # No program takes so long, on the slowest of machines; one that hangs is ended then.

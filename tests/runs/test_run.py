@@ -14,11 +14,11 @@ from PIL import Image
 
 from bn_jax import data as data_lib
 from bn_jax.runs import results
+from bn_jax.runs import run as run_lib
+from bn_jax.runs.interrupt import Interrupted
 from bn_jax.runs.results import RunError
 from bn_jax.training import feed, loop
-from bn_jax.runs import run as run_lib
 from bn_jax.training.config import RunOptions
-from bn_jax.runs.interrupt import Interrupted
 
 # A checkpoint amid an epoch of five steps, one before its end, and none at it.
 OPTIONS = RunOptions(devices="1", checkpoint_every="2steps")

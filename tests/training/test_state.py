@@ -8,7 +8,7 @@ import pytest
 
 from bn_jax.data import DataError
 from bn_jax.fields import ConfigError
-from bn_jax.runs import sweep as sweep_lib
+from bn_jax.runs import sweeps
 from bn_jax.training import loop
 from bn_jax.training.config import TrainConfig
 from bn_jax.training.members import parse
@@ -217,8 +217,8 @@ def test_variance_ratio_is_of_moving_and_exact_variance(tiny_config, tiny_data):
 
 def test_variables_of_a_sweep_are_read_back(tmp_path, tiny_config, tiny_data):
     configs = parse("seed=0..1", tiny_config)
-    sweep_lib.sweep_into(tmp_path / "run", configs, tiny_data)
-    variables = sweep_lib.load_variables(tmp_path / "run")
+    sweeps.sweep_into(tmp_path / "run", configs, tiny_data)
+    variables = sweeps.load_variables(tmp_path / "run")
     single = loop.fit(configs[1], tiny_data).state
     np.testing.assert_allclose(
         variables["params"]["norm1"]["scale"][1],

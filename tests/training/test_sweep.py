@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from bn_jax.fields import ConfigError
-from bn_jax.runs import interrupt
-from bn_jax.runs import sweep as sweep_lib
+from bn_jax.runs import interrupt, sweeps
 from bn_jax.runs.results import RunError
 from bn_jax.training import loop, mapped
 from bn_jax.training.config import RunOptions, TrainConfig
@@ -170,7 +169,7 @@ def configs(tiny_config):
 @pytest.fixture
 def rows(finished, configs, tiny_data):
     """Rows of a finished sweep; trained once for this file."""
-    return sweep_lib.sweep_into(finished, configs, tiny_data, OPTIONS)
+    return sweeps.sweep_into(finished, configs, tiny_data, OPTIONS)
 
 
 def test_sweep_leaves_a_row_for_each_member_and_is_not_repeated(
@@ -188,10 +187,10 @@ def test_sweep_leaves_a_row_for_each_member_and_is_not_repeated(
     ]
     assert [row["config"]["learning_rate"] for row in rows] == [0.1, 0.1, 1e38, 1e38]
     before = (finished / "results.json").stat().st_mtime_ns
-    assert sweep_lib.sweep_into(finished, configs, tiny_data, OPTIONS) == rows
+    assert sweeps.sweep_into(finished, configs, tiny_data, OPTIONS) == rows
     assert (finished / "results.json").stat().st_mtime_ns == before
     with pytest.raises(RunError, match="another config .learning_rate"):
-        sweep_lib.sweep_into(finished, configs[:3], tiny_data, OPTIONS)
+        sweeps.sweep_into(finished, configs[:3], tiny_data, OPTIONS)
 
 
 def test_stopped_sweep_goes_on_to_the_same_numbers(
@@ -205,9 +204,9 @@ def test_stopped_sweep_goes_on_to_the_same_numbers(
     monkeypatch.setattr(interrupt, "listening", lambda: stopped)
     for _ in range(2):
         with pytest.raises(interrupt.Interrupted, match="the same command goes on"):
-            sweep_lib.sweep_into(tmp_path, configs, tiny_data, OPTIONS)
+            sweeps.sweep_into(tmp_path, configs, tiny_data, OPTIONS)
     monkeypatch.setattr(interrupt, "listening", listening)
-    again = sweep_lib.sweep_into(tmp_path, configs, tiny_data, OPTIONS)
+    again = sweeps.sweep_into(tmp_path, configs, tiny_data, OPTIONS)
     assert again == rows
 
 
@@ -217,5 +216,5 @@ def test_options_that_a_sweep_cannot_take_are_refused(tmp_path, configs, tiny_da
         (RunOptions(devices="1", input="stream"), "leave out --input"),
     ):
         with pytest.raises(ConfigError, match=message):
-            sweep_lib.sweep_into(tmp_path / "new", configs, tiny_data, options)
+            sweeps.sweep_into(tmp_path / "new", configs, tiny_data, options)
     assert not (tmp_path / "new").exists()

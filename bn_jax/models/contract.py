@@ -1,0 +1,175 @@
+"""What training asks of a model, ours or a user's.
+
+A model has Linen's `init(key, images, train=...)` and `apply(variables, images,
+train=..., mutable=..., rngs=...)` with the collections `params` and `batch_stats`, and
+returns logits `[N, classes]`. Linen modules do that by themselves; NNX modules are
+wrapped.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import flax.errors
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array
+
+from bn_jax.fields import ConfigError
+
+
+def as_model(source: Any) -> Any:
+    """Return a model of a Linen module, an NNX module, or a function that makes one.
+
+    Args:
+      source: a Linen module, called as `model(images, train=...)`; an NNX module; or a
+        function that makes an NNX module of an `nnx.Rngs`.
+
+    Returns:
+      The Linen module itself, or a `bn_jax.models.nnx_model.NnxModel`.
+
+    Raises:
+      TypeError: if `source` is something else, or its call takes no `train`.
+    """
+    if isinstance(source, nn.Module):
+        parameters = inspect.signature(type(source).__call__).parameters
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        if not takes_any and "train" not in parameters:
+            raise TypeError(
+                f"the call of {type(source).__name__} takes no `train`; expected a "
+                "module that is called as model(images, train=True) in training and "
+                "model(images, train=False) in prediction"
+            )
+        return source
+    if isinstance(source, type) and issubclass(source, nn.Module):
+        raise TypeError(
+            f"got the class {source.__name__}; give an instance of it, "
+            f"{source.__name__}(...)"
+        )
+    # Imported here, since it takes .4 s that a Linen model need not wait for.
+    from bn_jax.models.nnx_model import NnxModel
+
+    if isinstance(source, NnxModel):
+        return source
+    if not callable(source):
+        raise TypeError(
+            f"got {source!r}; expected a Linen module, an NNX module, or a function "
+            "that makes an NNX module of an nnx.Rngs"
+        )
+    return NnxModel(source)
+
+
+def name_of(model: Any) -> str:
+    """Return the name of a model's class."""
+    name: str = type(model).__name__ if isinstance(model, nn.Module) else model.name
+    return name
+
+
+def check_fits(
+    model: Any, image_shape: tuple[int, ...], *, num_classes: int | None = None
+) -> None:
+    """Refuse a model that does not fit the images, without computing anything.
+
+    Args:
+      model: as `as_model` returns it.
+      image_shape: `[H, W, C]`.
+      num_classes: number of logits that it should return; None for any.
+
+    Raises:
+      ConfigError: in one line, naming the model, the shape, and what to do.
+    """
+
+    def trace(images: Array) -> tuple[Any, Any]:
+        variables = model.init(jax.random.key(0), images, train=False)
+        return variables, model.apply(variables, images, train=False)
+
+    name, size = name_of(model), " x ".join(map(str, image_shape))
+    images = jax.ShapeDtypeStruct((2, *image_shape), jnp.result_type(float))
+    try:
+        variables, logits = jax.eval_shape(trace, images)
+    except ConfigError:
+        raise
+    except (AssertionError, TypeError, ValueError, flax.errors.FlaxError) as error:
+        # Of Flax's and JAX's long messages the first line says what is wrong.
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(
+            f"{name} does not fit images of {size}: {reason}; give larger images or "
+            "another model"
+        ) from error
+    shapes = jax.tree.map(jnp.shape, variables)
+    empty = [
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, leaf in jax.tree_util.tree_leaves_with_path(variables)
+        if not leaf.size
+    ]
+    if empty:
+        raise ConfigError(
+            f"{name} does not fit images of {size}: {empty[0]} has no elements; give "
+            "larger images or another model"
+        )
+    others = sorted(shapes.keys() - {"params", "batch_stats"})
+    if others:
+        raise ConfigError(
+            f"{name} has the variables {', '.join(others)}; expected none besides "
+            "params and batch_stats, which are all that training keeps"
+        )
+    expected = (2, num_classes or "classes")
+    if (
+        getattr(logits, "ndim", None) != 2
+        or logits.shape[0] != 2
+        or (num_classes is not None and logits.shape[1] != num_classes)
+    ):
+        given = jax.tree.map(jnp.shape, logits)
+        raise ConfigError(
+            f"{name} returns {given} for 2 images of {size}; expected logits of shape "
+            f"({expected[0]}, {expected[1]})"
+        )
+
+
+def logits_by_batch(model: Any, variables: Any, images: Array) -> Array:
+    """Return the logits of a batch whose norms use its own statistics.
+
+    The model is applied in training mode with dropout switched off. In Linen modules
+    calls of `nn.Dropout` return their input; in NNX modules `deterministic` is True.
+
+    Args:
+      model: as `as_model` returns it.
+      variables: parameters and statistics; the statistics are not used.
+      images: the batch, `[N, H, W, C]`.
+
+    Raises:
+      ValueError: if the model draws random numbers by other means than dropout layers.
+    """
+    if not isinstance(model, nn.Module):
+        logits, _ = model.apply(
+            variables, images, train=True, mutable=["batch_stats"], dropout=False
+        )
+        return logits  # type: ignore[no-any-return]
+
+    def pass_dropout_by(
+        next_fun: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        context: nn.module.InterceptorContext,
+    ) -> Any:
+        if isinstance(context.module, nn.Dropout) and context.method_name == "__call__":
+            return args[0] if args else kwargs["inputs"]
+        return next_fun(*args, **kwargs)
+
+    try:
+        # Without a random stream for dropout, what nn.jit has cached of training with
+        # one is not used.
+        with nn.intercept_methods(pass_dropout_by):
+            logits, _ = model.apply(
+                variables, images, train=True, mutable=["batch_stats"]
+            )
+    except flax.errors.InvalidRngError as error:
+        raise ValueError(
+            f"{type(model).__name__} draws random numbers in training mode outside of "
+            "nn.Dropout, so it has no logits by the batch's statistics alone; expected "
+            "nn.Dropout layers only"
+        ) from error
+    return logits  # type: ignore[no-any-return]

@@ -1,0 +1,308 @@
+"""A sweep on disk: its members trained into one folder, a row for each."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from bn_jax import data as data_lib
+from bn_jax.fields import ConfigError
+from bn_jax.runs import checkpoint, interrupt, results
+from bn_jax.runs.run import read_config
+from bn_jax.training import members, own_models, task
+from bn_jax.training.config import RunOptions, TrainConfig
+from bn_jax.training.sweep import Progress, Sweep
+from bn_jax.training.task import Task, make_network
+
+ROWS = "runs.jsonl"
+
+
+def sweep(
+    configs: Sequence[TrainConfig],
+    data: data_lib.ImageData,
+    *,
+    workdir: str | Path,
+    model: Any = None,
+    options: RunOptions | None = None,
+    exact: bool = True,
+    train: bool = False,
+) -> list[dict[str, Any]]:
+    """Train a sweep, and write everything to `workdir`; resume one that is there.
+
+    Members that differ in numbers alone share a program, see `members`; where there are
+    several programs, each has a folder in `workdir`.
+
+    Args:
+      configs: of the members, on one data set.
+      data: the images.
+      workdir: receives config.json, environment.json, runs.jsonl (a row per member, as
+        `Sweep.rows`), results.json, the members' variables, stacked, and sweep.png.
+      model: the user's own, as for `run.train`.
+      options: how to carry it out; by default on one device.
+      exact: as for `Sweep.rows`.
+      train: as for `Sweep.rows`.
+
+    Returns:
+      The rows. Those of a finished sweep are read.
+
+    Raises:
+      RunError: if `workdir` cannot take this sweep; nothing is overwritten.
+      ConfigError: if configs do not make a sweep, or options do not fit one.
+      Interrupted: on SIGTERM or Ctrl-C, after a checkpoint.
+    """
+    options = options or RunOptions(devices="1")
+    workdir = Path(workdir)
+    if model is not None:
+        configs = [own_models.named(config, model) for config in configs]
+    groups = members.grouped(configs)
+    _check_data(configs)
+    devices = _devices(options, max(map(len, groups)))
+    selected = [task.select(configs[group[0]], data) for group in groups]
+    for group, chosen in zip(groups, selected, strict=True):
+        network = make_network(
+            configs[group[0]], Task.of(configs[group[0]], chosen), model=model
+        )
+        network.check_fits()
+    common = _common(configs)
+    config = {**common, "data": selected[0].source, "exact": exact, "train": train}
+    with interrupt.listening() as request, results.locked(workdir):
+        results.start_run(workdir, config, resume=options.resume, repeat=True)
+        if (workdir / results.RESULTS).exists():
+            return results.read_rows(workdir / ROWS)
+        rows: list[Any] = [None] * len(configs)
+        programs = []
+        for number, group in enumerate(groups, 1):
+            folder = workdir if len(groups) == 1 else workdir / f"program{number}"
+            folder.mkdir(exist_ok=True)
+            if len(groups) > 1:
+                print(f"program {number} of {len(groups)}", flush=True)
+            program = _Program(
+                [configs[i] for i in group],
+                data,
+                model=model,
+                devices=devices[: len(group)],
+                options=options,
+                identity={**config, "members": group},
+                folder=folder,
+            )
+            of_group = program.train(request, exact=exact, train=train)
+            for i, row in zip(group, of_group, strict=True):
+                rows[i] = row
+            programs.append(program)
+        from bn_jax import plots  # here, so that training starts sooner
+
+        results.write_rows(workdir / ROWS, rows)
+        plots.members_by_epoch(rows, _labels(configs), workdir / "sweep.png")
+        seconds = sum(program.seconds for program in programs)
+        num_examples = sum(program.num_examples for program in programs)
+        summary = {
+            "members": len(configs),
+            "examples_per_second": num_examples / seconds,
+            "seconds": seconds,
+            "compile_seconds": sum(p.sweep.compile_seconds for p in programs),
+            "num_devices": len(devices),
+            "data_source": selected[0].source,
+            "task": programs[0].sweep.task.to_dict(),
+            **_best(rows, configs),
+        }
+        results.write_json(workdir / results.RESULTS, summary)
+    return rows
+
+
+def _check_data(configs: Sequence[TrainConfig]) -> None:
+    """Refuse members that are not of one data set.
+
+    Raises:
+      ConfigError: naming the field.
+    """
+    for name in ("dataset", "train_examples", "validation"):
+        if len({getattr(config, name) for config in configs}) > 1:
+            raise ConfigError(
+                f"members of a sweep differ in {name}; they share the images in the "
+                "devices' memory: train a sweep for each"
+            )
+
+
+def _best(
+    rows: Sequence[dict[str, Any]], configs: Sequence[TrainConfig]
+) -> dict[str, Any]:
+    """Return which member is best on the validation set at the end, if there is one."""
+    scored = [
+        (row["validation_accuracy"][-1], label)
+        for row, label in zip(rows, _labels(configs), strict=True)
+        if row.get("validation_accuracy", [None])[-1] is not None
+    ]
+    if not scored:
+        return {}
+    accuracy, label = max(scored)
+    return {"best_by_validation": label, "best_validation_accuracy": accuracy}
+
+
+class _Program:
+    """The members of a sweep that share a program, and their folder."""
+
+    def __init__(
+        self,
+        configs: Sequence[TrainConfig],
+        data: data_lib.ImageData,
+        *,
+        model: Any,
+        devices: Sequence[jax.Device],
+        options: RunOptions,
+        identity: dict[str, Any],
+        folder: Path,
+    ) -> None:
+        num_examples = len(task.select(configs[0], data).train.labels)
+        self._checkpoint_steps = options.checkpoint_steps(
+            num_examples // configs[0].batch_size
+        )
+        self.sweep = Sweep(
+            configs,
+            data,
+            model=model,
+            devices=devices,
+            checkpoint_steps=self._checkpoint_steps,
+        )
+        self._folder, self._identity = folder, identity
+
+    @property
+    def num_examples(self) -> int:
+        """Number of examples that the members train on, all steps together."""
+        first = self.sweep.configs[0]
+        return len(self.sweep.configs) * self.sweep.num_steps * first.batch_size
+
+    def train(
+        self, request: interrupt.StopRequest, *, exact: bool, train: bool
+    ) -> list[dict[str, Any]]:
+        """Train to the end from where the folder's checkpoints are; return the rows."""
+        sweep = self.sweep
+        with contextlib.closing(
+            checkpoint.Checkpoints(self._folder, self._identity)
+        ) as checkpoints:
+            _restore(sweep, checkpoints)
+            _train(sweep, checkpoints, request, self._checkpoint_steps)
+        progress = sweep.progress()
+        self.seconds = progress.seconds
+        checkpoint.save_variables(self._folder, progress.state.variables)
+        return sweep.rows(exact=exact, train=train)
+
+
+def load_variables(workdir: str | Path, *, model: Any = None) -> dict[str, Any]:
+    """Return the variables of a finished sweep's members, stacked NumPy arrays.
+
+    Args:
+      workdir: the directory that `sweep` wrote, of members that share a program.
+      model: the user's own, of a sweep that it was passed to.
+
+    Raises:
+      RunError: if `workdir` holds none, or they are damaged or of another model.
+      ConfigError: as `run.load` says.
+    """
+    workdir = Path(workdir)
+    rows = results.read_rows(workdir / ROWS)
+    config = read_config(workdir, rows[0]["config"])
+    of_task = Task.from_dict(results.read_object(workdir / results.RESULTS)["task"])
+    network = make_network(config, of_task, model=model)
+    of_one = jax.eval_shape(network.init, jax.random.key(0))
+    like = jax.tree.map(
+        lambda v: jax.ShapeDtypeStruct((len(rows), *v.shape), v.dtype), of_one
+    )
+    variables = checkpoint.load_variables(workdir, like)
+    stacked: dict[str, Any] = jax.tree.map(np.asarray, variables)
+    return stacked
+
+
+def _devices(options: RunOptions, num_members: int) -> list[jax.Device]:
+    """Return the devices that share the members."""
+    present = jax.local_devices()
+    count = len(present) if options.devices == "all" else int(options.devices)
+    if count > len(present) or jax.process_count() > 1:
+        raise ConfigError(
+            f"devices={options.devices} for a sweep; one process trains it, on at most "
+            f"its own {len(present)} devices"
+        )
+    if options.input == "stream":
+        raise ConfigError(
+            "input='stream' for a sweep, whose members share the data set in the "
+            "devices' memory; leave out --input"
+        )
+    return present[: min(count, num_members)]
+
+
+def _common(configs: Sequence[TrainConfig]) -> dict[str, Any]:
+    """Return what configs share, and lists of what they differ in."""
+    common: dict[str, Any] = {}
+    for field in dataclasses.fields(TrainConfig):
+        values = [getattr(config, field.name) for config in configs]
+        common[field.name] = values if len(set(values)) > 1 else values[0]
+    return common
+
+
+def _labels(configs: Sequence[TrainConfig]) -> list[str]:
+    """Return what tells each member from the others."""
+    names = members.differing(configs)
+    return [", ".join(f"{n}={c.value(n)}" for n in names) for c in configs]
+
+
+_STEPS = ("step_losses", "step_accuracies")
+
+
+def _restore(sweep: Sweep, checkpoints: checkpoint.Checkpoints) -> None:
+    parts = checkpoints.latest_parts()
+    if parts is None:
+        return
+    step, arrays, run = parts
+    now = sweep.progress()
+    scores = {name: arrays.pop(f"scores/{name}") for name in now.scores}
+    losses, accuracies = (arrays.pop(name) for name in _STEPS)
+    state = checkpoints.unflat(step, arrays, now.state)
+    sweep.restore(Progress(state, losses, accuracies, scores, run["seconds"]))
+    print(f"resuming from step {sweep.step} of {sweep.num_steps}", flush=True)
+
+
+def _save(sweep: Sweep, checkpoints: checkpoint.Checkpoints) -> None:
+    progress = sweep.progress()
+    arrays = {name: getattr(progress, name) for name in _STEPS}
+    arrays |= {f"scores/{name}": of for name, of in progress.scores.items()}
+    arrays |= checkpoint.flat(progress.state)
+    checkpoints.save_parts(sweep.step, arrays, {"seconds": progress.seconds})
+
+
+def _train(
+    sweep: Sweep,
+    checkpoints: checkpoint.Checkpoints,
+    request: interrupt.StopRequest,
+    checkpoint_steps: int | None,
+) -> None:
+    """Train to the end, showing progress and saving, unless asked to stop."""
+    count = len(sweep.configs)
+    with tqdm(total=sweep.num_steps, unit="step", disable=None, leave=False) as bar:
+        bar.update(sweep.step)
+        bar.set_postfix_str("compiling")
+        for epoch in sweep.train():
+            bar.update(sweep.step - bar.n)
+            if epoch is not None:
+                tested = sweep.progress().scores["test_accuracy"][:, epoch - 1]
+                alive = np.isfinite(tested)
+                best = f"{tested[alive].max():.3f}" if alive.any() else "none"
+                bar.write(
+                    f"epoch {epoch}/{sweep.configs[0].epochs}  {alive.sum()} of "
+                    f"{count} members continue  best test accuracy {best}"
+                )
+                bar.set_postfix_str("")
+            stop = request.signum is not None
+            if stop or (checkpoint_steps and sweep.step % checkpoint_steps == 0):
+                _save(sweep, checkpoints)
+            if stop and sweep.step < sweep.num_steps:
+                raise interrupt.Interrupted(
+                    request.signum or 0,
+                    f"stopped at step {sweep.step} of {sweep.num_steps}; the same "
+                    "command resumes from there",
+                )

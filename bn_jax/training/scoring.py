@@ -1,0 +1,127 @@
+"""Scores of a trained network, by moving averages and by exact statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import linen as nn
+from jax.sharding import NamedSharding, PartitionSpec
+
+from bn_jax import models
+from bn_jax.measures import population
+from bn_jax.training import memory, parallel
+from bn_jax.training.evaluation import BATCH_SIZE, Evaluator
+from bn_jax.training.state import Network
+
+
+class Score(NamedTuple):
+    """Accuracies are shares of 1, losses cross-entropies in nats.
+
+    Exact statistics are None where `exact_refused` says why they cannot be measured.
+    """
+
+    test_loss: float  # by the moving averages
+    test_accuracy: float  # likewise
+    test_loss_exact: float | None  # by exact statistics of the training set
+    test_accuracy_exact: float | None  # likewise
+    # Of the average of the weights, by exact statistics that are measured with it.
+    test_loss_averaged: float | None = None
+    test_accuracy_averaged: float | None = None
+    exact_refused: str | None = None
+
+    def to_row(self) -> dict[str, Any]:
+        """Return the fields that have a value, and those of exact statistics."""
+        optional = ("test_loss_averaged", "test_accuracy_averaged", "exact_refused")
+        return {
+            name: v
+            for name, v in self._asdict().items()
+            if v is not None or name not in optional
+        }
+
+
+def score(
+    network: Network,
+    variables: Any,
+    evaluate: Evaluator,
+    images: np.ndarray,
+    *,
+    devices: Sequence[jax.Device],
+    average: Any = None,
+) -> Score:
+    """Evaluate by moving averages and by exact statistics of the training set.
+
+    Args:
+      network: the network.
+      variables: its parameters and moving averages.
+      evaluate: on the test set.
+      images: of the training set, which give the exact statistics.
+      devices: of this process, which share these images.
+      average: of the parameters, to be scored with exact statistics of its own; none if
+        it is empty.
+    """
+    by_average = evaluate(variables)
+    by_exact: tuple[Any, Any] = (None, None)
+    of_average: tuple[Any, Any] = (None, None)
+    refused = exact_refusal(network, variables, images[:1])
+    if refused is None:
+
+        def exact(variables: Any) -> Any:
+            found = exact_statistics(network, variables, images, devices=devices)
+            return evaluate({**variables, "batch_stats": found})
+
+        by_exact = exact(variables)
+        if average:
+            of_average = exact({**variables, "params": average})
+    return Score(*by_average, *by_exact, *of_average, refused)
+
+
+def exact_refusal(network: Network, variables: Any, example: np.ndarray) -> str | None:
+    """Return why exact statistics cannot be measured, or None if they can.
+
+    Args:
+      network: the network.
+      variables: its parameters and moving averages.
+      example: one image, `[1, H, W, C]`.
+    """
+    if not isinstance(network.model, nn.Module):
+        return (
+            f"{models.name_of(network.model)} is an NNX module, and the layers' calls "
+            "are seen in Flax Linen modules alone"
+        )
+    return population.refusal(network.predict, variables, example)
+
+
+def exact_statistics(
+    network: Network,
+    variables: Any,
+    images: np.ndarray,
+    *,
+    devices: Sequence[jax.Device],
+) -> Any:
+    """Return the exact statistics of a training set.
+
+    Args:
+      network: the network.
+      variables: its parameters and moving averages.
+      images: of the training set.
+      devices: of this process, which share the images.
+
+    Raises:
+      ValueError: as `population.exact_statistics` says.
+    """
+    memory.return_freed()  # here most is needed
+    if len(images) % len(devices):
+        devices = devices[:1]
+    mesh = jax.sharding.Mesh(np.array(devices), (parallel.DATA,))
+    by_example = NamedSharding(mesh, PartitionSpec(parallel.DATA))
+    replicated = NamedSharding(mesh, PartitionSpec())
+    with jax.set_mesh(mesh):  # convolutions look at it
+        return population.exact_statistics(
+            network.predict,
+            jax.tree.map(lambda v: parallel.put(v, replicated), variables),
+            parallel.put(images, by_example),
+            batch_size=BATCH_SIZE * len(devices),
+        )

@@ -1,0 +1,173 @@
+"""What a config makes of a data set: the task, the network, the optimizer's step."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from bn_jax import data as data_lib
+from bn_jax import linen, models
+from bn_jax.fields import ConfigError
+from bn_jax.training import inputs as inputs_lib
+from bn_jax.training import step as step_lib
+from bn_jax.training.augment import AUGMENTATIONS
+from bn_jax.training.config import OWN_MODEL, TrainConfig
+from bn_jax.training.state import Network
+
+# Streams of random numbers of a run; 0 and 1 are those of weights and `trained=random`.
+_DROPOUT, _AUGMENTATION = 2, 3
+
+
+def select(config: TrainConfig, data: data_lib.ImageData) -> data_lib.ImageData:
+    """Return the part of a data set that a config trains and validates on.
+
+    Raises:
+      DataError: if there are too few examples.
+      ConfigError: if a batch is larger than the training set, or an option does not fit
+        the images.
+    """
+    data = data.with_validation(config.validation)
+    data = data.with_train_examples(config.train_examples)
+    num_examples = len(data.train.labels)
+    if config.batch_size > num_examples:
+        raise ConfigError(
+            f"batch_size={config.batch_size} is larger than the training set of "
+            f"{num_examples} images; give at most {num_examples}"
+        )
+    AUGMENTATIONS.make(config.augment).check(data.image_shape)
+    return data
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What a network has to fit: all that it depends on besides the config.
+
+    Attributes:
+      num_classes: number of outputs.
+      image_shape: `[H, W, C]` of the data set.
+      statistics: of the training images, where inputs are standardised by them.
+    """
+
+    num_classes: int
+    image_shape: tuple[int, ...]
+    statistics: inputs_lib.ChannelStatistics | None = None
+
+    @classmethod
+    def of(cls, config: TrainConfig, data: data_lib.ImageData) -> Task:
+        """Return the task that a config sets on a data set."""
+        statistics = None
+        if config.inputs == "standardised":
+            mean, deviation = data_lib.channel_statistics(data.train)
+            statistics = inputs_lib.ChannelStatistics(
+                tuple(map(float, mean / 255)), tuple(map(float, deviation / 255))
+            )
+        return cls(data.num_classes, data.image_shape, statistics)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as a dict that JSON can hold."""
+        found: dict[str, Any] = {
+            "num_classes": self.num_classes,
+            "image_shape": list(self.image_shape),
+        }
+        if self.statistics is not None:
+            found["channels"] = self.statistics._asdict()
+        return found
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Task:
+        """Return the task of such a dict."""
+        statistics = None
+        if "channels" in values:
+            channels = values["channels"]
+            statistics = inputs_lib.ChannelStatistics(
+                tuple(channels["mean"]), tuple(channels["deviation"])
+            )
+        return cls(values["num_classes"], tuple(values["image_shape"]), statistics)
+
+
+def make_network(
+    config: TrainConfig,
+    task: Task,
+    *,
+    model: Any = None,
+    norm_attributes: Mapping[str, Any] | None = None,
+) -> Network:
+    """Return the network that `config` names.
+
+    Args:
+      config: names it.
+      task: what it has to fit.
+      model: the user's own, instead of the one that `config` names.
+      norm_attributes: attributes of the norms besides their options, such as the axis
+        that shares statistics.
+
+    Raises:
+      ConfigError: if the model is missing, or its norm does not take the attributes.
+    """
+    scale = inputs_lib.make(config.inputs, task.statistics)
+    augment = AUGMENTATIONS.make(config.augment)
+    height, width, channels = task.image_shape
+    shape = (augment.side(height), augment.side(width), channels)
+    if model is not None:
+        return Network(
+            models.as_model(model), shape, task.num_classes, scale, augment.centre
+        )
+    if config.model.startswith(OWN_MODEL):
+        raise ConfigError(
+            f"the run is of a model that was passed in, of the class "
+            f"{config.model.removeprefix(OWN_MODEL)}; pass one like it as model=..."
+        )
+    dtype = jnp.bfloat16 if config.precision == "bfloat16" else None
+    attributes = dict(norm_attributes or {})
+    if dtype is not None:
+        attributes["dtype"] = dtype
+    try:
+        norm = linen.norm(config.norm, options=config.traced("norm"), **attributes)
+        made = models.MODELS.make(
+            config.model,
+            norm=norm,
+            num_classes=task.num_classes,
+            dtype=dtype,
+            **config.traced("model"),
+        )
+    except ValueError as error:
+        raise ConfigError(f"{error}") from error
+    if config.inputs == "norm":
+        # Batch norm whatever the norm inside, which may be none.
+        of_inputs = linen.norm("batch_norm", **attributes)
+        assert of_inputs is not None
+        made = inputs_lib.NormalisedInput(made, of_inputs)
+    return Network(made, shape, task.num_classes, scale, augment.centre)
+
+
+def make_step(
+    config: TrainConfig,
+    network: Network,
+    optimizer: optax.GradientTransformation,
+    *,
+    axis_name: str | None = None,
+) -> step_lib.TrainStep:
+    """Return the training step that `config` names; see `step.make_train_step`."""
+    return step_lib.make_train_step(
+        network,
+        optimizer,
+        axis_name=axis_name,
+        dropout_key=_stream_key(config, _DROPOUT),
+        augment=AUGMENTATIONS.make(config.augment),
+        augment_key=_stream_key(config, _AUGMENTATION),
+        label_smoothing=config.label_smoothing,
+        accumulate=config.accumulate,
+        accumulate_stats=config.accumulate_stats,  # type: ignore[arg-type]
+        average_weights=config.average_weights,
+    )
+
+
+def _stream_key(config: TrainConfig, stream: int) -> Array:
+    """Return the key of a stream of random numbers, apart from all others of a run."""
+    return jax.random.fold_in(jax.random.key(config.seed), stream)

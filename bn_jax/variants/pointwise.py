@@ -1,0 +1,189 @@
+r"""Squashing functions in the place of a norm: no statistics at all.
+
+$$y_{DyT} = \gamma \tanh(\alpha x) + \beta, \qquad
+  y_{Derf} = \gamma\, \mathrm{erf}(\alpha x + s) + \beta,$$
+
+with gamma and beta for each feature, and the scalars alpha and s for all of them, all
+learned. Like a norm they bound what comes next, and they are nearly linear around 0;
+unlike one they look at nothing but the value itself. The state is empty, and training
+and prediction are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+from jax.scipy.special import erf
+
+from bn_jax import checks
+from bn_jax import functional as functional_lib
+from bn_jax import moments as moments_lib
+from bn_jax.variants.per_example import EmptyState
+
+
+class DyTParams(NamedTuple):
+    """What dynamic tanh learns."""
+
+    scale: Array | None  # gamma, shape [C]
+    bias: Array | None  # beta, shape [C]
+    alpha: Array  # slope at 0, shape []
+
+
+class DerfParams(NamedTuple):
+    """What dynamic erf learns."""
+
+    scale: Array | None  # gamma, shape [C]
+    bias: Array | None  # beta, shape [C]
+    alpha: Array  # factor of x, shape []
+    shift: Array  # s, added to alpha x; shape []
+
+
+def init_dyt(
+    num_features: int | Sequence[int],
+    *,
+    alpha: float | Array = 0.5,
+    scale: bool = True,
+    bias: bool = True,
+    dtype: Any = jnp.float32,
+) -> tuple[DyTParams, EmptyState]:
+    """Return gamma 1, beta 0 and alpha.
+
+    Args:
+      num_features: as for `bn_jax.init`.
+      alpha: its initial value; the paper's default is 0.5.
+      scale: whether there is a gamma.
+      bias: whether there is a beta.
+      dtype: of the parameters.
+    """
+    params, _ = functional_lib.init(num_features, scale=scale, bias=bias, dtype=dtype)
+    return DyTParams(*params, jnp.asarray(alpha, dtype)), EmptyState()
+
+
+def init_derf(
+    num_features: int | Sequence[int],
+    *,
+    alpha: float | Array = 0.5,
+    shift: float | Array = 0.0,
+    scale: bool = True,
+    bias: bool = True,
+    dtype: Any = jnp.float32,
+) -> tuple[DerfParams, EmptyState]:
+    """Return gamma 1, beta 0, alpha and s.
+
+    Args:
+      num_features: as for `bn_jax.init`.
+      alpha: its initial value; the paper's is 0.5.
+      shift: initial value of s; the paper's is 0.
+      scale: whether there is a gamma.
+      bias: whether there is a beta.
+      dtype: of the parameters.
+    """
+    params, _ = functional_lib.init(num_features, scale=scale, bias=bias, dtype=dtype)
+    scalars = jnp.asarray(alpha, dtype), jnp.asarray(shift, dtype)
+    return DerfParams(*params, *scalars), EmptyState()
+
+
+def dyt(
+    x: Array,
+    params: DyTParams,
+    state: EmptyState,
+    *,
+    train: bool,
+    feature_axis: int | Sequence[int] = -1,
+) -> tuple[Array, EmptyState]:
+    """Apply dynamic tanh: gamma tanh(alpha x) + beta.
+
+    Args:
+      x: array of rank 2 or more, of a real floating-point dtype.
+      params: gamma and beta, each of shape `[C]` or None, and the scalar alpha.
+      state: empty.
+      train: accepted because every transform takes it; it changes nothing.
+      feature_axis: axis (or axes) of the features.
+
+    Returns:
+      `(y, state)`: y of x's shape and dtype, and the state as it was.
+
+    Raises:
+      TypeError: if `x` is not of a real floating-point dtype.
+      ValueError: on a wrong rank or feature count.
+
+    References:
+      Zhu, Chen, He, LeCun and Liu, 2025, "Transformers without Normalization",
+      arXiv:2503.10622.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> params, state = init_dyt(1)
+      >>> y, _ = dyt(jnp.array([[0.0], [200.0]]), params, state, train=True)
+      >>> y.ravel().tolist()
+      [0.0, 1.0]
+    """
+    del train
+    x, wide = _checked(x, params, feature_axis)
+    return _affine(jnp.tanh(params.alpha * wide), params, feature_axis, x.dtype), state
+
+
+def derf(
+    x: Array,
+    params: DerfParams,
+    state: EmptyState,
+    *,
+    train: bool,
+    feature_axis: int | Sequence[int] = -1,
+) -> tuple[Array, EmptyState]:
+    """Apply dynamic erf: gamma erf(alpha x + s) + beta.
+
+    Args:
+      x: as for `dyt`.
+      params: gamma and beta, each of shape `[C]` or None, and the scalars alpha and s.
+      state: empty.
+      train: accepted because every transform takes it; it changes nothing.
+      feature_axis: axis (or axes) of the features.
+
+    Returns:
+      `(y, state)`: y of x's shape and dtype, and the state as it was.
+
+    Raises:
+      TypeError: as `dyt` says.
+      ValueError: as `dyt` says.
+
+    References:
+      Chen, Lu, Zhu, Sun and Liu, 2025, "Stronger Normalization-Free Transformers",
+      arXiv:2512.10938.
+    """
+    del train
+    x, wide = _checked(x, params, feature_axis)
+    y = erf(params.alpha * wide + params.shift)
+    return _affine(y, params, feature_axis, x.dtype), state
+
+
+def _checked(
+    x: Array, params: DyTParams | DerfParams, feature_axis: int | Sequence[int]
+) -> tuple[Array, Array]:
+    """Return x as an array, and in the dtype to compute in."""
+    x = jnp.asarray(x)
+    moments_lib.check_input(x, feature_axis)
+    if jnp.iscomplexobj(x):
+        raise TypeError(
+            f"x has dtype {x.dtype}, of which tanh and erf are not bounded; transform "
+            "the real and imaginary parts as features"
+        )
+    checks.check_features(x, feature_axis, scale=params.scale, bias=params.bias)
+    return x, x.astype(moments_lib.statistics_dtype(x.dtype))
+
+
+def _affine(
+    y: Array,
+    params: DyTParams | DerfParams,
+    feature_axis: int | Sequence[int],
+    dtype: Any,
+) -> Array:
+    axes = moments_lib.reduction_axes(y.ndim, feature_axis)
+    if params.scale is not None:
+        y = y * jnp.expand_dims(params.scale, axes)
+    if params.bias is not None:
+        y = y + jnp.expand_dims(params.bias, axes)
+    return y.astype(dtype)

@@ -1,0 +1,186 @@
+r"""Train any model with any norm on any images, from the command line.
+
+  python -m experiments.train --workdir=runs/mlp --model=mlp:widths=512x512 \
+    --norm=layer --learning_rate=0.1
+  python -m experiments.train --workdir=runs/resnet --model=resnet:depth=20 \
+    --dataset=cifar10 --optimizer=sgd:momentum=0.9,nesterov=true \
+    --schedule=cosine:warmup_epochs=1 --learning_rate=0.1 --weight_decay=0.0005 \
+    --inputs=standardised --augment=crop_and_flip
+  python -m experiments.train --workdir=runs/own --dataset=npz:images.npz
+  python -m experiments.train --workdir=runs/smoke --smoke     a try in seconds
+  python -m experiments.train --load=runs/mlp                  evaluate it again
+  python -m experiments.train --workdir=runs/rates --devices=2 \
+    --sweep="learning_rate=0.1,0.3,1.0;norm=batch_norm|group:num_groups=2;seed=0..2"
+
+The folder --workdir receives config.json, environment.json, metrics.jsonl (a line per
+epoch), results.json, the trained variables, curves.png and gamma_beta.png. Without
+flags this is the run of `experiments.lenet`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+from absl import flags
+
+from bn_jax import runs
+from bn_jax.fields import ConfigError
+from bn_jax.runs import distributed
+from bn_jax.training import members, scoring, task
+from bn_jax.training.config import RunOptions, TrainConfig
+from bn_jax.training.evaluation import Evaluator
+from experiments import flag_fields, launch
+
+# What rounding may change of a loss or an accuracy: an image or two of 10,000.
+ROUNDING = 3e-4
+
+
+def define_flags() -> None:
+    """Define the flags of a run."""
+    flag_fields.define(TrainConfig)
+    launch.define_run_flags()
+    flags.DEFINE_boolean(
+        "smoke", False, "Try everything in seconds: the sample, 1 epoch, unless given."
+    )
+    flags.DEFINE_string(
+        "load", None, "Folder of a finished run to evaluate again, instead of training."
+    )
+    flags.DEFINE_string(
+        "sweep",
+        None,
+        "Train all combinations, as in 'learning_rate=0.01,0.1;seed=0..4', "
+        "'model.norm_layers=0011,1111' or 'norm=batch_norm|group:num_groups=2'. What "
+        "differs in numbers alone shares one program.",
+    )
+
+
+def main(argv: Sequence[str]) -> None:
+    """Train, sweep or evaluate again, as the flags say."""
+    launch.check_no_arguments(argv)
+    given = flags.FLAGS
+    if (given.workdir is None) == (given.load is None):
+        raise ConfigError(
+            "give --workdir=DIR to train into a folder, or --load=DIR to evaluate what "
+            "a run left there; --help lists all flags"
+        )
+    if given.load is not None:
+        names = [field.name for field in dataclasses.fields(TrainConfig)]
+        ignored = [f"--{name}" for name in names if given[name].present]
+        if ignored:
+            raise ConfigError(
+                f"--load takes the config of the run, so leave out {', '.join(ignored)}"
+            )
+        evaluate_again(given.load)
+        return
+    launch.set_up_jax()
+    smoke = {"dataset": "sample", "epochs": 1} if given.smoke else {}
+    config = flag_fields.read(TrainConfig, given, defaults=smoke)
+    if given.sweep is not None:
+        train_sweep(given.workdir, given.sweep, config)
+    else:
+        train(given.workdir, config)
+
+
+def train(workdir: str, config: TrainConfig) -> None:
+    """Train `config` into `workdir` and print what came out."""
+    data = launch.load_data(config.dataset)
+    options = flag_fields.read(RunOptions, flags.FLAGS)
+    run = runs.train(config, data, workdir=workdir, options=options)
+    if not distributed.is_primary():
+        return
+    first = next(iter(run.results["gamma_beta"].items()), None)
+    if first is not None:
+        layer, learned = first
+        for greek, values in learned.items():
+            print(f"{layer} {greek:5s}  {launch.numbers(values)}")
+    found = run.results
+    by_exact = "no exact statistics"
+    if found["test_accuracy_exact"] is not None:
+        by_exact = f"{found['test_accuracy_exact']:.3f} by exact statistics"
+    print(
+        f"loss {found['train_loss']:.3f}, "
+        f"train accuracy {found['train_accuracy']:.3f}, "
+        f"test accuracy {found['test_accuracy']:.3f} by moving averages and "
+        f"{by_exact}, {found['examples_per_second']:,.0f} examples/s"
+    )
+    if "exact_refused" in found:
+        print(f"exact statistics were not measured: {found['exact_refused']}")
+    if "test_accuracy_averaged" in found:
+        print(
+            f"average of the weights: test accuracy "
+            f"{found['test_accuracy_averaged']:.3f} by exact statistics of its own"
+        )
+    names = sorted(path.name for path in Path(workdir).glob("[!.]*"))
+    print(f"data: {found['data_source']}")
+    print(f"written to {workdir}: {', '.join(names)}")
+
+
+def train_sweep(workdir: str, spec: str, base: TrainConfig) -> None:
+    """Train the members of a sweep into `workdir` and print a line for each."""
+    configs = members.parse(spec, base)
+    data = launch.load_data(base.dataset)
+    print(f"{len(configs)} members of the sweep", flush=True)
+    options = flag_fields.read(RunOptions, flags.FLAGS)
+    rows = runs.sweep(configs, data, workdir=workdir, options=options)
+    names = [part.partition("=")[0].strip() for part in spec.split(";")]
+    for config, row in zip(configs, rows, strict=True):
+        member = "  ".join(f"{name} {config.value(name)!s:6}" for name in names)
+        if row["diverged_at_step"] is not None:
+            print(f"{member}  diverged at step {row['diverged_at_step']}")
+            continue
+        line = (
+            f"{member}  loss {row['loss'][-1]:.3f}  "
+            f"train accuracy {row['train_accuracy'][-1]:.3f}  "
+        )
+        if "validation_accuracy" in row:
+            line += f"validation accuracy {row['validation_accuracy'][-1]:.3f}  "
+        line += f"test accuracy {row['test_accuracy'][-1]:.3f}"
+        if "test_accuracy_exact" in row:
+            line += f", {row['test_accuracy_exact']:.3f} by exact statistics"
+        print(line)
+    print(f"written to {workdir}")
+
+
+def evaluate_again(workdir: str) -> None:
+    """Evaluate the run in `workdir` and compare with what it wrote."""
+    run = runs.load(workdir)
+    data = task.select(run.config, launch.load_data(run.config.dataset))
+    if data.source != run.results["data_source"]:
+        print(f"note: the run was on {run.results['data_source']}")
+    devices = jax.local_devices()[:1]
+    new = scoring.score(
+        run.network,
+        run.variables,
+        Evaluator(run.network.predict, data.test, devices=devices),
+        data.train.images,
+        devices=devices,
+        average=run.average,
+    ).to_row()
+    old = {name: run.results[name] for name in new}
+    for name, value in new.items():
+        print(f"{name:22s} {_number(value)}  (the run wrote {_number(old[name])})")
+    if new == old:
+        print(f"the same numbers as in {Path(workdir) / 'results.json'}")
+    elif all(_is_close(new[name], old[name]) for name in new):
+        print("the same numbers but for rounding, as on another machine or backend")
+    else:
+        sys.exit("error: the numbers differ from those that the run wrote")
+
+
+def _number(value: float | str | None) -> str:
+    return f"{value:.6f}" if isinstance(value, float) else str(value)
+
+
+def _is_close(new: float | str | None, old: float | str | None) -> bool:
+    if isinstance(new, float) and isinstance(old, float):
+        return math.isclose(new, old, rel_tol=ROUNDING)
+    return new == old
+
+
+if __name__ == "__main__":
+    launch.start(main, define_flags)

@@ -1,0 +1,118 @@
+"""A validation split, the first training examples, and statistics of channels."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from bn_jax.data import DataError, ImageData, Split, channel_statistics, image_data
+
+
+def make(count):
+    """Number images from 0; labels cycle through three classes."""
+    images = np.arange(count, dtype=np.uint8).reshape(count, 1, 1, 1)
+    return Split(images, np.arange(count, dtype=np.int32) % 3)
+
+
+@pytest.fixture
+def data():
+    return ImageData("x", make(20), make(5), ("a", "b", "c"), "files", "x, 20 + 5")
+
+
+def numbers(split):
+    return split.images.ravel().tolist()
+
+
+def test_last_training_examples_are_set_aside(data):
+    result = data.with_validation(6)
+    assert numbers(result.train) == list(range(14))
+    assert numbers(result.validation) == list(range(14, 20))
+    np.testing.assert_array_equal(result.validation.labels, [2, 0, 1, 2, 0, 1])
+    assert result.test is data.test
+    assert result.source == "x, 20 + 5, the last 6 of training for validation"
+
+
+def test_no_validation_changes_nothing(data):
+    assert data.with_validation(0) is data
+    assert data.validation is None
+
+
+def test_validation_does_not_depend_on_the_number_of_training_examples(data):
+    for count in (3, 8, 14):
+        result = data.with_validation(6).with_train_examples(count)
+        assert numbers(result.train) == list(range(count))
+        assert numbers(result.validation) == list(range(14, 20))
+    assert result.source.endswith("6 of training for validation")  # 14 are all
+    result = data.with_validation(6).with_train_examples(8)
+    assert result.source.endswith("for validation, the first 8 for training")
+    with pytest.raises(DataError, match="which has 14; give at most 14"):
+        data.with_validation(6).with_train_examples(15)
+
+
+@pytest.mark.parametrize("count", [-1, 20, 21])
+def test_validation_leaves_a_training_example(data, count):
+    with pytest.raises(DataError, match=rf"validation={count} of x, 20 \+ 5") as caught:
+        data.with_validation(count)
+    assert "give at most 19" in str(caught.value)
+
+
+def test_validation_is_set_aside_once(data):
+    with pytest.raises(DataError, match="has 6 validation examples already"):
+        data.with_validation(6).with_validation(3)
+
+
+def test_validation_takes_no_whole_class(data):
+    order = np.argsort(data.train.labels, kind="stable")  # 7, 7 and 6 of a class
+    train = Split(data.train.images[order], data.train.labels[order])
+    ordered = dataclasses.replace(data, train=train)
+    assert len(ordered.with_validation(5).train.labels) == 15
+    with pytest.raises(DataError, match=r"all training examples of class 2 \(c\)"):
+        ordered.with_validation(6)
+
+
+@pytest.mark.parametrize("count", [-1, 21])
+def test_first_examples_are_at_hand(data, count):
+    with pytest.raises(DataError, match=f"train_examples={count} of x"):
+        data.with_train_examples(count)
+
+
+def test_classes_and_shape_are_known(data):
+    assert (data.num_classes, data.image_shape) == (3, (1, 1, 1))
+
+
+def split_of(images):
+    return Split(images, np.zeros(len(images), np.int32))
+
+
+@pytest.mark.parametrize("values_per_chunk", [1, 200, 1 << 22])
+@pytest.mark.parametrize("stored", ["memory", "mapped"])
+def test_statistics_are_those_of_all_pixels(
+    tmp_path, monkeypatch, values_per_chunk, stored
+):
+    monkeypatch.setattr(image_data, "_VALUES_PER_CHUNK", values_per_chunk)
+    images = np.random.default_rng(0).integers(0, 256, (31, 4, 5, 3), dtype=np.uint8)
+    images[..., 1] //= 2
+    if stored == "mapped":
+        np.save(tmp_path / "images.npy", images)
+        images = np.load(tmp_path / "images.npy", mmap_mode="r")
+    mean, std = channel_statistics(split_of(images))
+    assert mean.dtype == std.dtype == np.float64
+    np.testing.assert_allclose(mean, images.mean((0, 1, 2)), rtol=1e-14)
+    np.testing.assert_allclose(std, images.std((0, 1, 2)), rtol=1e-13)
+
+
+def test_statistics_hold_where_the_deviation_is_small():
+    # One pixel of n differs by 1: the variance is (n - 1) / n**2.
+    images = np.full((1000, 10, 10, 1), 254, np.uint8)
+    images[0, 0, 0] = 255
+    n = images.size
+    mean, std = channel_statistics(split_of(images))
+    np.testing.assert_allclose(mean, [254 + 1 / n], rtol=1e-15)
+    np.testing.assert_allclose(std, [np.sqrt(n - 1) / n], rtol=1e-15)
+
+
+def test_constant_channel_is_refused():
+    images = np.random.default_rng(0).integers(0, 256, (9, 4, 4, 2), dtype=np.uint8)
+    images[..., 1] = 7
+    with pytest.raises(DataError, match="channel 1 is 7 in each of the 9 images"):
+        channel_statistics(split_of(images))

@@ -1,0 +1,218 @@
+"""A user's own Linen or NNX module, trained as ours are."""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax import nnx
+
+import bn_jax.nnx
+from bn_jax import runs
+from bn_jax.fields import ConfigError
+from bn_jax.linen import BatchNorm
+from bn_jax.runs.interrupt import Interrupted
+from bn_jax.training import members
+from bn_jax.training.config import RunOptions, TrainConfig
+
+
+class Own(nn.Module):
+    """A model that was not written here: other names, other layers."""
+
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, x, *, train: bool):
+        x = nn.Conv(4, (3, 3), strides=2, use_bias=False)(x)
+        x = nn.BatchNorm(
+            use_running_average=not train, axis_name=self.axis_name, name="bn"
+        )(x)
+        x = nn.relu(x).reshape(len(x), -1)
+        x = nn.Dropout(0.1, deterministic=not train)(x)
+        x = nn.Dense(16)(x)
+        x = BatchNorm(use_running_average=not train, axis_name=self.axis_name)(x)
+        return nn.Dense(10)(nn.relu(x))
+
+
+class OwnNnx(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.conv = nnx.Conv(1, 4, (3, 3), strides=2, rngs=rngs)
+        self.norm = bn_jax.nnx.BatchNorm(4, rngs=rngs)
+        self.dropout = nnx.Dropout(0.1, rngs=rngs)
+        self.head = nnx.Linear(14 * 14 * 4, 10, rngs=rngs)
+
+    def __call__(self, x):
+        x = nnx.relu(self.norm(self.conv(x)))
+        return self.head(self.dropout(x).reshape(len(x), -1))
+
+
+@pytest.fixture
+def config(tiny_config):
+    return dataclasses.replace(tiny_config, learning_rate=0.1)
+
+
+MODELS = {"linen": Own, "nnx": lambda: OwnNnx}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_own_module_trains_and_is_read_back(kind, config, tiny_data, tmp_path):
+    model = MODELS[kind]()
+    run = runs.train(config, tiny_data, model=model, workdir=tmp_path)
+    assert run.metrics[-1]["loss"] < run.metrics[0]["loss"]
+    assert run.config.model == f"own:{'Own' if kind == 'linen' else 'OwnNnx'}"
+    again = runs.load(tmp_path, model=model)
+    chex.assert_trees_all_equal(again.variables, run.variables)
+    images = tiny_data.test.images[:3]
+    np.testing.assert_array_equal(again.predict(images), run.predict(images))
+    if kind == "linen":
+        assert np.isfinite(run.results["test_loss_exact"])
+    else:
+        assert run.results["test_loss_exact"] is None
+        assert "Linen" in run.results["exact_refused"]
+
+
+def test_own_run_is_not_read_without_its_model(config, tiny_data, tmp_path):
+    config = dataclasses.replace(config, epochs=1)
+    runs.train(config, tiny_data, model=Own(), workdir=tmp_path)
+    with pytest.raises(ConfigError, match="of the class Own; pass one like it"):
+        runs.load(tmp_path)
+    with pytest.raises(ConfigError, match="of the class Own, and model is of OwnNnx"):
+        runs.load(tmp_path, model=OwnNnx)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_stopped_own_run_resumes_bit_for_bit(
+    kind, config, tiny_data, tmp_path, signal_at, monkeypatch
+):
+    options = RunOptions(devices="1", checkpoint_every="2steps")
+    model = MODELS[kind]()
+    whole = runs.train(
+        config, tiny_data, model=model, workdir=tmp_path / "a", options=options
+    )
+    with monkeypatch.context() as patch:
+        signal_at(4, 15, patch)
+        with pytest.raises(Interrupted):
+            runs.train(
+                config, tiny_data, model=model, workdir=tmp_path / "b", options=options
+            )
+    resumed = runs.train(
+        config, tiny_data, model=model, workdir=tmp_path / "b", options=options
+    )
+    chex.assert_trees_all_equal(resumed.variables, whole.variables)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_own_module_in_a_sweep_trains_as_alone(kind, config, tiny_data, tmp_path):
+    model = MODELS[kind]()
+    configs = members.parse("learning_rate=0.05,0.1;seed=0..1", config)
+    rows = runs.sweep(configs, tiny_data, workdir=tmp_path / "sweep", model=model)
+    alone = runs.train(configs[3], tiny_data, model=model, workdir=tmp_path / "alone")
+    assert rows[3]["loss"] == pytest.approx(
+        [row["loss"] for row in alone.metrics], rel=1e-4
+    )
+
+
+@pytest.mark.parametrize(
+    ("parallel", "batch_stats", "axis_name"),
+    [("jit", "synced", None), ("pmap", "synced", "data")],
+)
+def test_devices_share_an_own_modules_statistics(
+    parallel, batch_stats, axis_name, config, tiny_data, tmp_path
+):
+    class Still(Own):
+        """Without dropout, whose draws depend on the number of devices."""
+
+        @nn.compact
+        def __call__(self, x, *, train: bool):
+            x = nn.Conv(4, (3, 3), strides=2, use_bias=False)(x)
+            norm = nn.BatchNorm(not train, axis_name=self.axis_name)
+            return nn.Dense(10)(nn.relu(norm(x)).reshape(len(x), -1))
+
+    config = dataclasses.replace(config, batch_stats=batch_stats, epochs=1)
+    one = runs.train(config, tiny_data, model=Still(), workdir=tmp_path / "one")
+    two = runs.train(
+        config,
+        tiny_data,
+        model=Still(axis_name),
+        workdir=tmp_path / "two",
+        options=RunOptions(devices="2", parallel=parallel),
+    )
+    chex.assert_trees_all_close(one.variables, two.variables, atol=1e-4)
+
+
+def test_statistics_that_would_not_be_shared_as_asked_are_refused(
+    config, tiny_data, tmp_path
+):
+    two = RunOptions(devices="2")
+    with pytest.raises(ConfigError, match="norms with axis_name='data', which .*bn"):
+        runs.train(config, tiny_data, model=Own(), workdir=tmp_path, options=two)
+    per_device = dataclasses.replace(config, batch_stats="per_device")
+    with pytest.raises(ConfigError, match="axis_name=None, which .*bn"):
+        runs.train(
+            per_device, tiny_data, model=Own("data"), workdir=tmp_path, options=two
+        )
+    one_program = RunOptions(devices="2", parallel="jit")
+    with pytest.raises(ConfigError, match="give --parallel=pmap"):
+        runs.train(
+            per_device, tiny_data, model=Own(), workdir=tmp_path, options=one_program
+        )
+    assert not list(tmp_path.iterdir())
+
+
+class NoTrain(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(10)(x.reshape(len(x), -1))
+
+
+@pytest.mark.parametrize(
+    ("model", "change", "message"),
+    [
+        (NoTrain(), {}, r"train"),
+        (jnp.tanh, {}, "Linen"),
+        (Own(), {"norm": "none"}, "norm='none' together with a model"),
+        (Own(), {"precision": "bfloat16"}, "precision='bfloat16' together with"),
+        (Own(), {"inputs": "norm"}, "inputs='norm' together with"),
+    ],
+)
+def test_what_does_not_fit_an_own_model_is_refused_before_anything_is_written(
+    model, change, message, config, tiny_data, tmp_path
+):
+    config = dataclasses.replace(config, **change)
+    with pytest.raises(ConfigError, match=message):
+        runs.train(config, tiny_data, model=model, workdir=tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_seed_decides_an_nnx_modules_weights_where_it_is_made_for_the_run(
+    config, tiny_data, tmp_path
+):
+    config = dataclasses.replace(config, epochs=1)
+    first, again, other = (
+        runs.train(
+            dataclasses.replace(config, seed=seed),
+            tiny_data,
+            model=OwnNnx,
+            workdir=tmp_path / name,
+        )
+        for name, seed in (("first", 0), ("again", 0), ("other", 1))
+    )
+    chex.assert_trees_all_equal(first.variables, again.variables)
+    assert not np.array_equal(
+        first.variables["params"]["head"]["kernel"],
+        other.variables["params"]["head"]["kernel"],
+    )
+
+
+def test_names_of_ours_are_loaded_without_anything_else(tiny_data, tmp_path):
+    config = TrainConfig(
+        model="mlp:widths=8x8,activation=relu", norm="layer", epochs=1, batch_size=30
+    )
+    run = runs.train(config, tiny_data, workdir=tmp_path)
+    again = runs.load(tmp_path)
+    images = tiny_data.test.images[:3]
+    np.testing.assert_array_equal(again.predict(images), run.predict(images))
+    assert again.config == config and jax.tree.leaves(again.variables["params"])

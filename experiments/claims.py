@@ -1,13 +1,25 @@
-"""What a number, with its interval, says of a claim."""
+"""Claims as data: a statistic of runs, a bound on it, and the verdict.
+
+A claim is judged only where all runs that its statistic needs were trained.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
+from experiments.estimate import Choice, Statistic
 from experiments.intervals import Interval
+from experiments.scores import NotTrained, Runs
 
 Outcome = Literal["supported", "refuted", "undecided"]
+
+# What several studies measure, and reasons for their bounds.
+LOSS_DIFFERENCE = "paired difference of the training loss, nats"
+THE_SIGN = "the sign is the claim"
+TWO_DEVIATIONS = "two standard deviations of the published re-runs"
 
 
 class Verdict(NamedTuple):
@@ -16,19 +28,9 @@ class Verdict(NamedTuple):
     claim: str
     statistic: str  # what `interval` is of, with its unit
     interval: Interval
-    least: float  # the claim is that the statistic is greater than this,
-    greatest: float  # and less than this; one of them may be infinite
-    reason: str  # for these thresholds
+    threshold: str  # what is claimed of the statistic, such as "> 0"
+    reason: str  # for the threshold
     verdict: Outcome
-
-    @property
-    def threshold(self) -> str:
-        """What is claimed of the statistic, such as "> 0"."""
-        if math.isinf(self.greatest):
-            return f"> {self.least:.4g}"
-        if math.isinf(self.least):
-            return f"< {self.greatest:.4g}"
-        return f"in ({self.least:.4g}, {self.greatest:.4g})"
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as a dict that JSON can hold; what is not finite is None."""
@@ -46,35 +48,80 @@ class Verdict(NamedTuple):
         }
 
 
-def decide(
-    claim: str,
-    statistic: str,
-    interval: Interval,
-    *,
-    reason: str,
-    above: float = -math.inf,
-    below: float = math.inf,
-) -> Verdict:
-    """Return the verdict: whether all, none or some of the interval is as claimed.
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """A claim that a statistic lies above a bound, below one, or between two.
 
-    Args:
-      claim: in a sentence.
-      statistic: what decides it, with its unit.
-      interval: of the statistic; NaN, where it could not be had, decides nothing.
-      reason: for the threshold.
+    Attributes:
+      text: the claim in a sentence.
+      statistic: what decides it, in words with its unit.
+      value: computes the statistic.
       above: the claim is that the statistic is greater; fixed before the run.
       below: the claim is that it is less; likewise.
+      reason: for the bounds.
+      needs: choices that must have been trained, besides those of `value`.
+      words: functions of the runs that fill the braces in `text` and `statistic`, such
+        as the name of the best arm.
 
     Raises:
-      ValueError: if neither threshold is given, or no number is between them.
+      ValueError: if neither bound is given, or no number is between them.
     """
-    if not (math.isfinite(above) or math.isfinite(below)) or not above < below:
-        raise ValueError(
-            f"above={above}, below={below}; give one threshold, or two in order"
-        )
-    verdict: Outcome = "undecided"
-    if interval.low > above and interval.high < below:
-        verdict = "supported"
-    elif interval.high <= above or interval.low >= below:
-        verdict = "refuted"
-    return Verdict(claim, statistic, interval, above, below, reason, verdict)
+
+    text: str
+    statistic: str
+    _: dataclasses.KW_ONLY
+    value: Statistic
+    above: float = -math.inf
+    below: float = math.inf
+    reason: str
+    needs: Sequence[Choice] = ()
+    words: Mapping[str, Callable[[Runs], Any]] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check the bounds."""
+        bounded = math.isfinite(self.above) or math.isfinite(self.below)
+        if not bounded or not self.above < self.below:
+            raise ValueError(
+                f"above={self.above}, below={self.below}; give one bound, or two in "
+                "order"
+            )
+
+    @property
+    def threshold(self) -> str:
+        """What is claimed of the statistic, such as "> 0"."""
+        if math.isinf(self.below):
+            return f"> {self.above:.4g}"
+        if math.isinf(self.above):
+            return f"< {self.below:.4g}"
+        return f"in ({self.above:.4g}, {self.below:.4g})"
+
+    def judge(self, runs: Runs) -> Verdict:
+        """Return whether all, none or some of the interval is as claimed.
+
+        An interval of NaN, of a statistic that could not be computed, decides nothing.
+
+        Raises:
+          NotTrained: if runs are missing.
+        """
+        for choice in self.needs:
+            runs[choice]
+        found = self.value(runs)
+        verdict: Outcome = "undecided"
+        if found.low > self.above and found.high < self.below:
+            verdict = "supported"
+        elif found.high <= self.above or found.low >= self.below:
+            verdict = "refuted"
+        words = {name: word(runs) for name, word in self.words.items()}
+        texts = (text.format(**words) for text in (self.text, self.statistic))
+        return Verdict(*texts, found, self.threshold, self.reason, verdict)
+
+
+def judge(claims: Iterable[Claim], runs: Runs) -> list[Verdict]:
+    """Return the verdicts on the claims whose runs were trained, in order."""
+    found = []
+    for claim in claims:
+        try:
+            found.append(claim.judge(runs))
+        except NotTrained:
+            continue
+    return found

@@ -33,22 +33,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from bn_jax import fields
-from bn_jax.training.config import TrainConfig
-from experiments import study
-from experiments.study import Arms, Row
-
-if TYPE_CHECKING:
-    from experiments.claims import Verdict
-
-KINDS = ("none", "dropout", "batch_norm", "norm_dropout_before", "norm_dropout_after")
-SIZES = ("all", "few")
-# Of --smoke: the embedded sample has 6,000.
-FEW_OF_SAMPLE = 600
+from bn_jax.training.config import TrainConfig, value_of
+from experiments import scores, study
+from experiments.claims import THE_SIGN, Claim
+from experiments.estimate import best, paired, spread
+from experiments.figures import accuracy_curves, curves_legend, figure, spreads
+from experiments.scores import Row, Runs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,12 +51,6 @@ class Design(study.Design):
     epochs: int = fields.option_of(TrainConfig, "epochs", 5)
     seeds: int = fields.option_of(study.Design, "seeds", 5)
     learning_rate: float = fields.option_of(TrainConfig, "learning_rate")
-    arms: tuple[str, ...] = fields.option(
-        KINDS,
-        "Neither dropout nor norm; dropout alone; batch norm alone; batch norm with "
-        "dropout before a norm, or after the last.",
-        choices=KINDS,
-    )
     dropout_rates: tuple[float, ...] = fields.option(
         (0.1, 0.3, 0.5),
         "Without norm; one claim is on .5.",
@@ -72,11 +59,8 @@ class Design(study.Design):
     dropout_rate_with_norm: float = fields.option(
         0.5, "Before a norm, and after the last.", valid=fields.BELOW_1
     )
-    sizes: tuple[str, ...] = fields.option(
-        SIZES, "Train on all images, on few, or on both.", choices=SIZES
-    )
     few_examples: int = fields.option(
-        3_000, "How many are few.", valid=fields.AT_LEAST_1
+        3_000, "How many images are few.", valid=fields.AT_LEAST_1
     )
     longer: int = fields.option(
         20,
@@ -87,318 +71,217 @@ class Design(study.Design):
     )
 
 
-def choices(design: Design) -> dict[str, dict[str, Any]]:
-    """Return what each arm has."""
-    with_norm = {"dropout_rate": design.dropout_rate_with_norm}
-    of_kind: dict[str, dict[str, dict[str, Any]]] = {
-        "none": {"none": {"norm": "none"}},
-        "dropout": {
-            f"dropout_{100 * rate:g}": {"norm": "none", "dropout_rate": rate}
+def arms(design: Design) -> study.Arms:
+    """Return each combination of norm and dropout, on all images and on few."""
+
+    def dropout(rate: float, at: str = "dense") -> dict[str, str]:
+        return {"model": f"lenet:dropout_rate={rate},dropout_at={at}"}
+
+    few = {
+        "train_examples": design.few_examples,
+        "epochs": design.longer * design.epochs,
+    }
+    kinds: dict[str, dict[str, Any]] = {
+        "none": {"norm": "none"},
+        **{
+            f"dropout_{100 * rate:g}": {"norm": "none", **dropout(rate)}
             for rate in sorted(design.dropout_rates)
         },
-        "batch_norm": {"batch_norm": {}},
-        "norm_dropout_before": {
-            "norm_dropout_before": {**with_norm, "dropout_at": "dense"}
-        },
-        "norm_dropout_after": {
-            "norm_dropout_after": {**with_norm, "dropout_at": "last"}
-        },
+        "batch_norm": {},
+        "norm_dropout_before": dropout(design.dropout_rate_with_norm),
+        "norm_dropout_after": dropout(design.dropout_rate_with_norm, at="last"),
     }
     return {
-        arm: of_arm
-        for kind, of_arms in of_kind.items()
-        if kind in design.arms
-        for arm, of_arm in of_arms.items()
+        f"{size}-{kind}": [{**of_size, **of_kind}]
+        for size, of_size in (("all", {}), ("few", few))
+        for kind, of_kind in kinds.items()
     }
 
 
-def arms(design: Design, rows: Sequence[Row]) -> Arms:
-    """Return a run for each arm and seed, on all images and on few."""
-    del rows
-    sizes = {
-        "all": {},
-        "few": {
-            "train_examples": design.few_examples,
-            "epochs": design.longer * design.epochs,
-        },
-    }
+def title(row: Row) -> str:
+    """Return a title of a run's arm, whatever the number of images."""
+    rate = value_of(row["config"], "model.dropout_rate")
+    dropout = f"dropout {rate:g}".replace(" 0.", " .")
     return {
-        f"{size}-{arm}": [
-            design.config(seed=seed, **sizes[size], **of_arm)
-            for seed in range(design.seeds)
-        ]
-        for size in design.sizes
-        for arm, of_arm in choices(design).items()
-    }
+        "none": "neither",
+        "batch_norm": "batch norm",
+        "norm_dropout_before": f"batch norm, {dropout} before a norm",
+        "norm_dropout_after": f"batch norm, {dropout} after the last",
+    }.get(row["arm"].partition("-")[2], dropout)
 
 
-def _dropout(row: Row) -> str:
-    return f"dropout {row['config']['dropout_rate']:g}".replace(" 0.", " .")
+# By exact statistics where there are any, and without dropout.
+train_loss = scores.final("train_loss_exact", "train_loss_average")
+train_accuracy = scores.final("train_accuracy_exact", "train_accuracy_average")
 
 
-def titles(rows: Sequence[Row]) -> dict[str, str]:
-    """Return a title of each arm that has runs, whatever the number of images."""
-    found = {}
-    for row in rows:
-        _, _, arm = row["arm"].partition("-")
-        found[arm] = {
-            "none": "neither",
-            "batch_norm": "batch norm",
-            "norm_dropout_before": f"batch norm, {_dropout(row)} before a norm",
-            "norm_dropout_after": f"batch norm, {_dropout(row)} after the last",
-        }.get(arm, _dropout(row))
-    return found
+def gap(row: Row) -> float:
+    return train_accuracy(row) - scores.test_accuracy(row)
 
 
-def scores(row: Row) -> dict[str, float]:
-    """Return a run's scores at the end, without dropout; of guessing if it diverged.
-
-    Returns:
-      Loss and accuracies by exact statistics; `gap`, by how much the training accuracy
-      is above that of the test; and `test_accuracy_average`, by moving averages.
-    """
-    kind = "exact" if "train_loss_exact" in row else "average"
-    loss, train = row[f"train_loss_{kind}"], row[f"train_accuracy_{kind}"]
-    average = study.last(row, "test_accuracy")
-    if loss is None:
-        loss = study.guessing("loss")
-        train = average = study.guessing("accuracy")
-    test = study.final_test_accuracy(row)
-    return {
-        "train_loss": loss,
-        "train_accuracy": train,
-        "test_accuracy": test,
-        "gap": train - test,
-        "test_accuracy_average": average,
-    }
+def log_ratio(row: Row) -> float:
+    """Return |log| of the last norm's moving variance to the exact one."""
+    return abs(math.log(row["norm4_variance_ratio"]))
 
 
-def log_ratios(rows: Sequence[Row], arm: str) -> list[float]:
-    """Return |log| of the last norm's moving variance to the exact one, by seed."""
-    return [
-        abs(math.log(row["norm4_variance_ratio"])) for row in study.runs_of(rows, arm)
-    ]
-
-
-def _scores(rows: Sequence[Row], arm: str, name: str) -> list[float]:
-    return [scores(row)[name] for row in study.runs_of(rows, arm)]
-
-
-def summary(rows: Sequence[Row]) -> Row:
-    """Return the epoch in which each run's training accuracy reached .85, by arm.
-
-    It is that of the steps as they were taken, with dropout; None was not reached.
-    """
-    reached = {
-        arm: [
-            next(
-                (i for i, a in enumerate(row["train_accuracy"], 1) if a and a >= 0.85),
-                None,
-            )
-            for row in study.runs_of(rows, arm)
-        ]
-        for arm in study.arms_of(rows)
-    }
-    return {"first_epoch_at_85": reached}
-
-
-def verdicts(rows: Sequence[Row]) -> list[Verdict]:
-    from experiments import intervals
-    from experiments.claims import decide
-
-    def change(name: str, size: str, arm: str, other: str) -> intervals.Interval:
-        return intervals.of_difference(
-            *(_scores(rows, f"{size}-{a}", name) for a in (arm, other))
-        )
-
-    def replaces_dropout(size: str) -> Verdict:
-        best = max(
-            dropouts,
-            key=lambda arm: sum(_scores(rows, f"{size}-{arm}", "test_accuracy")),
-        )
-        return decide(
-            f"batch norm can take the place of dropout, {size} images: it predicts "
-            f"better than dropout without norm (the best is {names[best]})",
-            "paired difference of the test accuracy, exact statistics",
-            change("test_accuracy", size, "batch_norm", best),
-            above=0.0,
-            reason="the sign is the claim; the best rate is chosen on the same "
-            "runs, which favours dropout",
-        )
-
-    names = titles(rows)
-    dropouts = [arm for arm in names if arm.startswith("dropout")] or ["dropout"]
-
-    def on(size: str, *arms: str) -> list[str]:
-        return [f"{size}-{arm}" for arm in arms]
-
-    claims = [
-        study.Claim(
-            on("all", "none", "dropout_50"),
-            lambda: decide(
-                "dropout of .5 slows training without norm: after as many steps the "
-                "loss is higher",
-                "paired difference of the training loss, nats, all images, "
-                "re-evaluated",
-                change("train_loss", "all", "dropout_50", "none"),
-                above=0.0,
-                reason="the sign is the claim; both losses are measured without "
-                "dropout",
-            ),
-        ),
-        *(
-            study.Claim(
-                on(size, "batch_norm", *dropouts),
-                lambda size=size: replaces_dropout(size),
-            )
-            for size in SIZES
-        ),
-        study.Claim(
-            on("few", "batch_norm", "none"),
-            lambda: decide(
-                "batch norm regularises: on few images the gap is smaller than with "
-                "neither",
-                "paired difference of training minus test accuracy, re-evaluated",
-                change("gap", "few", "batch_norm", "none"),
-                below=0.0,
-                reason="the sign is the claim; a network that has not learned has no "
-                "gap, so read it beside the accuracies",
-            ),
-        ),
-        study.Claim(
-            on("all", "norm_dropout_before", "norm_dropout_after"),
-            lambda: decide(
-                "dropout before a norm shifts its variance between training and "
-                "prediction, dropout after the last does not",
-                "paired difference, before minus after, of the absolute log of moving "
-                "by exact variance, last norm, all images",
-                intervals.of_difference(
-                    log_ratios(rows, "all-norm_dropout_before"),
-                    log_ratios(rows, "all-norm_dropout_after"),
-                ),
-                above=0.1,
-                reason="a tenth of the variance; for uncorrelated inputs theory says "
-                "log 2 or more at rate .5, since E[x^2] is at least the variance. The "
-                "moving averages are noisy at rate 1.0 in both",
-            ),
-        ),
-        study.Claim(
-            on("all", "norm_dropout_before", "norm_dropout_after"),
-            lambda: decide(
-                "dropout before a norm hurts prediction by moving averages, to dropout "
-                "after the last",
-                "paired difference of the test accuracy, moving averages, all images",
-                change(
-                    "test_accuracy_average",
-                    "all",
-                    "norm_dropout_before",
-                    "norm_dropout_after",
-                ),
-                below=0.0,
-                reason="the sign is the claim",
-            ),
-        ),
-    ]
-    return study.judge(study.arms_of(rows), claims)
-
-
-def draw(rows: Sequence[Row], folder: Path) -> None:
-    from bn_jax import plots
-
-    ratios = {}
-    for size in SIZES:
-        of_size = [row for row in rows if row["arm"].startswith(size)]
-        if not of_size:
-            continue
-        names = titles(of_size)
-        runs = {arm: study.runs_of(rows, f"{size}-{arm}") for arm in names}
-        config = of_size[0]["config"]
-        count = config["train_examples"]
-        images = f"{count:,} images" if count else "all images"
-        seeds = {row["config"]["seed"] for row in of_size}
-        note = f"{images}, {config['epochs']} epochs; n = {len(seeds)} seeds; "
-        plots.estimates(
-            {
-                label: {
-                    title: study.mean_and_range(_scores(rows, f"{size}-{arm}", name))
-                    for arm, title in names.items()
-                }
-                for name, label in (
-                    ("train_loss", "training loss, nats"),
-                    ("test_accuracy", "test accuracy"),
-                    ("gap", "training - test accuracy"),
-                )
-            },
-            f"{note}line: least to greatest; without dropout, exact statistics",
-            folder / f"dropout_{size}.png",
-        )
-        _draw_curves(
-            runs, f"{note}band: least to greatest", folder / f"curves_{size}.png"
-        )
-        ratios[f"moving / exact variance, {images}"] = {
-            names[arm]: study.mean_and_range(
-                [row["norm4_variance_ratio"] for row in of_arm]
-            )
-            for arm, of_arm in runs.items()
-            if "norm4_variance_ratio" in of_arm[0]
-        }
-    if all(ratios.values()):
-        plots.estimates(
-            ratios,
-            "last norm, median of its features; line: least to greatest of the seeds",
-            folder / "variance_ratio.png",
-            reference=1.0,
-        )
-
-
-def _draw_curves(runs: dict[str, list[Row]], note: str, path: Path) -> None:
-    from bn_jax import plots
-
-    panels: dict[str, dict[str, str]] = {}  # which arm is without norm, and which with
-    for arm, of_arm in runs.items():
-        title = _dropout(of_arm[0]) if "dropout" in arm else "no dropout"
-        if arm == "norm_dropout_after":
-            title += " after the last norm"
-        panels.setdefault(title, {})[of_arm[0]["config"]["norm"]] = arm
-    plots.small_multiples(
-        {
-            title: {
-                f"{norm}{suffix}": [row[name] for row in runs[arm]]
-                for norm, arm in by_norm.items()
-                for suffix, name in (("", "train_accuracy"), (" test", "test_accuracy"))
-            }
-            for title, by_norm in panels.items()
-        },
-        {
-            f"{norm}{suffix}": f"{title}, {what}"
-            for norm, title in (("none", "without norm"), ("batch_norm", "batch norm"))
-            for suffix, what in (
-                ("", "training, with its dropout"),
-                (" test", "test, moving averages"),
-            )
-        },
-        "accuracy",
-        note,
-        path,
-        columns=3,
+def replaces_dropout(size: str) -> Claim:
+    best_dropout = best(
+        scores.test_accuracy, lambda arm: arm.startswith(f"{size}-dropout")
+    )
+    return Claim(
+        f"batch norm can take the place of dropout, {size} images: it predicts better "
+        "than dropout without norm (the best is {best})",
+        "paired difference of the test accuracy, exact statistics",
+        words={"best": lambda runs: title(runs.find(best_dropout)[0])},
+        value=paired(scores.test_accuracy, f"{size}-batch_norm", best_dropout),
+        above=0.0,
+        reason=f"{THE_SIGN}; the best rate is chosen on the same runs, which favours "
+        "dropout",
     )
 
+
+BEFORE, AFTER = "all-norm_dropout_before", "all-norm_dropout_after"
+CLAIMS = (
+    Claim(
+        "dropout of .5 slows training without norm: after as many steps the loss is "
+        "higher",
+        "paired difference of the training loss, nats, all images, re-evaluated",
+        value=paired(train_loss, "all-dropout_50", "all-none"),
+        above=0.0,
+        reason=f"{THE_SIGN}; both losses are measured without dropout",
+    ),
+    replaces_dropout("all"),
+    replaces_dropout("few"),
+    Claim(
+        "batch norm regularises: on few images the gap is smaller than with neither",
+        "paired difference of training minus test accuracy, re-evaluated",
+        value=paired(gap, "few-batch_norm", "few-none"),
+        below=0.0,
+        reason=f"{THE_SIGN}; a network that has not learned has no gap, so read it "
+        "beside the accuracies",
+    ),
+    Claim(
+        "dropout before a norm shifts its variance between training and prediction, "
+        "dropout after the last does not",
+        "paired difference, before minus after, of the absolute log of moving by exact "
+        "variance, last norm, all images",
+        value=paired(log_ratio, BEFORE, AFTER),
+        above=0.1,
+        reason="a tenth of the variance; for uncorrelated inputs theory says log 2 or "
+        "more at rate .5, since E[x^2] is at least the variance. The moving averages "
+        "are noisy at rate 1.0 in both",
+    ),
+    Claim(
+        "dropout before a norm hurts prediction by moving averages, to dropout after "
+        "the last",
+        "paired difference of the test accuracy, moving averages, all images",
+        value=paired(scores.moving_test_accuracy, BEFORE, AFTER),
+        below=0.0,
+        reason=THE_SIGN,
+    ),
+)
+
+
+def curves(runs: Runs) -> Any:
+    """Return a panel for each dropout, with norm and without."""
+    panels: dict[str, dict[str, str]] = {}
+    for arm, rows in runs.items():
+        words = (
+            title(rows[0]).removeprefix("batch norm, ").removesuffix("before a norm")
+        )
+        panel = words.strip() if "dropout" in arm else "no dropout"
+        panel += " norm" if arm.endswith("after") else ""
+        panels.setdefault(panel, {})[rows[0]["config"]["norm"]] = arm
+    return {panel: accuracy_curves(by_norm) for panel, by_norm in panels.items()}
+
+
+def titled(runs: Runs) -> dict[str, str]:
+    return {title(rows[0]): arm for arm, rows in runs.items()}
+
+
+def figures_on(size: str, images: str) -> dict[str, Any]:
+    note = images + ", {epochs} epochs; n = {n} seeds; "
+    return {
+        f"dropout_{size}.png": figure(
+            "estimates",
+            lambda runs: spreads(
+                {
+                    "training loss, nats": train_loss,
+                    "test accuracy": scores.test_accuracy,
+                    "training - test accuracy": gap,
+                },
+                titled(runs),
+            ),
+            f"{note}line: least to greatest; without dropout, exact statistics",
+            of=lambda arm: arm.startswith(size),
+        ),
+        f"curves_{size}.png": figure(
+            "small_multiples",
+            curves,
+            f"{note}band: least to greatest",
+            of=lambda arm: arm.startswith(size),
+            titles=curves_legend(
+                {"none": "without norm", "batch_norm": "batch norm"},
+                training="training, with its dropout",
+            ),
+            y_label="accuracy",
+            columns=3,
+        ),
+    }
+
+
+def variance_ratios(runs: Runs) -> Any:
+    """Return a panel for each number of images, of the arms with norm."""
+    panels: dict[str, Any] = {}
+    for arm, rows in runs.items():
+        if "norm" not in arm:
+            continue
+        count = rows[0]["config"]["train_examples"]
+        images = f"{count:,} images" if count else "all images"
+        panel = panels.setdefault(f"moving / exact variance, {images}", {})
+        panel[title(rows[0])] = spread(scores.final("norm4_variance_ratio"), arm)
+    return panels
+
+
+STUDY = study.Study(
+    name="dropout",
+    place=6,
+    design=Design,
+    arms=arms,
+    claims=CLAIMS,
+    figures={
+        **figures_on("all", "all images"),
+        **figures_on("few", "{train_examples:,} images"),
+        "variance_ratio.png": figure(
+            "estimates",
+            variance_ratios,
+            "last norm, median of its features; line: least to greatest of the seeds",
+            reference=1.0,
+        ),
+    },
+    train=True,
+    summary=lambda runs: {
+        # The epoch in which each run's training accuracy, with dropout, reached .85.
+        "first_epoch_at_85": {
+            arm: [
+                next(
+                    (
+                        i
+                        for i, a in enumerate(row["train_accuracy"], 1)
+                        if a and a >= 0.85
+                    ),
+                    None,
+                )
+                for row in rows
+            ]
+            for arm, rows in runs.items()
+        }
+    },
+    smoke={
+        "arms": ("few-none", "few-dropout_50", "few-batch_norm"),
+        "few_examples": 600,
+    },
+)
 
 if __name__ == "__main__":
-    study.start(
-        study.Study(
-            name="dropout",
-            design=Design,
-            stages=(arms,),
-            verdicts=verdicts,
-            draw=draw,
-            train=True,
-            summary=summary,
-            smoke={
-                "arms": ("none", "dropout", "batch_norm"),
-                "dropout_rates": (0.5,),
-                "sizes": ("few",),
-                "few_examples": FEW_OF_SAMPLE,
-            },
-        )
-    )
+    study.start(STUDY)

@@ -17,35 +17,33 @@ experiments/README.md): with batch norm a loss of .2676 (.0038) and a training a
 of .9012 (.0015), where 49 published re-runs have .2675 (.0046) and .9012 (.0019);
 without, on padded images, .468 (.013), where 130 have .469 (.011). Ours and Flax's
 layer differ by 5e-7 nats at the first step. The test accuracy is .868 (.037) by moving
-averages, .890 (.006) by exact statistics, and .793 (.006) without batch norm. That
+averages, .890 (.006) by exact statistics, and .793 (.006) without batch norm. Whether
 exact statistics predict better is undecided by the interval of the mean: averages are
 as good in most seeds, and far worse in a few.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from bn_jax import fields
-from bn_jax.training.config import TrainConfig
-from experiments import study
-from experiments.study import Arms, Claim, Row
+from bn_jax.data import ImageData
+from experiments import scores, study
+from experiments.claims import THE_SIGN, Claim
+from experiments.estimate import Statistic, largest_difference, mean, paired
+from experiments.figures import figure
+from experiments.scores import Row, Runs
 
-if TYPE_CHECKING:
-    from bn_jax.data import ImageData
-    from experiments.claims import Verdict
-
-# `none_padded` is the published run without; `none` differs from the first two in norm
-# and rate alone.
-ARMS: dict[str, dict[str, Any]] = {
-    "batch_norm": {"norm": "batch_norm"},
-    "flax": {"norm": "flax"},
-    "none": {"norm": "none"},
-    "none_padded": {"norm": "none", "first_padding": 2},
+# `none_padded` is the published run without batch norm; `none` differs from the first
+# two in norm and rate alone.
+WITHOUT = {"norm": "none", "learning_rate": 0.9}
+ARMS = {
+    "batch_norm": [{"norm": "batch_norm", "learning_rate": 1.0}],
+    "flax": [{"norm": "flax", "learning_rate": 1.0}],
+    "none": [WITHOUT],
+    "none_padded": [{**WITHOUT, "model": "lenet:first_padding=2"}],
 }
 TITLES = {
     "batch_norm": "batch norm, ours",
@@ -53,8 +51,12 @@ TITLES = {
     "none": "no batch norm",
     "none_padded": "no batch norm, images padded by 2",
 }
-WITH_NORM = ("batch_norm", "flax")
-SCORES = ("loss", "train_accuracy", "test_accuracy", "test_accuracy_exact")
+SCORES = {
+    "loss": scores.loss,
+    "train_accuracy": scores.train_accuracy,
+    "test_accuracy": scores.moving_test_accuracy,
+    "test_accuracy_exact": scores.final("test_accuracy_exact", "test_accuracy"),
+}
 # Mean and standard deviation over re-runs of the notebooks (d2l-zh in PyTorch, n = 49
 # with batch norm and 130 without), of the first convolution over PyTorch's re-runs.
 PUBLISHED = {
@@ -69,69 +71,114 @@ PUBLISHED = {
         "test_accuracy": (0.804, 0.015),
     },
 }
-LEARNED = {  # of the first layer, by title
-    "gamma": lambda row: row["gamma"],
-    "|beta|": lambda row: [abs(b) for b in row["beta"]],
-}
-PUBLISHED_LEARNED = ((2.33, 0.99), (1.50, 1.01))
+PUBLISHED_LEARNED = {"gamma": (2.33, 0.99), "|beta|": (1.50, 1.01)}
 
 
-@dataclasses.dataclass(frozen=True)
-class Design(study.Design):
-    """The arms, and their learning rates."""
-
-    epochs: int = fields.option_of(TrainConfig, "epochs", 10)
-    seeds: int = fields.option_of(study.Design, "seeds", 10)
-    arms: tuple[str, ...] = fields.option(
-        tuple(ARMS),
-        "What is trained; none_padded is as published, none differs from the first two "
-        "in norm and rate alone.",
-        choices=tuple(ARMS),
-    )
-    learning_rate: float = fields.option(1.0, "With batch norm.", valid=fields.POSITIVE)
-    learning_rate_without: float = fields.option(
-        0.9, "And without.", valid=fields.POSITIVE
+def first_norm(row: Row, variables: Any, data: ImageData) -> Row:
+    """Return gamma and beta of the first layer, where it has a norm."""
+    del row, data
+    norm = variables["params"].get("norm1")
+    return (
+        {}
+        if norm is None
+        else {"gamma": norm["scale"].tolist(), "beta": norm["bias"].tolist()}
     )
 
 
-def arms(design: Design, rows: Sequence[Row]) -> Arms:
-    """Return a run for each arm and seed."""
-    del rows
-    without, seeds = design.learning_rate_without, range(design.seeds)
-    rates = {
-        arm: {} if arm in WITH_NORM else {"learning_rate": without} for arm in ARMS
-    }
-    return {
-        arm: [design.config(seed=seed, **ARMS[arm], **rates[arm]) for seed in seeds]
-        for arm in design.arms
-    }
+def learned(name: str, row: Row) -> list[float]:
+    """Return the gammas, or the absolute values of the betas, of a run."""
+    return row["gamma"] if name == "gamma" else [abs(b) for b in row["beta"]]
 
 
-def with_gamma_beta(folder: Path, rows: list[Row], data: ImageData) -> list[Row]:
-    """Add gamma and beta of the first layer, from the variables of the runs."""
-    del data
-    params = study.load_params(folder).get("norm1")
-    if params is None:
-        return rows
-    return [
-        {
-            **row,
-            "gamma": params["scale"][i].tolist(),
-            "beta": params["bias"][i].tolist(),
-        }
-        for i, row in enumerate(rows)
-    ]
+def layers_differ_at(step: int) -> Statistic:
+    return largest_difference(
+        lambda row: row["first_step_losses"][step - 1 : step], "batch_norm", "flax"
+    )
 
 
-def scores(rows: Sequence[Row], arm: str, name: str) -> list[float]:
-    """Return a score of an arm at the end, by seed; of guessing, if it diverged."""
-    # Without statistics there is but one way to predict.
-    values = [
-        row.get(name, row[name.removesuffix("_exact")])
-        for row in study.runs_of(rows, arm)
-    ]
-    ends = [v[-1] if isinstance(v, list) else v for v in values]
-    return [study.guessing(name) if end is None else end for end in ends]
+REGION = "two standard deviations around the mean of {} published re-runs"
+CLAIMS = (
+    Claim(
+        "with batch norm LeNet trains to the published loss",
+        "mean training loss, nats",
+        value=mean(scores.loss, "batch_norm"),
+        above=0.258,
+        below=0.278,
+        reason=REGION.format(49),
+    ),
+    Claim(
+        "with batch norm LeNet trains to the published training accuracy",
+        "mean training accuracy",
+        value=mean(scores.train_accuracy, "batch_norm"),
+        above=0.897,
+        below=0.905,
+        reason=REGION.format(49),
+    ),
+    Claim(
+        "without batch norm, on padded images, it trains to the published loss",
+        "mean training loss, nats",
+        value=mean(scores.loss, "none_padded"),
+        above=0.4477,
+        below=0.4905,
+        reason=REGION.format(130),
+    ),
+    Claim(
+        "ours and Flax's layer are the same function",
+        "largest difference of the loss at the first step, nats, over seeds",
+        value=layers_differ_at(1),
+        below=1e-5,
+        reason="rounding of float32 sums; the largest of all seeds, not a mean",
+    ),
+    Claim(
+        "by exact statistics, batch norm classifies the test set better than none",
+        "paired difference of the test accuracy",
+        value=paired(scores.test_accuracy, "batch_norm", "none"),
+        above=0.0,
+        reason=THE_SIGN,
+    ),
+    Claim(
+        "exact statistics predict better than moving averages",
+        "paired difference of the test accuracy",
+        value=mean(
+            lambda row: scores.test_accuracy(row) - scores.moving_test_accuracy(row),
+            "batch_norm",
+        ),
+        above=0.0,
+        reason=THE_SIGN,
+    ),
+    *(
+        Claim(
+            f"{name} of the first layer is learned as published",
+            f"mean {name} of the 6 channels",
+            value=mean(
+                lambda row, name=name: statistics.mean(learned(name, row)),
+                "batch_norm",
+            ),
+            above=published - sd,
+            below=published + sd,
+            reason="a deviation of single channels in the published re-runs; those of "
+            "one run vary together",
+        )
+        for name, (published, sd) in PUBLISHED_LEARNED.items()
+    ),
+)
+
+
+def titles(runs: Runs) -> dict[str, str]:
+    """Return a legend of the arms that have runs, with the rates that they differ in.
+
+    `none_padded` has the rate of `none`.
+    """
+    found = {arm: title for arm, title in TITLES.items() if arm in runs}
+    for arm in found.keys() - {"none_padded"}:
+        found[arm] += f" (rate {runs[arm][0]['config']['learning_rate']})"
+    return found
+
+
+def draw_curves(runs: Runs, path: Path) -> None:
+    from bn_jax import plots  # Matplotlib takes a second to import.
+
+    plots.arms_by_epoch(runs.rows, titles(runs), PUBLISHED, path)
 
 
 def summarize(values: Sequence[float]) -> dict[str, float | int | None]:
@@ -145,196 +192,53 @@ def summarize(values: Sequence[float]) -> dict[str, float | int | None]:
     }
 
 
-def difference_at(rows: Sequence[Row], step: int) -> float:
-    """Return how far ours and Flax's are apart in loss at a step, from one seed."""
-    ours, flax = (
-        [losses[step - 1] for losses in _first_losses(rows, arm)]
-        for arm in ("batch_norm", "flax")
-    )
-    return max(abs(a - b) for a, b in zip(ours, flax, strict=True))
-
-
-def _first_losses(rows: Sequence[Row], arm: str) -> list[list[float]]:
-    return [row["first_step_losses"] for row in study.runs_of(rows, arm)]
-
-
-def verdicts(rows: Sequence[Row]) -> list[Verdict]:
-    from experiments import intervals
-    from experiments.claims import decide
-
-    def of(arm: str, name: str) -> list[float]:
-        return scores(rows, arm, name)
-
-    def exact_less(arm: str, name: str) -> intervals.Interval:
-        return intervals.of_difference(
-            of("batch_norm", "test_accuracy_exact"), of(arm, name)
-        )
-
-    def as_published(
-        arm: str,
-        claim: str,
-        statistic: str,
-        values: Callable[[], list[float]],
-        bounds: tuple[float, float],
-        reason: str,
-    ) -> Claim:
-        low, high = bounds
-        return Claim(
-            [arm],
-            lambda: decide(
-                claim,
-                statistic,
-                intervals.of_mean(values()),
-                above=low,
-                below=high,
-                reason=reason,
-            ),
-        )
-
-    def learned(title: str) -> list[float]:
-        runs = study.runs_of(rows, "batch_norm")
-        return [statistics.mean(LEARNED[title](row)) for row in runs]
-
-    reruns = "two standard deviations around the mean of {} published re-runs"
-    claims = [
-        as_published(
-            "batch_norm",
-            "with batch norm LeNet trains to the published loss",
-            "mean training loss, nats",
-            lambda: of("batch_norm", "loss"),
-            (0.258, 0.278),
-            reruns.format(49),
-        ),
-        as_published(
-            "batch_norm",
-            "with batch norm LeNet trains to the published training accuracy",
-            "mean training accuracy",
-            lambda: of("batch_norm", "train_accuracy"),
-            (0.897, 0.905),
-            reruns.format(49),
-        ),
-        as_published(
-            "none_padded",
-            "without batch norm, on padded images, it trains to the published loss",
-            "mean training loss, nats",
-            lambda: of("none_padded", "loss"),
-            (0.4477, 0.4905),
-            reruns.format(130),
-        ),
-        Claim(
-            WITH_NORM,
-            lambda: decide(
-                "ours and Flax's layer are the same function",
-                "largest difference of the loss at the first step, nats, over seeds",
-                intervals.Interval(
-                    *[difference_at(rows, 1)] * 3, len(study.runs_of(rows, "flax"))
-                ),
-                below=1e-5,
-                reason="rounding of float32 sums; the largest of all seeds, not a mean",
-            ),
-        ),
-        Claim(
-            ["batch_norm", "none"],
-            lambda: decide(
-                "by exact statistics, batch norm classifies the test set better than "
-                "none",
-                "paired difference of the test accuracy",
-                exact_less("none", "test_accuracy"),
-                above=0.0,
-                reason="the sign is the claim",
-            ),
-        ),
-        Claim(
-            ["batch_norm"],
-            lambda: decide(
-                "exact statistics predict better than moving averages",
-                "paired difference of the test accuracy",
-                exact_less("batch_norm", "test_accuracy"),
-                above=0.0,
-                reason="the sign is the claim",
-            ),
-        ),
-        *(
-            as_published(
-                "batch_norm",
-                f"{title} of the first layer is learned as published",
-                f"mean {title} of the 6 channels",
-                lambda title=title: learned(title),
-                (mean - sd, mean + sd),
-                "a deviation of single channels in the published re-runs; those of one "
-                "run vary together",
-            )
-            for title, (mean, sd) in zip(LEARNED, PUBLISHED_LEARNED, strict=True)
-        ),
-    ]
-    return study.judge(study.arms_of(rows), claims)
-
-
-def titles(rows: Sequence[Row]) -> dict[str, str]:
-    """Return a legend of the arms that have runs, with the rates that they differ in.
-
-    `none_padded` has the rate of `none`.
-    """
-    present = study.arms_of(rows)
-    found = {arm: title for arm, title in TITLES.items() if arm in present}
-    for arm in found.keys() - {"none_padded"}:
-        rate = study.runs_of(rows, arm)[0]["config"]["learning_rate"]
-        found[arm] += f" (rate {rate})"
-    return found
-
-
-def draw(rows: Sequence[Row], folder: Path) -> None:
-    from bn_jax import plots
-
-    legend = titles(rows)
-    plots.arms_by_epoch(rows, legend, PUBLISHED, folder / "curves.png")
-    seeds = {row["config"]["seed"] for row in rows}
-    learned = {
-        f"learned {title}, first layer": {
-            arm: [v for row in study.runs_of(rows, arm) for v in of_run(row)]
-            for arm in WITH_NORM
-            if arm in legend
-        }
-        for title, of_run in LEARNED.items()
-    }
-    if all(learned.values()):
-        plots.distributions(
-            learned,
-            legend,
-            PUBLISHED_LEARNED,
-            f"6 channels of {len(seeds)} seeds; grey: mean and standard "
-            "deviation of published re-runs",
-            folder / "gamma_beta.png",
-        )
-
-
-def summary(rows: Sequence[Row]) -> dict[str, Any]:
+def summary(runs: Runs) -> Row:
     """Return the scores of each arm, and how ours and Flax's differ."""
-    present = study.arms_of(rows)
-    found = {
-        "arms": {
-            arm: {name: summarize(scores(rows, arm, name)) for name in SCORES}
-            for arm in present
+    found: Row = {
+        "scores": {
+            arm: {
+                name: summarize([*map(score, rows)]) for name, score in SCORES.items()
+            }
+            for arm, rows in runs.items()
         }
     }
-    if set(WITH_NORM) <= set(present):
+    if {"batch_norm", "flax"} <= runs.keys():
         found["ours_against_flax"] = {
-            f"loss_difference_at_step_{step}": difference_at(rows, step)
+            f"loss_difference_at_step_{step}": layers_differ_at(step)(runs).value
             for step in (1, 20)
         }
     return found
 
 
+STUDY = study.Study(
+    name="headline",
+    place=1,
+    design=study.design(epochs=10, seeds=10),
+    arms=ARMS,
+    claims=CLAIMS,
+    figures={
+        "curves.png": draw_curves,
+        "gamma_beta.png": figure(
+            "distributions",
+            {
+                f"learned {name}, first layer": {
+                    arm: lambda runs, name=name, arm=arm: [
+                        value for row in runs[arm] for value in learned(name, row)
+                    ]
+                    for arm in ("batch_norm", "flax")
+                }
+                for name in PUBLISHED_LEARNED
+            },
+            "6 channels of {n} seeds; grey: mean and standard deviation of published "
+            "re-runs",
+            titles=titles,
+            references=tuple(PUBLISHED_LEARNED.values()),
+        ),
+    },
+    probe=first_norm,
+    summary=summary,
+    smoke={"arms": ("batch_norm", "flax", "none")},
+)
+
 if __name__ == "__main__":
-    study.start(
-        study.Study(
-            name="headline",
-            design=Design,
-            stages=(arms,),
-            verdicts=verdicts,
-            draw=draw,
-            complete=with_gamma_beta,
-            summary=summary,
-            smoke={"arms": ("batch_norm", "flax", "none")},
-        )
-    )
+    study.start(STUDY)

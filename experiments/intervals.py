@@ -1,22 +1,23 @@
-"""Intervals for means, differences, shares and other statistics of a few runs.
+"""Confidence intervals for means and paired differences of a few runs.
 
-Each holds the true value in a share `level` of repetitions of the whole experiment.
+If the whole experiment were repeated many times, a share `level` of its intervals would
+contain the true value.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 LEVEL = 0.95
 
 
 class Interval(NamedTuple):
-    """An estimate and the values that the data do not speak against."""
+    """An estimate, and the range of values that are compatible with the data."""
 
     value: float
     low: float
@@ -25,12 +26,12 @@ class Interval(NamedTuple):
 
 
 def of_mean(values: Sequence[float], *, level: float = LEVEL) -> Interval:
-    """Return the mean with Student's t interval, for values that are about normal.
+    """Return the mean with Student's t interval, for values that are roughly normal.
 
     Args:
-      values: of independent runs. A single one says nothing of the spread: the interval
-        is the whole line.
-      level: of confidence.
+      values: of independent runs. From a single one the spread cannot be estimated: the
+        interval is the whole line.
+      level: confidence level.
 
     Raises:
       ValueError: if there are no values, or one is not finite.
@@ -39,16 +40,18 @@ def of_mean(values: Sequence[float], *, level: float = LEVEL) -> Interval:
     mean = float(x.mean())
     if len(x) == 1:
         return Interval(mean, -math.inf, math.inf, 1)
-    half = stats.t.ppf((1 + level) / 2, len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x))
-    return Interval(mean, mean - float(half), mean + float(half), len(x))
+    # The quantile of Student's t, without all of scipy.stats, which is slow to import.
+    quantile = special.stdtrit(len(x) - 1, (1 + level) / 2)
+    half = float(quantile * x.std(ddof=1) / math.sqrt(len(x)))
+    return Interval(mean, mean - half, mean + half, len(x))
 
 
 def of_difference(
     a: Sequence[float], b: Sequence[float], *, level: float = LEVEL
 ) -> Interval:
-    """Return the mean of a - b for runs in pairs, such as those of one seed.
+    """Return the mean of a - b with its interval, for runs that come in pairs.
 
-    What a pair has in common, initial weights or the order of examples, cancels.
+    What the two runs of a seed have in common, such as the order of examples, cancels.
 
     Raises:
       ValueError: if the runs are not in pairs, or as `of_mean`.
@@ -60,71 +63,14 @@ def of_difference(
     return of_mean([x - y for x, y in zip(a, b, strict=True)], level=level)
 
 
-def of_share(successes: int, trials: int, *, level: float = LEVEL) -> Interval:
-    """Return a share with Wilson's interval, for independent trials.
-
-    Args:
-      successes: such as the number of test examples that are classified rightly.
-      trials: their number, at least 1.
-      level: of confidence.
-
-    Raises:
-      ValueError: if successes are not between 0 and trials.
-
-    References:
-      Wilson, 1927, "Probable inference, the law of succession, and statistical
-      inference".
-    """
-    if not 0 <= successes <= trials or trials < 1:
-        raise ValueError(
-            f"{successes} successes of {trials} trials; expected 0 to trials of 1 or "
-            "more"
-        )
-    interval = stats.binomtest(successes, trials).proportion_ci(level, method="wilson")
-    return Interval(
-        successes / trials, float(interval.low), float(interval.high), trials
-    )
-
-
-def by_bootstrap(
-    values: Sequence[float] | np.ndarray,
-    statistic: Callable[[np.ndarray], float],
-    *,
-    level: float = LEVEL,
-    resamples: int = 10_000,
-    seed: int = 0,
-) -> Interval:
-    """Return a statistic with the percentile interval over resampled runs.
-
-    Args:
-      values: of the runs, shape `[n]`, or `[n, ...]` with several numbers a run, which
-        stay together.
-      statistic: of an array like `values`.
-      level: of confidence.
-      resamples: how many times n runs are drawn with replacement.
-      seed: decides which.
-
-    Raises:
-      ValueError: as `of_mean`.
-
-    References:
-      Efron, 1979, "Bootstrap methods: another look at the jackknife".
-    """
-    x = _finite(values)
-    rows = np.random.default_rng(seed).integers(0, len(x), (resamples, len(x)))
-    found = [statistic(x[row]) for row in rows]
-    low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float(statistic(x)), float(low), float(high), len(x))
-
-
-def _finite(values: Sequence[float] | np.ndarray) -> np.ndarray:
+def _finite(values: Sequence[float]) -> np.ndarray:
     """Return values as float64; refuse none, NaN and infinite ones."""
     x = np.asarray(values, np.float64)
     if not x.size:
         raise ValueError("there are no values; give at least one run's")
     if not np.isfinite(x).all():
         raise ValueError(
-            f"of {x.size} values {np.sum(~np.isfinite(x))} are not finite; say what a "
-            "run that diverged counts as, or leave it out"
+            f"{np.sum(~np.isfinite(x))} of {x.size} values are not finite; replace "
+            "those of runs that diverged, or leave them out"
         )
     return x

@@ -14,7 +14,7 @@ curves.png, accuracy by epoch at each rate.
 What came out (3 seeds; all of it in experiments/README.md): with batch norm rates from
 .1 to 10 reach .8 for every seed, without only 1, or 1 and 3, or none: a band wider by 2
 decades. By the bar of .5, batch norm works from .001 to 30, the largest rate is 14
-times that without, and the band is wider by 3.3 decades. That the largest rate is at
+times that without, and the band is wider by 3.3 decades. Whether the largest rate is at
 least 5 times larger is undecided by three seeds: at rate 3, without, some learn and
 some do not.
 """
@@ -22,22 +22,18 @@ some do not.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
-from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from bn_jax import fields
 from bn_jax.training.config import TrainConfig
-from experiments import study
-from experiments.study import Arms, Row
+from experiments import intervals, scores, study
+from experiments.claims import Claim
+from experiments.estimate import spread
+from experiments.figures import accuracy_curves, curves_legend, figure
+from experiments.scores import Row, Runs
 
-if TYPE_CHECKING:
-    from experiments.claims import Verdict
-
-WORKABLE = 0.8
-TITLES = {"batch_norm": "batch norm", "none": "no batch norm"}
+NORMS = {"batch_norm": "batch norm", "none": "no batch norm"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,199 +56,156 @@ class Design(study.Design):
     )
 
 
-def short(design: Design, rows: Sequence[Row]) -> Arms:
-    """Return a run for each rate and seed."""
-    del rows
-    return {
-        norm: _configs(design, norm, sorted(design.learning_rates), design.epochs)
-        for norm in TITLES
-    }
+def arms(design: Design) -> study.Arms:
+    rates = sorted(design.learning_rates)
+    return {norm: [{"norm": norm, "learning_rate": r} for r in rates] for norm in NORMS}
 
 
-def long(design: Design, rows: Sequence[Row]) -> Arms:
+def longer(design: Design, runs: Runs) -> study.Arms:
     """Return longer runs at the rates with the highest training accuracy."""
-    if not design.long_rates:
-        return {}
     epochs = max(1, round(design.longer * design.epochs))
-    return {
-        f"{norm}-long": _configs(
-            design, norm, best_rates(rows, norm, design.long_rates), epochs
-        )
-        for norm in TITLES
-    }
+    long_arms = {}
+    for norm in NORMS if design.long_rates else ():
+        accuracies = {
+            rate: sum(map(scores.train_accuracy, rows)) / len(rows)
+            for (arm, rate), rows in sorted(runs.items())
+            if arm == norm
+        }
+        best = sorted(accuracies, key=accuracies.__getitem__)[-design.long_rates :]
+        long_arms[f"{norm}-long"] = [
+            {"norm": norm, "learning_rate": rate, "epochs": epochs}
+            for rate in sorted(best)
+        ]
+    return {arm: choices for arm, choices in long_arms.items() if choices}
 
 
-def _configs(
-    design: Design, norm: str, rates: Sequence[float], epochs: int
-) -> list[TrainConfig]:
+def choice_of(row: Row) -> tuple[str, float]:
+    return row["arm"], row["config"]["learning_rate"]
+
+
+def rates_of(runs: Runs) -> list[float]:
+    return sorted({rate for _, rate in runs})
+
+
+def longest(norm: str, rate: float) -> Any:
+    """Return what finds the longest runs at a rate."""
+    long = (f"{norm}-long", rate)
+    return lambda runs: long if long in runs else (norm, rate)
+
+
+def workable(runs: Runs, norm: str, least: float) -> list[list[float]]:
+    """Return by seed the rates at which a run reaches an accuracy, in order of size."""
+    by_rate = {rate: runs.find(longest(norm, rate)) for rate in rates_of(runs)}
     return [
-        design.config(norm=norm, learning_rate=rate, seed=seed, epochs=epochs)
-        for rate, seed in itertools.product(rates, range(design.seeds))
+        [
+            rate
+            for rate, rows in by_rate.items()
+            if scores.train_accuracy(rows[i]) >= least
+        ]
+        for i in range(min(map(len, by_rate.values())))
     ]
 
 
-def rates_of(rows: Sequence[Row]) -> list[float]:
-    """Return the rates that have runs, in order of size."""
-    return sorted({_rate(row) for row in rows})
+UNKNOWN = intervals.Interval(math.nan, math.nan, math.nan, 0)
 
 
-def best_rates(rows: Sequence[Row], norm: str, count: int) -> list[float]:
-    """Return the rates whose mean training accuracy is highest, in order of size."""
+def largest_rates(runs: Runs, least: float) -> intervals.Interval:
+    """Return log10 of the largest workable rate with norm to that without, by seed.
 
-    def mean_accuracy(rate: float) -> float:
-        runs = [r for r in rows if r["arm"] == norm and _rate(r) == rate]
-        return sum(_accuracy(r) for r in runs) / len(runs)
-
-    return sorted(sorted(rates_of(rows), key=mean_accuracy)[-count:])
-
-
-def _rate(row: Row) -> float:
-    rate: float = row["config"]["learning_rate"]
-    return rate
+    A seed for which no rate works, with norm or without, does not count.
+    """
+    seeds = zip(*(workable(runs, norm, least) for norm in NORMS), strict=True)
+    largest = [(math.log10(a[-1]), math.log10(b[-1])) for a, b in seeds if a and b]
+    if not largest:
+        return UNKNOWN
+    return intervals.of_difference(*zip(*largest, strict=True))
 
 
-def _accuracy(row: Row) -> float:
-    """Return the training accuracy at the end; chance, .1, of a run that diverged."""
-    accuracy = study.last(row, "train_accuracy")
-    return study.guessing("accuracy") if math.isnan(accuracy) else accuracy
-
-
-def longest(rows: Sequence[Row], norm: str) -> dict[float, dict[int, Row]]:
-    """Return the longest run at each rate, by seed."""
-    found: dict[float, dict[int, Row]] = {rate: {} for rate in rates_of(rows)}
-    for row in rows:  # the longer ones come last
-        if row["arm"].removesuffix("-long") == norm:
-            found[_rate(row)][row["config"]["seed"]] = row
-    return found
-
-
-def workable(rows: Sequence[Row], norm: str, seed: int, least: float) -> list[float]:
-    """Return the rates at which a seed's run learns, in order of size."""
-    runs = longest(rows, norm)
-    return [rate for rate in runs if _accuracy(runs[rate][seed]) >= least]
-
-
-def verdicts(rows: Sequence[Row]) -> list[Verdict]:
-    from experiments import intervals
-    from experiments.claims import decide
-
-    seeds = sorted({row["config"]["seed"] for row in rows})
-    found = []
-    for least, why in (
-        (WORKABLE, "training accuracy of .8, the claim's own bar"),
-        (0.5, "training accuracy of .5: it learns, if slowly"),
-    ):
-        rates = {
-            norm: [workable(rows, norm, seed, least) for seed in seeds]
-            for norm in TITLES
-        }
-        # A seed for which no rate works has no largest one; a ratio needs both.
-        pairs = [
-            (ours[-1], theirs[-1])
-            for ours, theirs in zip(rates["batch_norm"], rates["none"], strict=True)
-            if ours and theirs
-        ]
-        unknown = intervals.Interval(math.nan, math.nan, math.nan, 0)
-        ratio = unknown
-        if pairs:
-            ratio = intervals.of_difference(
-                [math.log10(ours) for ours, _ in pairs],
-                [math.log10(theirs) for _, theirs in pairs],
-            )
-        found.append(
-            decide(
-                "with batch norm the largest workable rate is at least 5 times that "
-                f"without ({why})",
-                "log10 of the ratio of the largest workable rates",
-                ratio,
-                above=math.log10(5) - 0.01,
-                reason="the paper's Inception trains at 5 times its rate with batch "
-                "norm and not without; rates are half a decade apart, so a ratio is "
-                "known within a factor of 3",
-            )
+def wider_bands(runs: Runs, least: float) -> intervals.Interval:
+    """Return by how many decades the band of workable rates is wider with norm."""
+    found = [workable(runs, norm, least) for norm in NORMS]
+    if not any(map(any, found)):  # nothing to compare
+        return UNKNOWN
+    return intervals.of_difference(
+        *(
+            [math.log10(r[-1] / r[0]) + 0.5 if r else 0.0 for r in rates]
+            for rates in found
         )
-        widths = {
-            norm: [math.log10(r[-1] / r[0]) + 0.5 if r else 0.0 for r in rates[norm]]
-            for norm in TITLES
-        }
-        wider = intervals.of_difference(widths["batch_norm"], widths["none"])
-        if not any(map(any, widths.values())):  # nothing to compare
-            wider = unknown
-        found.append(
-            decide(
-                f"with batch norm the band of workable rates is wider ({why})",
-                "difference of the bands' widths, decades",
-                wider,
-                above=0.5,
-                reason="a step of the grid",
-            )
-        )
-    return found
-
-
-def draw(rows: Sequence[Row], folder: Path) -> None:
-    from bn_jax import plots
-
-    runs = {norm: longest(rows, norm) for norm in TITLES}
-    seeds = {row["config"]["seed"] for row in rows}
-    panels = {
-        label: {
-            norm: {
-                rate: study.mean_and_range([score(row) for row in by_seed.values()])
-                for rate, by_seed in runs[norm].items()
-            }
-            for norm in TITLES
-        }
-        for label, score in (
-            ("training accuracy, last epoch", _accuracy),
-            ("test accuracy, own statistics of 500", study.final_test_accuracy),
-        )
-    }
-    epochs = sorted({len(row["loss"]) for row in rows})
-    note = (
-        f"n = {len(seeds)} seeds; band: least to greatest; "
-        f"{' or '.join(map(str, epochs))} epochs; diverged counts as .1"
-    )
-    plots.by_choice(
-        panels, TITLES, "learning rate", note, folder / "learning_rates.png"
-    )
-    lines = {
-        f"{norm}{suffix}": f"{title}, {what}"
-        for norm, title in TITLES.items()
-        for suffix, what in (("", "training"), (" test", "test, moving averages"))
-    }
-    curves = {
-        f"rate {rate:g}": {
-            f"{norm}{suffix}": [
-                _padded(row[name], epochs[-1]) for row in runs[norm][rate].values()
-            ]
-            for norm in TITLES
-            for suffix, name in (("", "train_accuracy"), (" test", "test_accuracy"))
-        }
-        for rate in rates_of(rows)
-    }
-    plots.small_multiples(
-        curves,
-        lines,
-        "accuracy",
-        f"n = {len(seeds)} seeds; band: least to greatest",
-        folder / "curves.png",
     )
 
 
-def _padded(values: Sequence[float | None], length: int) -> list[float | None]:
-    return [*values, *[None] * (length - len(values))]
+def claims_with(least: float, bar: str) -> tuple[Claim, Claim]:
+    return (
+        Claim(
+            "with batch norm the largest workable rate is at least 5 times that "
+            f"without ({bar})",
+            "log10 of the ratio of the largest workable rates",
+            value=lambda runs: largest_rates(runs, least),
+            above=math.log10(5) - 0.01,
+            reason="the paper's Inception trains at 5 times its rate with batch norm "
+            "and not without; rates are half a decade apart, so a ratio is known "
+            "within a factor of 3",
+        ),
+        Claim(
+            f"with batch norm the band of workable rates is wider ({bar})",
+            "difference of the bands' widths, decades",
+            value=lambda runs: wider_bands(runs, least),
+            above=0.5,
+            reason="a step of the grid",
+        ),
+    )
 
+
+def lengths(runs: Runs) -> str:
+    epochs = sorted({row["config"]["epochs"] for row in runs.rows})
+    return " or ".join(map(str, epochs))
+
+
+STUDY = study.Study(
+    name="learning_rates",
+    place=3,
+    design=Design,
+    arms=arms,
+    more_arms=longer,
+    choice=choice_of,
+    claims=(
+        *claims_with(0.8, "training accuracy of .8, the claim's own bar"),
+        *claims_with(0.5, "training accuracy of .5: it learns, if slowly"),
+    ),
+    figures={
+        "learning_rates.png": figure(
+            "by_choice",
+            lambda runs: {
+                label: {
+                    norm: {r: spread(score, longest(norm, r)) for r in rates_of(runs)}
+                    for norm in NORMS
+                }
+                for label, score in (
+                    ("training accuracy, last epoch", scores.train_accuracy),
+                    ("test accuracy, own statistics of 500", scores.test_accuracy),
+                )
+            },
+            lambda runs: (
+                f"n = {{n}} seeds; band: least to greatest; {lengths(runs)} "
+                "epochs; diverged counts as .1"
+            ),
+            titles=NORMS,
+            x_label="learning rate",
+        ),
+        "curves.png": figure(
+            "small_multiples",
+            lambda runs: {
+                f"rate {rate:g}": accuracy_curves({n: longest(n, rate) for n in NORMS})
+                for rate in rates_of(runs)
+            },
+            "n = {n} seeds; band: least to greatest",
+            titles=curves_legend(NORMS),
+            y_label="accuracy",
+        ),
+    },
+    exact=False,
+    smoke={"learning_rates": (0.1, 1.0, 10.0), "long_rates": 1},
+)
 
 if __name__ == "__main__":
-    study.start(
-        study.Study(
-            name="learning_rates",
-            design=Design,
-            stages=(short, long),
-            verdicts=verdicts,
-            draw=draw,
-            exact=False,
-            smoke={"learning_rates": (0.1, 1.0, 10.0), "long_rates": 1},
-        )
-    )
+    study.start(STUDY)

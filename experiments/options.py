@@ -25,48 +25,52 @@ accuracies against momentum.
 
 What came out (3 seeds, 3 epochs; all of it in experiments/README.md): momentum changes
 no loss, bit for bit, and from 0 to .99 the test accuracy by moving averages little; at
-.999 they have not arrived after 700 steps: .21, where exact statistics give .86. Scale
-and bias are worth .076 nats together. Epsilon and Flax's two variances change less than
-seeds differ by.
+.999 the averages have not arrived after 700 steps: .21, where exact statistics give
+.86. Scale and bias are worth .076 nats together. Epsilon and Flax's two variances
+change less than seeds differ by.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import math
-from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 from bn_jax import fields
-from bn_jax.training.config import TrainConfig
-from experiments import study
-from experiments.study import Arms, Claim, Row
+from bn_jax.training.config import TrainConfig, value_of
+from experiments import scores, study
+from experiments.claims import LOSS_DIFFERENCE, THE_SIGN, TWO_DEVIATIONS, Claim
+from experiments.estimate import Statistic, largest_difference, mean, paired, spread
+from experiments.figures import figure, spreads
+from experiments.scores import Row, Runs
 
-if TYPE_CHECKING:
-    from experiments.claims import Verdict
-
-# (momentum, epsilon), all in one program.
-CHAPTER, FLAX, KERAS = (0.9, 1e-5), (0.99, 1e-5), (0.99, 1e-3)
-SLOWEST, LARGE = (0.999, 1e-5), (0.9, 1e-3)
-LIBRARIES = {CHAPTER: "chapter, PyTorch", FLAX: "Flax", KERAS: "Keras"}
-# By arm; these have the chapter's momentum and epsilon.
+# By arm, with the chapter's momentum and epsilon: a norm, and a title.
 NORMS = {
-    "no_scale": "batch_norm:use_scale=False",
-    "no_bias": "batch_norm:use_bias=False",
-    "neither": "batch_norm:use_scale=False,use_bias=False",
-    "fast_variance": "flax:use_fast_variance=True",
-    "two_pass_variance": "flax:use_fast_variance=False",
+    "no_scale": ("batch_norm:use_scale=false", "no scale"),
+    "no_bias": ("batch_norm:use_bias=false", "no bias"),
+    "neither": ("batch_norm:use_scale=false,use_bias=false", "no scale, no bias"),
+    "fast_variance": ("flax:use_fast_variance=true", "Flax's layer, fast variance"),
+    "two_pass_variance": (
+        "flax:use_fast_variance=false",
+        "Flax's layer, variance in two passes",
+    ),
 }
-TITLES = {
-    "no_scale": "no scale",
-    "no_bias": "no bias",
-    "neither": "no scale, no bias",
-    "fast_variance": "Flax's layer, fast variance",
-    "two_pass_variance": "Flax's layer, variance in two passes",
+LIBRARIES = {
+    (0.9, 1e-5): "chapter, PyTorch",
+    (0.99, 1e-5): "Flax",
+    (0.99, 1e-3): "Keras",
 }
-FAST, TWO_PASSES = TITLES["fast_variance"], TITLES["two_pass_variance"]
+
+
+def title(momentum: float, epsilon: float) -> str:
+    whose = LIBRARIES.get((momentum, epsilon))
+    suffix = f" ({whose})" if whose else ""
+    return f"momentum {momentum:g}, epsilon {epsilon:g}{suffix}"
+
+
+CHAPTER, FLAX = title(0.9, 1e-5), title(0.99, 1e-5)
+SLOWEST, LARGE = title(0.999, 1e-5), title(0.9, 1e-3)
+NEITHER, FAST, TWO_PASSES = (
+    NORMS[arm][1] for arm in ("neither", "fast_variance", "two_pass_variance")
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,267 +85,153 @@ class Design(study.Design):
         valid=fields.SHARE,
     )
     epsilons: tuple[float, ...] = fields.option(
-        (1e-12, 1e-5, 1e-3),
-        "At the chapter's momentum, .9.",
-        valid=fields.POSITIVE,
-    )
-    norms: tuple[str, ...] = fields.option(
-        tuple(NORMS),
-        "Other options, with the chapter's momentum and epsilon.",
-        choices=tuple(NORMS),
+        (1e-12, 1e-5, 1e-3), "At the chapter's momentum, .9.", valid=fields.POSITIVE
     )
 
 
-def numbers(design: Design) -> list[tuple[float, float]]:
-    """Return pairs of momentum and epsilon, each once."""
-    momentum, epsilon = CHAPTER
-    momenta = [(m, epsilon) for m in design.momenta]
-    epsilons = [(momentum, e) for e in design.epsilons]
-    return list(dict.fromkeys((*momenta, *epsilons, *LIBRARIES)))
-
-
-def arms(design: Design, rows: Sequence[Row]) -> Arms:
-    """Return a run for each option and seed."""
-    del rows
-
-    def config(norm: str, pair: tuple[float, float], seed: int) -> TrainConfig:
-        momentum, epsilon = pair
-        return design.config(norm=norm, momentum=momentum, epsilon=epsilon, seed=seed)
-
-    seeds = range(design.seeds)
-    return {
-        "numbers": [
-            config("batch_norm", pair, seed)
-            for pair, seed in itertools.product(numbers(design), seeds)
-        ],
-        **{
-            arm: [config(NORMS[arm], CHAPTER, seed) for seed in seeds]
-            for arm in design.norms
-        },
-    }
-
-
-def title(pair: tuple[float, float]) -> str:
-    """Return a label of momentum and epsilon."""
-    momentum, epsilon = pair
-    whose = f" ({LIBRARIES[pair]})" if pair in LIBRARIES else ""
-    return f"momentum {momentum:g}, epsilon {epsilon:g}{whose}"
-
-
-def by_option(rows: Sequence[Row]) -> dict[str, dict[int, Row]]:
-    """Return the runs of each option that has any, by title and seed."""
-    found: dict[str, dict[int, Row]] = {_option(row): {} for row in rows}
-    for row in sorted(rows, key=lambda row: row["config"]["seed"]):
-        found[_option(row)][row["config"]["seed"]] = row
-    return found
-
-
-def _option(row: Row) -> str:
-    """Return the title of a run's option."""
-    return title(_pair(row)) if row["arm"] == "numbers" else TITLES[row["arm"]]
-
-
-def _pair(row: Row) -> tuple[float, float]:
-    """Return a run's momentum and epsilon."""
-    return row["config"]["momentum"], row["config"]["epsilon"]
-
-
-def momenta_of(rows: Sequence[Row]) -> list[tuple[float, float]]:
-    """Return the pairs that have runs and the chapter's epsilon, by momentum."""
-    pairs = {_pair(row) for row in rows if row["arm"] == "numbers"}
-    return sorted(pair for pair in pairs if pair[1] == CHAPTER[1])
-
-
-def scores(row: Row) -> dict[str, float]:
-    """Return a run's scores at the end; those of guessing if it diverged.
-
-    Returns:
-      `loss`, of training; and test accuracies, by moving averages as `average` and by
-      exact statistics as `exact`.
-    """
-    average = study.last(row, "test_accuracy")
-    if math.isnan(average):
-        average = study.guessing("accuracy")
-    exact = study.final_test_accuracy(row)
-    return {"loss": study.final_loss(row), "average": average, "exact": exact}
-
-
-def spread_over_momenta(rows: Sequence[Row]) -> float:
-    """Return how far momenta are apart in any epoch's loss from the same seed."""
-    runs = by_option(rows)
-    of_momenta = [runs[title(pair)] for pair in momenta_of(rows)]
-    return max(
-        max(losses) - min(losses)
-        for seed in of_momenta[0]
-        for losses in zip(
-            *(by_seed[seed]["loss"] for by_seed in of_momenta), strict=True
-        )
-    )
-
-
-def difference_in_first_steps(rows: Sequence[Row], option: str, other: str) -> float:
-    """Return how far two options are apart in any loss of the first 20 steps."""
-    runs = by_option(rows)
-    return max(
-        abs(a - b)
-        for seed in runs[option]
-        for a, b in zip(
-            *(runs[o][seed]["first_step_losses"] for o in (option, other)), strict=True
-        )
-    )
-
-
-def verdicts(rows: Sequence[Row]) -> list[Verdict]:
-    from experiments import intervals
-    from experiments.claims import decide
-
-    runs = by_option(rows)
-    n = len(runs[title(CHAPTER)])
-
-    def of(option: str, name: str) -> list[float]:
-        return [scores(row)[name] for row in runs[option].values()]
-
-    def change(name: str, option: str, other: str) -> intervals.Interval:
-        return intervals.of_difference(of(option, name), of(other, name))
-
-    def exactly(value: float) -> intervals.Interval:
-        return intervals.Interval(value, value, value, n)
-
-    chapter, flax, slowest, large = map(title, (CHAPTER, FLAX, SLOWEST, LARGE))
-    claims = [
-        Claim(
-            [chapter, flax],
-            lambda: decide(
-                "momentum takes no part in training",
-                "largest difference of an epoch's training loss, nats, over momenta "
-                "from the same seed",
-                exactly(spread_over_momenta(rows)),
-                below=1e-6,
-                reason="exactly 0, as the batch normalises; rounding of float32, were "
-                "it compiled otherwise",
-            ),
-        ),
-        Claim(
-            [slowest],
-            lambda: decide(
-                "a momentum of .999 is too slow for 700 steps",
-                "paired difference of the test accuracy, moving averages minus exact",
-                intervals.of_difference(of(slowest, "average"), of(slowest, "exact")),
-                below=-0.05,
-                reason="5 points, several times what seeds differ by; after 700 steps "
-                "the initial 0 and 1 still weigh .999^700 = .50",
-            ),
-        ),
-        Claim(
-            [flax, chapter],
-            lambda: decide(
-                "a slower average predicts better: Flax's and Keras's momentum of .99, "
-                "to the chapter's and PyTorch's .9",
-                "paired difference of the test accuracy, moving averages",
-                change("average", flax, chapter),
-                above=0.0,
-                reason="the sign is the claim: at rate 1.0 averages over 10 steps are "
-                "noisy, those over 100 lag behind",
-            ),
-        ),
-        Claim(
-            [large, chapter],
-            lambda: decide(
-                "Keras's epsilon of 1e-3 trains like 1e-5",
-                "paired difference of the training loss, nats",
-                change("loss", large, chapter),
-                above=-0.01,
-                below=0.01,
-                reason="two standard deviations of the published re-runs",
-            ),
-        ),
-        Claim(
-            [FAST, TWO_PASSES],
-            lambda: decide(
-                "on these images Flax's fast variance is as good as that in two passes",
-                "largest difference of the loss in the first 20 steps, nats, over "
-                "seeds",
-                exactly(difference_in_first_steps(rows, FAST, TWO_PASSES)),
-                below=1e-4,
-                reason="rounding of float32, which 20 steps at rate 1.0 enlarge about "
-                "a hundredfold; digits are lost where means are large beside "
-                "deviations, here they are near them",
-            ),
-        ),
-        Claim(
-            [TITLES["neither"], chapter],
-            lambda: decide(
-                "without scale and bias the loss is higher",
-                "paired difference of the training loss, nats",
-                change("loss", TITLES["neither"], chapter),
-                above=0.01,
-                reason="two standard deviations of the published re-runs",
-            ),
-        ),
+def arms(design: Design) -> study.Arms:
+    """Return all momenta and epsilons as one sweep, and the other options."""
+    pairs = [(momentum, 1e-5) for momentum in design.momenta]
+    pairs += [(0.9, epsilon) for epsilon in design.epsilons]
+    numbers = [
+        {"norm": f"batch_norm:momentum={momentum},epsilon={epsilon}"}
+        for momentum, epsilon in dict.fromkeys((*pairs, *LIBRARIES))
     ]
-    return study.judge(runs, claims)
+    return {"numbers": numbers, **{arm: [{"norm": NORMS[arm][0]}] for arm in NORMS}}
 
 
-def summary(rows: Sequence[Row]) -> Row:
+def numbers_of(row: Row) -> tuple[float, float]:
+    """Return a run's momentum and epsilon."""
+    config = row["config"]
+    return value_of(config, "norm.momentum"), value_of(config, "norm.epsilon")
+
+
+def option_of(row: Row) -> str:
+    in_numbers = row["arm"] == "numbers"
+    return title(*numbers_of(row)) if in_numbers else NORMS[row["arm"]][1]
+
+
+def momenta(runs: Runs) -> dict[float, str]:
+    """Return the options at the chapter's epsilon, by momentum."""
+    pairs = {numbers_of(row) for row in runs.rows if row["arm"] == "numbers"}
+    return {pair[0]: title(*pair) for pair in sorted(pairs) if pair[1] == 1e-5}
+
+
+def first_steps_differ(option: str, other: str) -> Statistic:
+    return largest_difference(lambda row: row["first_step_losses"], option, other)
+
+
+CLAIMS = (
+    Claim(
+        "momentum takes no part in training",
+        "largest difference of an epoch's training loss, nats, over momenta from the "
+        "same seed",
+        value=lambda runs: largest_difference(
+            lambda row: row["loss"], *momenta(runs).values()
+        )(runs),
+        needs=(CHAPTER, FLAX),
+        below=1e-6,
+        reason="exactly 0, as the batch normalises; rounding of float32, were it "
+        "compiled otherwise",
+    ),
+    Claim(
+        "a momentum of .999 is too slow for 700 steps",
+        "paired difference of the test accuracy, moving averages minus exact",
+        value=mean(
+            lambda row: scores.moving_test_accuracy(row) - scores.test_accuracy(row),
+            SLOWEST,
+        ),
+        below=-0.05,
+        reason="5 points, several times what seeds differ by; after 700 steps the "
+        "initial 0 and 1 still weigh .999^700 = .50",
+    ),
+    Claim(
+        "a slower average predicts better: Flax's and Keras's momentum of .99, to the "
+        "chapter's and PyTorch's .9",
+        "paired difference of the test accuracy, moving averages",
+        value=paired(scores.moving_test_accuracy, FLAX, CHAPTER),
+        above=0.0,
+        reason=f"{THE_SIGN}: at rate 1.0 averages over 10 steps are noisy, those over "
+        "100 lag behind",
+    ),
+    Claim(
+        "Keras's epsilon of 1e-3 trains like 1e-5",
+        LOSS_DIFFERENCE,
+        value=paired(scores.loss, LARGE, CHAPTER),
+        above=-0.01,
+        below=0.01,
+        reason=TWO_DEVIATIONS,
+    ),
+    Claim(
+        "on these images Flax's fast variance is as good as that in two passes",
+        "largest difference of the loss in the first 20 steps, nats, over seeds",
+        value=first_steps_differ(FAST, TWO_PASSES),
+        below=1e-4,
+        reason="rounding of float32, which 20 steps at rate 1.0 enlarge about a "
+        "hundredfold; digits are lost where means are large beside deviations, here "
+        "they are near them",
+    ),
+    Claim(
+        "without scale and bias the loss is higher",
+        LOSS_DIFFERENCE,
+        value=paired(scores.loss, NEITHER, CHAPTER),
+        above=0.01,
+        reason=TWO_DEVIATIONS,
+    ),
+)
+
+
+def summary(runs: Runs) -> Row:
     """Return how far our layer, too, is from Flax's in two passes: by rounding."""
-    present = by_option(rows)
     differences = {
-        name: difference_in_first_steps(rows, option, TWO_PASSES)
-        for name, option in (("fast_variance", FAST), ("ours", title(CHAPTER)))
-        if {option, TWO_PASSES} <= present.keys()
+        name: first_steps_differ(option, TWO_PASSES)(runs).value
+        for name, option in (("fast_variance", FAST), ("ours", CHAPTER))
+        if {option, TWO_PASSES} <= runs.keys()
     }
     return {"loss_difference_to_two_passes_in_20_steps": differences}
 
 
-def draw(rows: Sequence[Row], folder: Path) -> None:
-    from bn_jax import plots
-
-    runs = by_option(rows)
-
-    def ends(option: str, name: str) -> tuple[float, float, float]:
-        return study.mean_and_range(
-            [scores(row)[name] for row in runs[option].values()]
-        )
-
-    note = f"n = {len(runs[title(CHAPTER)])} seeds"
-    plots.estimates(
-        {
-            label: {option: ends(option, name) for option in runs}
-            for name, label in (
-                ("loss", "training loss, nats"),
-                ("average", "test accuracy, moving averages"),
-                ("exact", "test accuracy, exact statistics"),
-            )
-        },
-        f"{note}; line: least to greatest",
-        folder / "options.png",
-    )
-    titles = {"average": "moving averages", "exact": "exact statistics"}
-    plots.by_choice(
-        {
-            "test accuracy": {
-                name: {
-                    1 - pair[0]: ends(title(pair), name) for pair in momenta_of(rows)
+ACCURACIES = {
+    "moving averages": scores.moving_test_accuracy,
+    "exact statistics": scores.test_accuracy,
+}
+STUDY = study.Study(
+    name="options",
+    place=8,
+    design=Design,
+    arms=arms,
+    choice=option_of,
+    claims=CLAIMS,
+    figures={
+        "options.png": figure(
+            "estimates",
+            lambda runs: spreads(
+                {
+                    "training loss, nats": scores.loss,
+                    **{f"test accuracy, {by}": a for by, a in ACCURACIES.items()},
+                },
+                {option: option for option in runs},
+            ),
+            "n = {n} seeds; line: least to greatest",
+        ),
+        "momentum.png": figure(
+            "by_choice",
+            lambda runs: {
+                "test accuracy": {
+                    by: {
+                        1 - m: spread(a, option) for m, option in momenta(runs).items()
+                    }
+                    for by, a in ACCURACIES.items()
                 }
-                for name in titles
-            }
-        },
-        titles,
-        "1 - momentum, weight of the new value",
-        f"{note}; band: least to greatest",
-        folder / "momentum.png",
-    )
-
+            },
+            "n = {n} seeds; band: least to greatest",
+            titles={by: by for by in ACCURACIES},
+            x_label="1 - momentum, weight of the new value",
+        ),
+    },
+    summary=summary,
+    smoke={"arms": ("numbers", "fast_variance", "two_pass_variance")},
+)
 
 if __name__ == "__main__":
-    study.start(
-        study.Study(
-            name="options",
-            design=Design,
-            stages=(arms,),
-            verdicts=verdicts,
-            draw=draw,
-            summary=summary,
-            smoke={"norms": ("fast_variance", "two_pass_variance")},
-        )
-    )
+    study.start(STUDY)

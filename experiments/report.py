@@ -1,8 +1,8 @@
-r"""Which claims hold? The index of the experiments and their verdicts, in Markdown.
+r"""Which claims hold? The index of the studies and their verdicts, in Markdown.
 
   python -m experiments.report
 
-It reads the committed results, experiments/results/NAME/results.json, and writes them
+Reads the committed results, experiments/results/NAME/results.json, and writes them
 between two marks of experiments/README.md; a test keeps the two the same.
 """
 
@@ -12,28 +12,26 @@ import importlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
-README = Path(__file__).parent / "README.md"
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+README = HERE / "README.md"
 START, END = "<!-- verdicts: by experiments.report -->", "<!-- end of verdicts -->"
-# In the order of the chapter's questions.
-STUDIES = (
-    "headline",
-    "bias",
-    "learning_rates",
-    "scale_invariance",
-    "which_layers",
-    "dropout",
-    "frozen",
-    "options",
-    "transforms",
-)
+
+
+def studies() -> dict[str, ModuleType]:
+    """Find the modules in this folder that define a STUDY, in order of `place`."""
+    names = [p.stem for p in HERE.glob("*.py") if "\nSTUDY = " in p.read_text()]
+    found = [importlib.import_module(f"experiments.{name}") for name in names]
+    found.sort(key=lambda module: (module.STUDY.place, module.STUDY.name))
+    return {module.STUDY.name: module for module in found}
 
 
 def recorded() -> dict[str, Any]:
     """Return the results of the studies that have been run in full."""
-    paths = {name: RESULTS / name / "results.json" for name in STUDIES}
+    paths = {name: RESULTS / name / "results.json" for name in studies()}
     return {
         name: json.loads(path.read_text())
         for name, path in paths.items()
@@ -42,10 +40,20 @@ def recorded() -> dict[str, Any]:
 
 
 def question(name: str) -> str:
-    """Return what an experiment asks: the first line of its docstring."""
-    doc = importlib.import_module(f"experiments.{name}").__doc__
+    """Return what a study asks: the first line of its docstring."""
+    doc = studies()[name].__doc__
     assert doc is not None
     return doc.strip().splitlines()[0]
+
+
+def counts(results: Mapping[str, Any]) -> str:
+    """Return how many claims came out how."""
+    outcomes = [verdict["verdict"] for verdict in results["verdicts"]]
+    return ", ".join(
+        f"{outcomes.count(outcome)} {outcome}"
+        for outcome in ("supported", "refuted", "undecided")
+        if outcome in outcomes
+    )
 
 
 def number(verdict: Mapping[str, Any]) -> str:
@@ -61,33 +69,27 @@ def number(verdict: Mapping[str, Any]) -> str:
 
 
 def command(name: str, results: Mapping[str, Any]) -> str:
-    """Return the command by which results were recorded."""
+    """Return the command that recorded the results."""
     return " ".join(
         ["python -m", f"experiments.{name}", *results["environment"]["arguments"]]
     )
 
 
 def _cell(text: str) -> str:
-    """Return a text that does not end its cell of a table."""
+    """Escape what would end a cell of a table."""
     return text.replace("|", "\\|")
 
 
 def index(found: Mapping[str, Any]) -> list[str]:
-    """Return a table of the experiments: question, verdicts, n, time, command."""
+    """Return a table of the studies: question, verdicts, n, time, command."""
     lines = [
         "| question | verdicts | first of them | n | training | command |",
         "|---|---|---|---|---|---|",
     ]
     for name, results in found.items():
-        verdicts = results["verdicts"]
-        counts = [
-            f"{sum(v['verdict'] == outcome for v in verdicts)} {outcome}"
-            for outcome in ("supported", "refuted", "undecided")
-            if any(v["verdict"] == outcome for v in verdicts)
-        ]
-        first = verdicts[0]
+        first = results["verdicts"][0]
         lines.append(
-            f"| [{question(name)}](results/{name}) | {', '.join(counts)} | "
+            f"| [{question(name)}](results/{name}) | {counts(results)} | "
             f"{_cell(first['statistic'])}: {number(first)} | "
             f"{results['seeds']} seeds | {results['seconds'] / 60:.0f} min | "
             f"`{command(name, results)}` |"
@@ -96,7 +98,7 @@ def index(found: Mapping[str, Any]) -> list[str]:
 
 
 def section(name: str, results: Mapping[str, Any]) -> list[str]:
-    """Return an experiment's verdicts as a table, and its figures."""
+    """Return a study's verdicts as a table, and its figures."""
     environment = results["environment"]
     lines = [
         f"### {question(name)}",
@@ -122,7 +124,7 @@ def section(name: str, results: Mapping[str, Any]) -> list[str]:
 
 
 def page() -> str:
-    """Return the part of experiments/README.md that is made of results."""
+    """Return the part of experiments/README.md that comes from results."""
     found = recorded()
     lines = [*index(found), ""]
     for name, results in found.items():

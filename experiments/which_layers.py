@@ -6,10 +6,10 @@ layers; this trains all 16 subsets of the four.
   python -m experiments.which_layers --workdir=runs/layers --devices=2     12 minutes
   python -m experiments.which_layers --workdir=runs/layers-try --smoke      a minute
 
-The effect of a layer's norm is the mean over the eight settings of the others of what
-it changes in the training loss of the last epoch; a run that diverged has the loss of
-guessing, ln 10. Figures: which_layers.png, loss and test accuracy of each subset;
-effects.png.
+The effect of a layer's norm is what it changes in the training loss of the last epoch,
+as the mean over the eight settings of the other layers; a run that diverged has the
+loss of guessing, ln 10. Figures: which_layers.png, loss and test accuracy of each
+subset; effects.png.
 
 What came out (3 seeds, 5 epochs; all of it in experiments/README.md): in order of the
 training loss all four < dense layers alone < convolutions alone < none, each step clear
@@ -20,173 +20,106 @@ convolution, do as well as all four is undecided: .006 nats, interval -.012 to .
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
-from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
 
-from bn_jax import fields
-from bn_jax.training.config import TrainConfig
-from experiments import study
-from experiments.study import Arms, Row
-
-if TYPE_CHECKING:
-    from experiments.claims import Verdict
-    from experiments.intervals import Interval
+from bn_jax.training.config import value_of
+from experiments import scores, study
+from experiments.claims import LOSS_DIFFERENCE, Claim
+from experiments.estimate import Statistic, best, mean_effect, paired
+from experiments.figures import figure, spreads
+from experiments.scores import Row, Runs
 
 LAYERS = ("conv 1", "conv 2", "dense 1", "dense 2")
 SUBSETS = tuple("".join(digits) for digits in itertools.product("01", repeat=4))
-ALL, DENSE, CONV, NONE = "1111", "0011", "1100", "0000"
+# In the order of their losses in a reader's single runs of ten epochs.
+NAMES = {
+    "1111": "in all four layers",
+    "0011": "after the dense layers alone",
+    "1100": "after the convolutions alone",
+    "0000": "in none",
+}
 
 
-@dataclasses.dataclass(frozen=True)
-class Design(study.Design):
-    """Subsets of the four layers."""
-
-    epochs: int = fields.option_of(TrainConfig, "epochs", 5)
-    learning_rate: float = fields.option_of(TrainConfig, "learning_rate")
-    subsets: tuple[str, ...] = fields.option(
-        SUBSETS,
-        "Which of the two convolutions and two dense layers have the norm. The effects "
-        "of single layers need all.",
-        choices=SUBSETS,
-    )
+def subset_of(row: Row) -> str:
+    subset: str = value_of(row["config"], "model.norm_layers")
+    return subset
 
 
-def subsets(design: Design, rows: Sequence[Row]) -> Arms:
-    """Return a run for each subset and seed."""
-    del rows
-    return {
-        "subsets": [
-            design.config(norm_layers=subset, seed=seed)
-            for subset, seed in itertools.product(design.subsets, range(design.seeds))
-        ]
-    }
-
-
-def losses(rows: Sequence[Row]) -> dict[str, list[float]]:
-    """Return the training losses at the end, of each subset trained, by seed."""
-    found: dict[str, list[float]] = {}
-    for row in sorted(rows, key=lambda row: row["config"]["seed"]):
-        found.setdefault(row["config"]["norm_layers"], []).append(study.final_loss(row))
-    return found
-
-
-def effects(by_subset: dict[str, list[float]]) -> dict[str, list[float]]:
-    """Return what each layer's norm changes in the loss, by seed."""
-    found = {}
-    for i, layer in enumerate(LAYERS):
-        changes = [
-            [
-                on - off
-                for on, off in zip(by_subset[subset], by_subset[without], strict=True)
-            ]
-            for subset in SUBSETS
-            if subset[i] == "1"
-            for without in [f"{subset[:i]}0{subset[i + 1 :]}"]
-        ]
-        found[layer] = [sum(c) / len(c) for c in zip(*changes, strict=True)]
-    return found
-
-
-def verdicts(rows: Sequence[Row]) -> list[Verdict]:
-    from experiments import intervals
-    from experiments.claims import decide
-
-    by_subset = losses(rows)
-    names = {
-        ALL: "in all four layers",
-        DENSE: "after the dense layers alone",
-        CONV: "after the convolutions alone",
-        NONE: "in none",
-    }
-
-    def trains_worse(less: str, more: str) -> Verdict:
-        return decide(
-            f"batch norm {names[less]} trains to a higher loss than {names[more]}",
-            "paired difference of the training loss, nats",
-            intervals.of_difference(by_subset[less], by_subset[more]),
+best_but_all = best(scores.loss, lambda subset: subset != "1111", lowest=True)
+CLAIMS = (
+    *(
+        Claim(
+            f"batch norm {NAMES[less]} trains to a higher loss than {NAMES[more]}",
+            LOSS_DIFFERENCE,
+            value=paired(scores.loss, less, more),
             above=0.0,
             reason="the order that a reader's single runs of ten epochs showed",
         )
-
-    def best_is_as_good() -> Verdict:
-        best = min(
-            (subset for subset in SUBSETS if subset != ALL),
-            key=lambda subset: sum(by_subset[subset]),
-        )
-        return decide(
-            "batch norm is not needed in every layer: a subset trains as well as all "
-            f"four (the best is {best})",
-            "paired difference of the training loss to all four, nats",
-            intervals.of_difference(by_subset[best], by_subset[ALL]),
-            below=0.01,
-            reason="a tenth of what the norms change in the loss as published, .47 to "
-            ".27; the best subset is chosen on the same runs, which favours it",
-        )
-
-    order = itertools.pairwise((ALL, DENSE, CONV, NONE))
-    claims = [
-        study.Claim(pair, lambda pair=pair: trains_worse(pair[1], pair[0]))
-        for pair in order
-    ]
-    return study.judge(by_subset, [*claims, study.Claim(SUBSETS, best_is_as_good)])
+        for more, less in itertools.pairwise(NAMES)
+    ),
+    Claim(
+        "batch norm is not needed in every layer: a subset trains as well as all "
+        "four (the best is {best})",
+        "paired difference of the training loss to all four, nats",
+        words={"best": best_but_all},
+        value=paired(scores.loss, best_but_all, "1111"),
+        needs=SUBSETS,
+        below=0.01,
+        reason="a tenth of what the norms change in the loss as published, .47 to "
+        ".27; the best subset is chosen on the same runs, which favours it",
+    ),
+)
 
 
-def draw(rows: Sequence[Row], folder: Path) -> None:
-    from bn_jax import plots
-    from experiments import intervals
+def effect(i: int) -> Statistic:
+    """Return what the norm of layer `i` changes in the loss."""
+    pairs = [(s, f"{s[:i]}0{s[i + 1 :]}") for s in SUBSETS if s[i] == "1"]
+    return mean_effect(scores.loss, pairs)
 
-    by_subset = losses(rows)
-    order = sorted(by_subset, key=lambda s: sum(by_subset[s]))
-    accuracies = {
-        subset: [
-            study.final_test_accuracy(row)
-            for row in rows
-            if row["config"]["norm_layers"] == subset
-        ]
-        for subset in by_subset
-    }
-    n = len(by_subset[order[0]])
-    names = {s: " + ".join(_present(s)) or "none" for s in order}
-    plots.estimates(
-        {
-            "training loss, nats": {
-                names[s]: study.mean_and_range(by_subset[s]) for s in order
+
+def titles(runs: Runs) -> dict[str, str]:
+    """Return subsets by title, in order of the loss."""
+
+    def title(subset: str) -> str:
+        present = [name for name, d in zip(LAYERS, subset, strict=True) if d == "1"]
+        return " + ".join(present) or "none"
+
+    order = sorted(runs, key=lambda subset: sum(map(scores.loss, runs[subset])))
+    return {title(subset): subset for subset in order}
+
+
+STUDY = study.Study(
+    name="which_layers",
+    place=5,
+    design=study.design(epochs=5, learning_rate=1.0),
+    arms={"subsets": [{"model": f"lenet:norm_layers={subset}"} for subset in SUBSETS]},
+    choice=subset_of,
+    claims=CLAIMS,
+    figures={
+        "which_layers.png": figure(
+            "estimates",
+            lambda runs: spreads(
+                {
+                    "training loss, nats": scores.loss,
+                    "test accuracy": scores.test_accuracy,
+                },
+                titles(runs),
+            ),
+            "n = {n} seeds; line: least to greatest; test by own statistics of 500",
+        ),
+        "effects.png": figure(
+            "estimates",
+            {
+                "change of the training loss by its norm, nats": {
+                    layer: effect(i) for i, layer in enumerate(LAYERS)
+                }
             },
-            "test accuracy": {
-                names[s]: study.mean_and_range(accuracies[s]) for s in order
-            },
-        },
-        f"n = {n} seeds; line: least to greatest; test by own statistics of 500",
-        folder / "which_layers.png",
-    )
-    if len(by_subset) < len(SUBSETS):
-        return
-    changes: dict[str, Interval] = {
-        layer: intervals.of_mean(values) for layer, values in effects(by_subset).items()
-    }
-    plots.estimates(
-        {"change of the training loss by its norm, nats": changes},
-        f"mean over the others' 8 settings; n = {n} seeds; line: 95% interval",
-        folder / "effects.png",
-        reference=0.0,
-    )
-
-
-def _present(subset: str) -> list[str]:
-    return [layer for layer, digit in zip(LAYERS, subset, strict=True) if digit == "1"]
-
+            "mean over the others' 8 settings; n = {n} seeds; line: 95% interval",
+            reference=0.0,
+        ),
+    },
+    exact=False,
+)
 
 if __name__ == "__main__":
-    study.start(
-        study.Study(
-            name="which_layers",
-            design=Design,
-            stages=(subsets,),
-            verdicts=verdicts,
-            draw=draw,
-            exact=False,
-        )
-    )
+    study.start(STUDY)

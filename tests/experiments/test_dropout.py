@@ -3,10 +3,17 @@ import math
 import pytest
 
 from bn_jax.training import members
-from bn_jax.training.config import TrainConfig
-from experiments import dropout
+from bn_jax.training.config import TrainConfig, value_of
+from experiments import dropout, scores
 
-ARMS = dropout.arms(dropout.Design(epochs=5, seeds=3), [])
+
+def configs_of(**choices):
+    design = dropout.Design(**choices)
+    arms = dropout.STUDY.arms_of(design)
+    return {arm: design.configs(choices) for arm, choices in arms.items()}
+
+
+ARMS = configs_of(epochs=5, seeds=3)
 # By arm: training loss, training accuracy, test accuracy, all by exact statistics.
 MADE_UP = {
     "none": (0.5, 0.75, 0.71875),
@@ -60,7 +67,7 @@ def test_arms_differ_in_norm_dropout_and_images_alone():
     assert len(ARMS) == 14
     chapter = TrainConfig(epochs=5).to_dict()
     assert ARMS["all-batch_norm"][0].to_dict() == chapter
-    varied = ("norm", "dropout_rate", "dropout_at", "train_examples", "epochs")
+    varied = ("norm", "model", "train_examples", "epochs")
     for configs in ARMS.values():
         config = configs[0].to_dict()
         assert config | {name: chapter[name] for name in varied} == chapter
@@ -76,35 +83,38 @@ def test_few_images_take_about_as_many_steps_as_all():
 
 
 def test_design_has_the_rates_and_sizes_that_are_given():
-    design = dropout.Design(
+    arms = configs_of(
         seeds=1,
         dropout_rates=(0.25, 0.125),
         dropout_rate_with_norm=0.75,
-        sizes=("few",),
+        few_examples=2000,
         longer=3,
     )
-    arms = dropout.arms(design, [])
-    assert {arm: c.dropout_rate for arm, (c,) in arms.items()} == {
-        "few-none": 0.0,
-        "few-dropout_12.5": 0.125,
-        "few-dropout_25": 0.25,
-        "few-batch_norm": 0.0,
-        "few-norm_dropout_before": 0.75,
-        "few-norm_dropout_after": 0.75,
+    few = {arm: c for arm, (c,) in arms.items() if arm.startswith("few")}
+    assert {
+        arm: tuple(
+            value_of(c.to_dict(), f"model.{name}")
+            for name in ("dropout_rate", "dropout_at")
+        )
+        for arm, c in few.items()
+    } == {
+        "few-none": (0.0, "dense"),
+        "few-dropout_12.5": (0.125, "dense"),
+        "few-dropout_25": (0.25, "dense"),
+        "few-batch_norm": (0.0, "dense"),
+        "few-norm_dropout_before": (0.75, "dense"),
+        "few-norm_dropout_after": (0.75, "last"),
     }
-    assert {(c.train_examples, c.epochs) for (c,) in arms.values()} == {(3000, 15)}
+    assert {(c.train_examples, c.epochs) for c in few.values()} == {(2000, 15)}
 
 
 def test_scores_are_by_exact_statistics_where_there_are_any():
     norm = row("all-batch_norm", ARMS["all-batch_norm"][0])
-    assert dropout.scores(norm) == {
-        "train_loss": 0.25,
-        "train_accuracy": 0.875,
-        "test_accuracy": 0.75,
-        "gap": 0.125,
-        "test_accuracy_average": 0.75,
-    }
-    assert dropout.scores(row("all-none", ARMS["all-none"][0]))["gap"] == 0.03125
+    assert dropout.train_loss(norm) == 0.25
+    assert dropout.train_accuracy(norm) == 0.875
+    assert scores.test_accuracy(norm) == 0.75
+    assert dropout.gap(norm) == 0.125
+    assert dropout.gap(row("all-none", ARMS["all-none"][0])) == 0.03125
 
 
 def test_run_that_diverged_counts_as_guessing_and_has_no_gap():
@@ -113,23 +123,16 @@ def test_run_that_diverged_counts_as_guessing_and_has_no_gap():
         "train_accuracy_average": None,
         "test_accuracy": [0.125, None],
     }
-    assert dropout.scores(lost) == pytest.approx(
-        {
-            "train_loss": math.log(10),
-            "train_accuracy": 0.1,
-            "test_accuracy": 0.1,
-            "gap": 0.0,
-            "test_accuracy_average": 0.1,
-        }
-    )
+    assert dropout.train_loss(lost) == pytest.approx(math.log(10))
+    assert dropout.gap(lost) == 0
+    assert scores.moving_test_accuracy(lost) == 0.1
 
 
 def test_log_ratio_counts_a_variance_too_small_like_one_too_large():
-    rows = made_up()
+    runs = dropout.STUDY.runs(made_up())
     for arm, size in (("norm_dropout_before", 4), ("norm_dropout_after", 2)):
-        assert dropout.log_ratios(rows, f"few-{arm}") == pytest.approx(
-            [math.log(size)] * 3
-        )
+        found = [dropout.log_ratio(row) for row in runs[f"few-{arm}"]]
+        assert found == pytest.approx([math.log(size)] * 3)
 
 
 @pytest.mark.parametrize(
@@ -144,19 +147,19 @@ def test_log_ratio_counts_a_variance_too_small_like_one_too_large():
     ],
 )
 def test_verdict_is_on_the_difference_that_it_names(words, value, outcome):
-    (found,) = (v for v in dropout.verdicts(made_up()) if words in v.claim)
+    (found,) = (v for v in dropout.STUDY.verdicts(made_up()) if words in v.claim)
     assert found.interval.value == pytest.approx(value)
     assert found.interval.n == 3
     assert found.verdict == outcome
 
 
 def test_best_rate_of_dropout_is_named():
-    claims = [v.claim for v in dropout.verdicts(made_up()) if "place" in v.claim]
+    claims = [v.claim for v in dropout.STUDY.verdicts(made_up()) if "place" in v.claim]
     assert all("the best is dropout .3" in claim for claim in claims)
 
 
 def test_figures_are_drawn_of_made_up_rows(tmp_path):
-    dropout.draw(made_up(), tmp_path)
+    dropout.STUDY.draw(made_up(), tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {
         "dropout_all.png",
         "dropout_few.png",

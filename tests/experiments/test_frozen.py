@@ -1,14 +1,15 @@
-import jax
 import numpy as np
 import pytest
 
-from bn_jax.runs import checkpoint, results
 from bn_jax.training import members
-from bn_jax.training.state import init_variables, make_model
-from experiments import frozen
+from bn_jax.training.config import value_of
+from experiments import estimate, frozen, scores
 
-DESIGN = frozen.Design(epochs=4, seeds=3, dataset="sample")
-ARMS = frozen.arms(DESIGN, [])
+DESIGN = frozen.STUDY.design(epochs=4, seeds=3, dataset="sample")
+ARMS = {
+    arm: DESIGN.configs(choices)
+    for arm, choices in frozen.STUDY.arms_of(DESIGN).items()
+}
 # By what learns: the loss above that of all, and the accuracy.
 MADE_UP = {
     "all": (0.0, 0.875),
@@ -22,9 +23,9 @@ MADE_UP = {
 
 
 def row(arm, config):
-    choice = frozen.TITLES[config.trained, config.train_gamma, config.train_beta]
+    activation, choice = frozen.choice_of({"config": config.to_dict()})
     above, accuracy = MADE_UP[choice]
-    if config.activation == "relu":
+    if activation == "relu":
         above, accuracy = -above, 1 - accuracy
     return {
         "arm": arm,
@@ -32,7 +33,7 @@ def row(arm, config):
         "loss": [2.0, 2.0 + above + 0.1 * config.seed],
         "test_accuracy": [0.1, 0.2],
         "test_accuracy_exact": accuracy,
-        "small_gammas": 0.25 if config.activation == "relu" else 0.0,
+        "small_gammas": 0.25 if activation == "relu" else 0.0,
     }
 
 
@@ -50,35 +51,32 @@ def test_arm_is_a_sweep(arm):
 def test_arms_differ_in_activation_with_its_rate_and_in_what_learns():
     assert len(ARMS) == 8
     for arm, configs in ARMS.items():
-        activation, _, trained = arm.partition("-")
+        activation, _, kind = arm.partition("-")
         rate = {"sigmoid": 1.0, "relu": 0.1}[activation]
-        switches = {(c.train_gamma, c.train_beta) for c in configs}
-        assert {(c.activation, c.learning_rate, c.trained) for c in configs} == {
-            (activation, rate, trained)
-        }
-        assert len(switches) == (4 if trained == "all" else 1)
-        assert len(configs) == len(switches) * DESIGN.seeds
+        assert {c.learning_rate for c in configs} == {rate}
+        found = {value_of(c.to_dict(), "model.activation") for c in configs}
+        assert found == {activation}
+        trained = {c.trained for c in configs}
+        assert trained == set(frozen.LEARNING[kind])
+        assert len(configs) == len(trained) * DESIGN.seeds
         others = [
-            c.to_dict()
-            | dict.fromkeys(
-                ("activation", "learning_rate", "trained", "train_gamma", "train_beta")
-            )
+            c.to_dict() | dict.fromkeys(("model", "learning_rate", "trained"))
             for c in configs
             if c.seed == 0
         ]
         assert all(other == others[0] for other in others)
 
 
-def test_runs_are_found_by_what_learns_in_order_of_seeds():
-    runs = frozen.by_choice(made_up(), "relu")
-    assert list(runs) == list(MADE_UP)
+def test_runs_are_known_by_activation_and_what_learns_in_order_of_seeds():
+    runs = frozen.STUDY.runs(made_up()).where(lambda choice: choice[0] == "relu")
+    assert {title for _, title in runs} == set(MADE_UP)
     for of_choice in runs.values():
         assert [row["config"]["seed"] for row in of_choice] == [0, 1, 2]
-        assert {row["config"]["activation"] for row in of_choice} == {"relu"}
 
 
 def test_change_is_paired_by_seed():
-    interval = frozen.change(frozen.by_choice(made_up(), "sigmoid"), "all but beta")
+    pair = ("sigmoid", "all but beta"), ("sigmoid", frozen.FREE)
+    interval = estimate.paired(scores.loss, *pair)(frozen.STUDY.runs(made_up()))
     # Seeds differ by .1, the pairs do not.
     assert interval == pytest.approx((0.25, 0.25, 0.25, 3))
 
@@ -97,32 +95,26 @@ def test_change_is_paired_by_seed():
     ],
 )
 def test_verdict_is_on_the_difference_that_it_names(words, value, outcome):
-    (found,) = (v for v in frozen.verdicts(made_up()) if words in v.claim)
+    (found,) = (v for v in frozen.STUDY.verdicts(made_up()) if words in v.claim)
     assert found.interval.value == pytest.approx(value)
     assert found.interval.low <= found.interval.high
     assert found.verdict == outcome
 
 
-def test_small_gammas_are_a_share_over_all_norms(tmp_path):
-    config = ARMS["relu-norm"][0]
-    own = init_variables(
-        make_model(config, num_classes=10), jax.random.key(0), (28, 28, 1)
-    )
-    variables = jax.tree.map(lambda v: np.stack([np.asarray(v)] * 2), own)
-    # Of the second run; there are 6 + 16 + 120 + 84 gammas, all 1 at first.
-    variables["params"]["norm1"]["scale"][1, :2] = 0.009, -0.009
-    variables["params"]["norm4"]["scale"][1, -1] = 0.0
-    variables["params"]["norm2"]["scale"][1, 0] = -0.011
-    checkpoint.save_variables(tmp_path, variables)
-    rows = [{"config": config.to_dict(), "name": i} for i in range(2)]
-    results.write_rows(tmp_path / "runs.jsonl", rows)
-    found = frozen.with_small_gammas(tmp_path, rows, None)
-    assert [row["small_gammas"] for row in found] == pytest.approx([0, 3 / 226])
-    assert [row["name"] for row in found] == [0, 1]
+def test_small_gammas_are_a_share_over_all_norms():
+    # There are 6 + 16 + 120 + 84 gammas, all 1 at first.
+    sizes = dict(zip(frozen.NORMS, (6, 16, 120, 84), strict=True))
+    params = {norm: {"scale": np.ones(size)} for norm, size in sizes.items()}
+    assert frozen.small_gammas({}, {"params": params}, None) == {"small_gammas": 0.0}
+    params["norm1"]["scale"][:2] = 0.009, -0.009
+    params["norm4"]["scale"][-1] = 0.0
+    params["norm2"]["scale"][0] = -0.011
+    found = frozen.small_gammas({}, {"params": params}, None)
+    assert found["small_gammas"] == pytest.approx(3 / 226)
 
 
 def test_figures_are_drawn_of_made_up_rows(tmp_path):
-    frozen.draw(made_up(), tmp_path)
+    frozen.STUDY.draw(made_up(), tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {
         "sigmoid.png",
         "relu.png",

@@ -25,21 +25,40 @@ def rows(**of_batch_norm):
     return [*others, *ours]
 
 
+def summary(of_rows):
+    return headline.summary(headline.STUDY.runs(of_rows))
+
+
 def verdict(claim, of_rows):
-    (found,) = [v for v in headline.verdicts(of_rows) if claim in v.claim]
+    (found,) = [v for v in headline.STUDY.verdicts(of_rows) if claim in v.claim]
     return found
 
 
 def test_arms_differ_in_what_they_are_named_after():
-    arms = headline.arms(headline.Design(epochs=10, seeds=3), [])
+    design = headline.STUDY.design(epochs=10, seeds=3)
+    arms = {
+        arm: design.configs(choices)
+        for arm, choices in headline.STUDY.arms_of(design).items()
+    }
     assert [c.seed for c in arms["flax"]] == [0, 1, 2]
     first = {arm: configs[0] for arm, configs in arms.items()}
     assert first["batch_norm"].learning_rate == first["flax"].learning_rate == 1.0
-    assert first["none"].learning_rate == 0.9
-    assert {arm: c.first_padding for arm, c in first.items()} == {
-        "batch_norm": 0, "flax": 0, "none": 0, "none_padded": 2,
-    }  # fmt: skip
+    assert first["none"].learning_rate == first["none_padded"].learning_rate == 0.9
+    assert {arm: (c.norm, c.model) for arm, c in first.items()} == {
+        "batch_norm": ("batch_norm", "lenet"),
+        "flax": ("flax", "lenet"),
+        "none": ("none", "lenet"),
+        "none_padded": ("none", "lenet:first_padding=2"),
+    }
     assert {c.epochs for configs in arms.values() for c in configs} == {10}
+
+
+def test_gamma_and_beta_are_those_of_the_first_norm_where_there_is_one():
+    norm = {"scale": np.array([1.0, 2.0]), "bias": np.array([0.5, -1.0])}
+    variables = {"params": {"norm1": norm, "norm2": {}}}
+    found = headline.first_norm({}, variables, None)
+    assert found == {"gamma": [1.0, 2.0], "beta": [0.5, -1.0]}
+    assert headline.first_norm({}, {"params": {"conv1": {}}}, None) == {}
 
 
 def test_published_loss_is_reached_within_two_deviations():
@@ -54,8 +73,9 @@ def test_published_loss_is_reached_within_two_deviations():
 
 def test_agreement_is_the_largest_difference_over_seeds():
     given = rows(first_step_losses=[[2.0] * 19 + [2.5], [1.75] + [2.0] * 19])
-    assert headline.difference_at(given, 1) == 0.25
-    assert headline.difference_at(given, 20) == 0.5
+    runs = headline.STUDY.runs(given)
+    assert headline.layers_differ_at(1)(runs).value == 0.25
+    assert headline.layers_differ_at(20)(runs).value == 0.5
     assert verdict("the same function", given).verdict == "refuted"
     assert verdict("the same function", rows()).verdict == "supported"
 
@@ -77,7 +97,7 @@ def test_gamma_and_beta_are_means_over_channels_of_a_run():
 
 
 def test_summary_is_mean_and_spread_of_each_arm():
-    found = headline.summary(rows(loss=[[0.25], [0.75]]))["arms"]["batch_norm"]["loss"]
+    found = summary(rows(loss=[[0.25], [0.75]]))["scores"]["batch_norm"]["loss"]
     # The sample variance of .25 and .75 is .125.
     assert found.pop("sd") == pytest.approx(math.sqrt(0.125))
     assert found == {"mean": 0.5, "min": 0.25, "max": 0.75, "n": 2}
@@ -85,7 +105,7 @@ def test_summary_is_mean_and_spread_of_each_arm():
 
 def test_legend_names_the_rates_of_the_arms_that_there_are():
     present = [r for r in rows() if r["arm"] != "none"]
-    assert headline.titles(present) == {
+    assert headline.titles(headline.STUDY.runs(present)) == {
         "batch_norm": "batch norm, ours (rate 0.25)",
         "flax": "batch norm, Flax's own (rate 0.5)",
         "none_padded": "no batch norm, images padded by 2",
@@ -100,12 +120,13 @@ def test_run_that_diverged_counts_as_guessing_and_its_curve_ends(tmp_path):
         "test_accuracy_exact": None,
     }
     given = [row("batch_norm", 0, **lost), row("batch_norm", 1, **lost)]
-    assert headline.scores(given, "batch_norm", "loss") == [math.log(10)] * 2
+    found = summary(given)["scores"]["batch_norm"]
+    assert found["loss"]["mean"] == pytest.approx(math.log(10))
     for name in ("train_accuracy", "test_accuracy", "test_accuracy_exact"):
-        assert headline.scores(given, "batch_norm", name) == [0.1] * 2
-    headline.draw(given, tmp_path)
-    assert len(headline.verdicts(given)) == 5
-    assert headline.summary(given)["arms"]["batch_norm"]["loss"]["n"] == 2
+        assert found[name]["mean"] == pytest.approx(0.1)
+    headline.STUDY.draw(given, tmp_path)
+    assert len(headline.STUDY.verdicts(given)) == 5
+    assert summary(given)["scores"]["batch_norm"]["loss"]["n"] == 2
 
 
 def test_figures_are_drawn(tmp_path):
@@ -114,6 +135,6 @@ def test_figures_are_drawn(tmp_path):
         {**r, "loss": [1.0, 0.5], "train_accuracy": [0.5, 0.6]}
         for r in rows(**of_epochs)
     ]
-    headline.draw(given, tmp_path)
+    headline.STUDY.draw(given, tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {"curves.png", "gamma_beta.png"}
     assert np.array([p.stat().st_size > 10_000 for p in tmp_path.iterdir()]).all()

@@ -1,4 +1,4 @@
-"""The statistics of the experiments, on made-up runs with known answers."""
+"""The statistics of the studies, on made-up runs with known answers."""
 
 import itertools
 import json
@@ -12,34 +12,51 @@ import pytest
 
 from bn_jax import data as data_lib
 from bn_jax.training import members
-from bn_jax.training import state as state_lib
-from bn_jax.training import step as step_lib
-from bn_jax.training.config import TrainConfig
+from bn_jax.training.config import TrainConfig, value_of
+from bn_jax.training.task import Task, make_network
 from experiments import (
-    bias,
+    estimate,
     frozen,
     headline,
     learning_rates,
     options,
+    report,
     scale_invariance,
+    scores,
+    study,
     transforms,
     which_layers,
 )
-
-DESIGN = {"epochs": 3, "seeds": 2, "dataset": "sample"}
+from experiments.measurements import biases, covariance, weights
 
 
 def outcome(module, rows, claim):
-    (found,) = [v for v in module.verdicts(rows) if claim in v.claim]
+    (found,) = [v for v in module.STUDY.verdicts(rows) if claim in v.claim]
     return found
 
 
-@pytest.mark.parametrize("module", [bias, transforms, which_layers])
-def test_each_arm_is_a_sweep(module):
-    (stage,) = [getattr(module, n) for n in ("arms", "subsets") if hasattr(module, n)]
-    for configs in stage(module.Design(**DESIGN), []).values():
+def configs_of(module, **choices):
+    """Return the configs of a study's first arms, by arm."""
+    design = module.STUDY.design(**choices)
+    arms = module.STUDY.arms_of(design)
+    return {arm: design.configs(of_arm) for arm, of_arm in arms.items()}
+
+
+def network(config):
+    return make_network(config, Task(num_classes=10, image_shape=(28, 28, 1)))
+
+
+@pytest.mark.parametrize("name", list(report.studies()))
+def test_each_arm_is_a_sweep(name):
+    module = report.studies()[name]
+    for configs in configs_of(module, **(study.SMOKE | {"epochs": 3})).values():
         members.check(configs)  # raises where one program cannot train them
         assert {c.seed for c in configs} == {0, 1}
+        assert len(set(configs)) == len(configs)
+
+
+def test_arms_are_those_that_are_named():
+    assert list(configs_of(headline, arms=("none", "flax"))) == ["flax", "none"]
 
 
 # Learning rates.
@@ -91,20 +108,36 @@ def test_norm_with_no_workable_rate_has_no_ratio():
 
 def test_best_rates_are_trained_for_longer_and_count_instead():
     rows = rate_rows(lambda norm, rate, seed: 0.5 if rate >= 3 else 0.1)
-    assert learning_rates.best_rates(rows, "none", 5) == [3.0, 10.0, 30.0, 100.0, 300.0]
-    arms = learning_rates.long(learning_rates.Design(**DESIGN), rows)
-    assert {c.epochs for c in arms["none-long"]} == {10}
-    for configs in arms.values():
+    design = learning_rates.Design(**study.SMOKE | {"epochs": 3})
+    arms = learning_rates.longer(design, learning_rates.STUDY.runs(rows))
+    rates = [choice["learning_rate"] for choice in arms["none-long"]]
+    assert rates == [3.0, 10.0, 30.0, 100.0, 300.0]
+    for choices in arms.values():
+        configs = design.configs(choices)
+        assert {c.epochs for c in configs} == {10}
         members.check(configs)
-    (first, *_) = [r for r in rows if r["config"]["learning_rate"] == 3.0]
-    longer = {**first, "arm": "batch_norm-long", "train_accuracy": [0.95]}
-    of_seed = learning_rates.workable([*rows, longer], "batch_norm", 0, 0.8)
-    assert of_seed == [3.0]
+    longer = [
+        {**row, "arm": "batch_norm-long", "train_accuracy": [0.95 - row_seed]}
+        for row in rows
+        for row_seed in [row["config"]["seed"]]
+        if row["arm"] == "batch_norm" and row["config"]["learning_rate"] == 3.0
+    ]
+    runs = learning_rates.STUDY.runs([*rows, *longer])
+    assert learning_rates.workable(runs, "batch_norm", 0.8) == [[3.0], []]
+
+
+def test_rates_of_one_norm_alone_are_drawn_and_not_judged(tmp_path):
+    rows = [r for r in rate_rows(lambda *_: 0.5) if r["arm"] == "none"]
+    runs = learning_rates.STUDY.runs(rows)
+    assert list(learning_rates.longer(learning_rates.Design(), runs)) == ["none-long"]
+    assert learning_rates.STUDY.verdicts(rows) == []
+    learning_rates.STUDY.draw(rows, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_figures_of_rates_leave_out_what_diverged(tmp_path):
     rows = rate_rows(lambda norm, rate, seed: None if rate > 30 else 0.5)
-    learning_rates.draw(rows, tmp_path)
+    learning_rates.STUDY.draw(rows, tmp_path)
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"learning_rates.png", "curves.png"}
 
@@ -116,7 +149,7 @@ def subset_rows(loss_of):
     return [
         {
             "arm": "subsets",
-            "config": {"norm_layers": subset, "seed": seed},
+            "config": {"model": f"lenet:norm_layers={subset}", "seed": seed},
             "loss": [loss_of(subset, seed)],
             "test_accuracy": [0.5],
         }
@@ -131,13 +164,12 @@ def test_effect_of_a_layer_is_what_its_norm_changes_over_all_settings_of_others(
     def loss(subset, seed):
         return 2 - sum(g for g, d in zip(gains, subset, strict=True) if d == "1") + seed
 
-    by_subset = which_layers.losses(subset_rows(loss))
-    effects = which_layers.effects(by_subset)
-    for layer, gain in zip(which_layers.LAYERS, gains, strict=True):
-        np.testing.assert_allclose(effects[layer], [-gain, -gain])
     rows = subset_rows(loss)
+    runs = which_layers.STUDY.runs(rows)
+    for i, gain in enumerate(gains):
+        assert which_layers.effect(i)(runs) == pytest.approx((-gain, -gain, -gain, 2))
     # All to dense alone: .3; dense to conv: 1.2 - .3 = .9; conv to none: .3.
-    values = [v.interval.value for v in which_layers.verdicts(rows)[:3]]
+    values = [v.interval.value for v in which_layers.STUDY.verdicts(rows)[:3]]
     np.testing.assert_allclose(values, [0.3, 0.9, 0.3])
     needed = outcome(which_layers, rows, "not needed in every layer")
     assert needed.interval.value == pytest.approx(0.1)  # without that of conv 1
@@ -145,12 +177,13 @@ def test_effect_of_a_layer_is_what_its_norm_changes_over_all_settings_of_others(
 
 
 def test_run_that_diverged_has_the_loss_of_guessing():
-    rows = subset_rows(lambda subset, seed: None)
-    assert which_layers.losses(rows)["0000"] == [math.log(10)] * 2
+    runs = which_layers.STUDY.runs(subset_rows(lambda subset, seed: None))
+    found = estimate.mean(scores.loss, "0000")(runs)
+    assert found == pytest.approx((math.log(10),) * 3 + (2,))
 
 
 def test_figures_of_layers_are_drawn(tmp_path):
-    which_layers.draw(subset_rows(lambda subset, seed: 1.0), tmp_path)
+    which_layers.STUDY.draw(subset_rows(lambda subset, seed: 1.0), tmp_path)
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"which_layers.png", "effects.png"}
 
@@ -161,32 +194,35 @@ def test_figures_of_layers_are_drawn(tmp_path):
 def test_biases_have_no_gradient_and_no_effect_but_the_last_has():
     data = data_lib.load("sample")
     config = TrainConfig(dataset="sample")
-    model = state_lib.make_model(config, num_classes=10)
-    variables = state_lib.init_variables(model, jax.random.key(0), (28, 28, 1))
-    found = bias.bias_effects(config.to_dict(), variables, data)
+    variables = network(config).init(jax.random.key(0))
+    found = biases.effects({"config": config.to_dict()}, variables, data)
     assert max(found["gradient_ratio"].values()) < 1e-12
     assert found["output_change"] < 1e-12
+    assert found["parameters"] == 44878
     # The same measure sees a bias that counts: without norms they do.
     config = TrainConfig(dataset="sample", norm="none")
-    model = state_lib.make_model(config, num_classes=10)
-    variables = state_lib.init_variables(model, jax.random.key(0), (28, 28, 1))
-    found = bias.bias_effects(config.to_dict(), variables, data)
+    variables = network(config).init(jax.random.key(0))
+    found = biases.effects({"config": config.to_dict()}, variables, data)
     assert min(found["gradient_ratio"].values()) > 1e-3
     assert found["output_change"] > 1e-3
+
+
+def test_network_without_biases_has_their_number_alone():
+    config = TrainConfig(model="lenet:bias_before_norm=false").to_dict()
+    variables = {"params": {"conv1": {"kernel": np.zeros((2, 3))}}}
+    assert biases.effects({"config": config}, variables, None) == {"parameters": 6}
 
 
 # Scale invariance.
 
 
 def test_probe_keeps_cosine_and_norms_of_weights_and_gradients():
-    params = {
-        layer: {"kernel": jnp.array([[3.0, 4.0]])} for layer in scale_invariance.LAYERS
-    }
+    params = {layer: {"kernel": jnp.array([[3.0, 4.0]])} for layer in weights.LAYERS}
     gradients = {
         layer: {"kernel": jnp.array([[1.0, 0.0]]) * (i + 1)}
-        for i, layer in enumerate(scale_invariance.LAYERS)
+        for i, layer in enumerate(weights.LAYERS)
     }
-    link = scale_invariance.probe()
+    link = weights.probe()
     passed, (cosine, ww, gg) = link.update(gradients, link.init(params), params)
     assert passed is gradients
     np.testing.assert_allclose(cosine, [0.6] * 4, rtol=1e-6)
@@ -196,14 +232,14 @@ def test_probe_keeps_cosine_and_norms_of_weights_and_gradients():
 
 def test_growth_and_effective_rate_are_by_the_formula():
     # Gradients of norms 1, 1 and 2 at rate 2: from 5, weights grow by 4, then 4.
-    probed = scale_invariance.Probed(
+    probed = weights.Probed(
         loss=np.ones(3),
         accuracy=np.full(3, 0.5),
         cosine=np.array([[0.1] * 4, [-0.3] * 4, [0.2] * 4]),
         squared_norm=np.array([[5.0] * 4, [9.0] * 4, [13.0] * 4]),
         squared_gradient=np.array([[1.0] * 4, [1.0] * 4, [4.0] * 4]),
     )
-    row = {"learning_rate": 2.0, **scale_invariance.follow(probed)}
+    row = {"learning_rate": 2.0, **weights.summarize(probed)}
     assert scale_invariance.growth_error(row) == pytest.approx(0)
     np.testing.assert_allclose(row["mean_abs_cosine"], 0.2)
     assert scale_invariance.effective_rate(row) == pytest.approx(2 / 13)
@@ -214,14 +250,14 @@ def test_growth_and_effective_rate_are_by_the_formula():
 
 def test_run_is_followed_to_its_last_finite_step():
     good, overflown = np.full(4, 5.0), np.array([5.0, np.inf, 5.0, 5.0])
-    probed = scale_invariance.Probed(
+    probed = weights.Probed(
         loss=np.array([2.0, 3.0, 4.0]),
         accuracy=np.full(3, 0.5),
         cosine=np.full((3, 4), 0.1),
         squared_norm=np.stack([good, good + 1, good]),
         squared_gradient=np.stack([good, good, overflown]),
     )
-    row = scale_invariance.follow(probed)
+    row = weights.summarize(probed)
     assert row["steps"] == 2
     assert row["final_squared_norm"] == [6.0] * 4
     json.dumps(row, allow_nan=False)
@@ -232,17 +268,25 @@ def test_runs_are_followed_and_those_there_are_not_repeated(tmp_path):
     design = scale_invariance.Design(
         epochs=1, seeds=1, dataset="sample", learning_rates=(0.5,)
     )
-    rows, seconds = scale_invariance.measure(design, data, tmp_path)
-    assert [row["arm"] for row in rows] == ["batch_norm", "none"]
-    assert seconds > 0
-    again, same = scale_invariance.measure(design, data, tmp_path)
-    assert (again, same) == (rows, seconds)
+    rows = []
+    for arm, choices in scale_invariance.STUDY.arms_of(design).items():
+        configs = design.configs(choices)
+        found, seconds = weights.follow(tmp_path / arm, configs, data)
+        assert seconds > 0
+        again = weights.follow(tmp_path / arm, configs, data)
+        assert again == (found, seconds)
+        rows += [{"arm": arm, **row} for row in found]
+    assert [(row["arm"], row["learning_rate"]) for row in rows] == [
+        ("batch_norm", 0.5),
+        ("none", 0.5),
+    ]
+    scale_invariance.STUDY.draw(rows, tmp_path)
+    assert (tmp_path / "scale_invariance.png").exists()
     with_norm, without = rows
     assert max(with_norm["mean_abs_cosine"]) < 1e-3 < max(without["mean_abs_cosine"])
     # The run is the usual one: its first weights are those of the seed.
-    model = state_lib.make_model(TrainConfig(), num_classes=10)
     key, _ = jax.random.split(jax.random.key(0))
-    variables = state_lib.init_variables(model, key, (28, 28, 1))
+    variables = network(TrainConfig()).init(key)
     expected = optax.tree.norm(variables["params"]["conv1"]["kernel"], squared=True)
     assert with_norm["squared_norm"][0][0] == pytest.approx(float(expected), rel=1e-5)
 
@@ -254,16 +298,16 @@ def test_covariances_of_transforms_are_as_their_names_say():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(256, 48)) @ rng.normal(size=(48, 48))
 
-    def covariance(arm):
-        y = transforms.transformed(transforms.ARMS[arm][0], x)
+    def covariance_of(arm):
+        y = covariance.transformed(transforms.NORMS[arm][0], x)
         return np.cov(y, rowvar=False, bias=True)
 
     def distance(arm):
-        return transforms.distance(covariance(arm))
+        return covariance.distance(covariance_of(arm))
 
     assert distance("zca-all") < 0.01 < 0.5 < distance("batch_norm")
     within = {
-        arm: transforms.distance_within(covariance(arm), 16)
+        arm: covariance.distance_within(covariance_of(arm), 16)
         for arm in ("zca-16", "zca-8", *(f"iternorm-16-{t}" for t in (1, 3, 5, 7)))
     }
     assert within.pop("zca-16") < 0.01 < within.pop("zca-8")
@@ -273,18 +317,17 @@ def test_covariances_of_transforms_are_as_their_names_say():
 
 def test_distance_to_the_identity_is_by_the_number_of_features():
     # Off-diagonal .5 twice: sqrt(.5) / sqrt(2).
-    assert transforms.distance(np.array([[1, 0.5], [0.5, 1]])) == pytest.approx(0.5)
+    assert covariance.distance(np.array([[1, 0.5], [0.5, 1]])) == pytest.approx(0.5)
 
 
 def test_features_are_those_before_the_norm_of_the_first_dense_layer():
     data = data_lib.load("sample")
-    x = transforms.dense_features(data)
+    x = covariance.dense_features(data)
     assert x.shape == (256, 120)
-    model = state_lib.make_model(TrainConfig(), num_classes=10)
-    variables = state_lib.init_variables(model, jax.random.key(0), (28, 28, 1))
-    _, updates = model.apply(
-        variables,
-        step_lib.to_float(jnp.asarray(data.train.images[:256])),
+    untrained = network(TrainConfig())
+    _, updates = untrained.apply(
+        untrained.init(jax.random.key(0)),
+        jnp.asarray(data.train.images[:256]),
         train=True,
         mutable=["batch_stats"],
     )
@@ -297,36 +340,20 @@ def test_features_are_those_before_the_norm_of_the_first_dense_layer():
 # Designs: each choice that has a flag reaches the runs.
 
 
-def configs_of(module, **choices):
-    """Return the runs of a design's first stage, by arm, from one seed."""
-    stage = next(
-        getattr(module, name)
-        for name in ("arms", "subsets", "short")
-        if hasattr(module, name)
-    )
-    return stage(module.Design(seeds=1, **choices), [])
-
-
 @pytest.mark.parametrize(
     ("module", "choices", "field", "expected"),
     [
         (
             headline,
-            {"arms": ("flax", "none"), "learning_rate_without": 0.25},
+            {"arms": ("flax", "none")},
             "learning_rate",
-            {"flax": [1.0], "none": [0.25]},
+            {"flax": [1.0], "none": [0.9]},
         ),
         (
-            headline,
-            {"arms": ("flax", "none"), "learning_rate": 0.5},
-            "learning_rate",
-            {"flax": [0.5], "none": [0.9]},
-        ),
-        (
-            bias,
+            which_layers,
             {"learning_rate": 0.5},
             "learning_rate",
-            {"with_bias": [0.5], "without_bias": [0.5]},
+            {"subsets": [0.5] * 16},
         ),
         (
             learning_rates,
@@ -335,45 +362,45 @@ def configs_of(module, **choices):
             {"batch_norm": [0.5, 3.0], "none": [0.5, 3.0]},
         ),
         (
-            which_layers,
-            {"subsets": ("0011", "1111")},
-            "norm_layers",
-            {"subsets": ["0011", "1111"]},
-        ),
-        (
-            frozen,
-            {"activations": ("relu",), "learning": ("norm",)},
-            "trained",
-            {"relu-norm": ["norm"]},
-        ),
-        (
-            frozen,
-            {
-                "learning": ("random",),
-                "relu_learning_rate": 0.25,
-                "sigmoid_learning_rate": 0.5,
-            },
+            scale_invariance,
+            {"learning_rates": (3.0, 0.5), "arms": ("none",)},
             "learning_rate",
-            {"sigmoid-random": [0.5], "relu-random": [0.25]},
+            {"none": [3.0, 0.5]},
+        ),
+        (
+            which_layers,
+            {},
+            "model.norm_layers",
+            {"subsets": list(which_layers.SUBSETS)},
+        ),
+        (
+            frozen,
+            {"arms": ("relu-norm", "sigmoid-norm")},
+            "model.activation",
+            {"sigmoid-norm": ["sigmoid"], "relu-norm": ["relu"]},
         ),
         (
             options,
-            {"momenta": (0.25,), "epsilons": (0.5,), "norms": ("no_bias",)},
-            "momentum",
-            {"numbers": [0.25, 0.9, 0.9, 0.99, 0.99], "no_bias": [0.9]},
+            {
+                "momenta": (0.25,),
+                "epsilons": (0.5,),
+                "arms": ("numbers", "two_pass_variance"),
+            },
+            "norm.momentum",
+            {"numbers": [0.25, 0.9, 0.9, 0.99, 0.99], "two_pass_variance": [0.9]},
         ),
         (
             transforms,
             {"arms": ("layer", "zca-8")},
             "norm",
-            {"layer": ["layer"], "zca-8": ["whitening:method=zca,max_group_size=8"]},
+            {"layer": ["layer"], "zca-8": ["whitening:max_group_size=8"]},
         ),
     ],
 )
 def test_choices_of_a_design_reach_its_runs(module, choices, field, expected):
-    found = configs_of(module, batch_size=128, epochs=2, **choices)
+    found = configs_of(module, batch_size=128, epochs=2, seeds=1, **choices)
     assert {
-        arm: [getattr(config, field) for config in configs]
+        arm: [value_of(config.to_dict(), field) for config in configs]
         for arm, configs in found.items()
     } == expected
     everyone = [config for configs in found.values() for config in configs]
@@ -382,8 +409,11 @@ def test_choices_of_a_design_reach_its_runs(module, choices, field, expected):
 
 def test_longer_runs_are_as_many_and_as_long_as_the_design_says():
     rows = rate_rows(lambda norm, rate, seed: 0.5 if rate >= 3 else 0.1)
-    design = learning_rates.Design(seeds=1, epochs=4, long_rates=2, longer=1.5)
-    for configs in learning_rates.long(design, rows).values():
-        assert [(c.learning_rate, c.epochs) for c in configs] == [(100, 6), (300, 6)]
-    none = learning_rates.Design(long_rates=0)
-    assert learning_rates.long(none, rows) == {}
+    runs = learning_rates.STUDY.runs(rows)
+    design = learning_rates.Design(epochs=4, long_rates=2, longer=1.5)
+    for norm in ("batch_norm", "none"):
+        choices = learning_rates.longer(design, runs)[f"{norm}-long"]
+        assert choices == [
+            {"norm": norm, "learning_rate": rate, "epochs": 6} for rate in (100, 300)
+        ]
+    assert learning_rates.longer(learning_rates.Design(long_rates=0), runs) == {}

@@ -1,0 +1,154 @@
+"""Statistics of runs, each with its interval.
+
+Every function here returns a statistic: a function from `Runs` to an interval. Claims
+are judged by statistics and figures draw them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from experiments import intervals
+from experiments.intervals import Interval
+from experiments.scores import NotTrained, Row, Runs, Score
+
+Statistic = Callable[[Runs], Interval]
+# The choice whose runs are meant, or a function that finds it, such as `best`.
+Choice = Any
+
+
+def mean(score: Score, choice: Choice) -> Statistic:
+    """Return the mean of a score over seeds."""
+    return lambda runs: intervals.of_mean(_scores(runs, score, choice))
+
+
+def paired(score: Score, choice: Choice, other: Choice) -> Statistic:
+    """Return the mean over seeds of a choice's score minus another's."""
+    return lambda runs: intervals.of_difference(
+        _scores(runs, score, choice), _scores(runs, score, other)
+    )
+
+
+def mean_effect(score: Score, pairs: Sequence[tuple[Choice, Choice]]) -> Statistic:
+    """Return the mean over seeds of a difference that is itself a mean over pairs.
+
+    Args:
+      score: that is compared.
+      pairs: of choices, with what has the effect and without, all else equal.
+    """
+
+    def statistic(runs: Runs) -> Interval:
+        changes = [
+            [
+                a - b
+                for a, b in zip(
+                    _scores(runs, score, on), _scores(runs, score, off), strict=True
+                )
+            ]
+            for on, off in pairs
+        ]
+        of_seeds = zip(*changes, strict=True)
+        return intervals.of_mean([sum(c) / len(c) for c in of_seeds])
+
+    return statistic
+
+
+def spread(score: Score, choice: Choice) -> Statistic:
+    """Return the mean of a score over seeds, from the least to the greatest."""
+
+    def statistic(runs: Runs) -> Interval:
+        return spread_of(_scores(runs, score, choice))
+
+    return statistic
+
+
+def spread_of(values: Sequence[float]) -> Interval:
+    """Return the mean of values, from the least to the greatest."""
+    return Interval(sum(values) / len(values), min(values), max(values), len(values))
+
+
+def exactly(value: Callable[[Runs], float]) -> Statistic:
+    """Return a single number, which is taken as exact."""
+
+    def statistic(runs: Runs) -> Interval:
+        found = value(runs)
+        return Interval(found, found, found, 1)
+
+    return statistic
+
+
+def largest(score: Score, choice: Choice) -> Statistic:
+    """Return the largest of a score over seeds, which is taken as exact."""
+
+    def statistic(runs: Runs) -> Interval:
+        values = _scores(runs, score, choice)
+        return Interval(*[max(values)] * 3, len(values))
+
+    return statistic
+
+
+def largest_difference(
+    values: Callable[[Row], Sequence[float]], *choices: Choice
+) -> Statistic:
+    """Return how far apart choices are in any value from the same seed, at most.
+
+    Args:
+      values: of a run, such as its losses by step.
+      *choices: two or more.
+    """
+
+    def statistic(runs: Runs) -> Interval:
+        of_seeds = list(zip(*(runs.find(choice) for choice in choices), strict=True))
+        value = max(
+            max(at_once) - min(at_once)
+            for rows in of_seeds
+            for at_once in zip(*map(values, rows), strict=True)
+        )
+        return Interval(value, value, value, len(of_seeds))
+
+    return statistic
+
+
+def magnitude(statistic: Statistic) -> Statistic:
+    """Return a statistic with the sign that makes it positive."""
+
+    def positive(runs: Runs) -> Interval:
+        value, low, high, n = statistic(runs)
+        return (
+            Interval(-value, -high, -low, n)
+            if value < 0
+            else Interval(value, low, high, n)
+        )
+
+    return positive
+
+
+def best(
+    score: Score, among: Callable[[Any], bool], *, lowest: bool = False
+) -> Callable[[Runs], Choice]:
+    """Return what finds the trained choice with the highest mean score.
+
+    It is chosen on the same runs that it is then judged by, which favours it.
+
+    Args:
+      score: that counts.
+      among: whether a choice takes part.
+      lowest: whether the lowest mean is the best, as of a loss.
+    """
+
+    def find(runs: Runs) -> Choice:
+        sums = {
+            choice: sum(_scores(runs, score, choice))
+            for choice in runs
+            if among(choice)
+        }
+        if not sums:
+            raise NotTrained("none of the choices")
+        return (min if lowest else max)(sums, key=sums.__getitem__)
+
+    return find
+
+
+def _scores(runs: Runs, score: Score, choice: Choice) -> list[float]:
+    return [score(row) for row in runs.find(choice)]

@@ -1,0 +1,106 @@
+"""Figures as data: what is drawn, of which runs, with which line above."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from experiments.estimate import Choice, spread
+from experiments.scores import NotTrained, Runs, Score, seed_of
+
+Draw = Callable[[Runs, Path], None]  # writes an image, unless there is nothing to draw
+Kind = Literal[
+    "by_choice", "distributions", "estimates", "growth", "matrices", "small_multiples"
+]
+
+
+def figure(
+    kind: Kind,
+    panels: Any,
+    note: str | Callable[[Runs], str],
+    *,
+    of: Callable[[Any], bool] = lambda choice: True,
+    **options: Any,
+) -> Draw:
+    """Return a function that draws a figure of statistics.
+
+    Args:
+      kind: the function of `bn_jax.plots` that draws it.
+      panels: nested dicts as that function takes them, with statistics in place of
+        numbers. Any part may be a function of the runs that returns the part. What was
+        not trained is left out.
+      note: a line above. `{n}` stands for the number of seeds, and `{epochs}`, for
+        example, for that field of the first run's config.
+      of: whether a choice of runs is drawn.
+      **options: further arguments of the function.
+    """
+
+    def draw(runs: Runs, path: Path) -> None:
+        from bn_jax import plots  # Matplotlib takes a second to import.
+
+        runs = runs.where(of)
+        found = _evaluate(panels, runs)
+        if not found:
+            return
+        seeds = {seed_of(row) for row in runs.rows}
+        config = runs.rows[0].get("config", {})
+        given = {name: _evaluate(option, runs) for name, option in options.items()}
+        line = (note(runs) if callable(note) else note).format(n=len(seeds), **config)
+        getattr(plots, kind)(found, note=line, path=path, **given)
+
+    return draw
+
+
+def _evaluate(part: Any, runs: Runs) -> Any:
+    """Return a part of a figure as numbers; None where runs are missing."""
+    if callable(part):
+        try:
+            return _evaluate(part(runs), runs)
+        except NotTrained:
+            return None
+    if isinstance(part, Mapping):
+        found = {name: _evaluate(inner, runs) for name, inner in part.items()}
+        return {
+            name: inner for name, inner in found.items() if inner is not None
+        } or None
+    return part
+
+
+def spreads(scores: Mapping[str, Score], titled: Mapping[str, Choice]) -> Any:
+    """Return a panel for each score, with a row for each choice that was trained.
+
+    Args:
+      scores: by label of the axis.
+      titled: choices by title.
+    """
+    return {
+        label: {title: spread(score, choice) for title, choice in titled.items()}
+        for label, score in scores.items()
+    }
+
+
+def accuracy_curves(by_norm: Mapping[str, Choice]) -> Any:
+    """Return a panel of training and test accuracy by epoch, a pair of lines a norm.
+
+    Args:
+      by_norm: the choice that is drawn in the colour of a norm.
+    """
+
+    def line(name: str, choice: Choice) -> Any:
+        return lambda runs: [row[name] for row in runs.find(choice)]
+
+    return {
+        f"{norm}{suffix}": line(name, choice)
+        for norm, choice in by_norm.items()
+        for suffix, name in (("", "train_accuracy"), (" test", "test_accuracy"))
+    }
+
+
+def curves_legend(titles: Mapping[str, str], training: str = "training") -> Any:
+    """Return the legend of `accuracy_curves`, from a title for each norm."""
+    return {
+        f"{norm}{suffix}": f"{title}, {what}"
+        for norm, title in titles.items()
+        for suffix, what in (("", training), (" test", "test, moving averages"))
+    }

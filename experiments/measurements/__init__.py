@@ -1,0 +1,1 @@
+"""Measurements on networks that studies make beyond the scores of a sweep."""

@@ -1,0 +1,189 @@
+import math
+
+import pytest
+
+from experiments import claims, estimate, scores
+from experiments.claims import Claim
+from experiments.intervals import Interval
+from experiments.scores import NotTrained, Runs
+
+
+def runs(**losses):
+    """Runs by arm, with these losses by seed; the last seed comes first."""
+    rows = [
+        {"arm": arm, "seed": seed, "loss": [9.0, loss]}
+        for arm, of_arm in losses.items()
+        for seed, loss in reversed(list(enumerate(of_arm)))
+    ]
+    return Runs.of(rows, scores.arm_of)
+
+
+def claim(value, **bounds):
+    return Claim("it learns", "loss, nats", value=value, reason="why", **bounds)
+
+
+# Scores.
+
+
+def test_runs_of_a_choice_are_in_order_of_seeds_and_choices_as_they_come():
+    found = runs(b=[1.0, 2.0, 3.0], a=[4.0])
+    assert list(found) == ["b", "a"]
+    assert [row["seed"] for row in found["b"]] == [0, 1, 2]
+    assert len(found.rows) == 4
+    assert list(found.where(lambda arm: arm == "a")) == ["a"]
+    assert found.find(lambda runs: "a") is found["a"]
+    with pytest.raises(NotTrained):
+        found["c"]
+
+
+def test_score_of_a_run_that_diverged_is_that_of_guessing():
+    assert scores.loss({"loss": [2.0, None]}) == pytest.approx(2.302585)
+    assert scores.loss({"loss": [2.0, 0.5]}) == 0.5
+    assert scores.final("small_loss")({"small_loss": None}) == pytest.approx(2.302585)
+    assert scores.train_accuracy({"train_accuracy": [0.5, None]}) == 0.1
+
+
+def test_test_accuracy_is_by_the_least_noisy_statistics():
+    row = {"test_accuracy": [0.5, 0.6], "test_accuracy_batch": 0.7}
+    assert scores.test_accuracy(row) == 0.7
+    assert scores.test_accuracy({**row, "test_accuracy_exact": 0.8}) == 0.8
+    assert scores.test_accuracy({"test_accuracy": [0.5, 0.6]}) == 0.6
+    assert scores.test_accuracy({"test_accuracy": [0.5, None]}) == 0.1
+    assert scores.test_accuracy({**row, "test_accuracy_batch": None}) == 0.1
+    assert scores.moving_test_accuracy(row) == 0.6
+
+
+# Statistics.
+
+
+def test_paired_difference_is_by_seed():
+    found = runs(a=[1.5, 2.5, 3.5], b=[1.0, 2.0, 3.0])
+    # Seeds differ by 1, the pairs do not.
+    assert estimate.paired(scores.loss, "a", "b")(found) == (0.5, 0.5, 0.5, 3)
+
+
+def test_statistic_of_what_was_not_trained_is_refused():
+    for statistic in (
+        estimate.mean(scores.loss, "b"),
+        estimate.paired(scores.loss, "a", "b"),
+        estimate.spread(scores.loss, "b"),
+        estimate.largest(scores.loss, "b"),
+        estimate.largest_difference(lambda row: row["loss"], "a", "b"),
+        estimate.paired(
+            scores.loss, "a", estimate.best(scores.loss, lambda arm: arm == "b")
+        ),
+    ):
+        with pytest.raises(NotTrained):
+            statistic(runs(a=[1.0, 2.0]))
+
+
+def test_mean_has_an_interval_and_spread_has_a_range():
+    found = runs(a=[1.0, 3.0, 2.0])
+    # Mean 2, deviation 1, and t_{.975} with 2 degrees of freedom is 4.302653.
+    half = 4.302653 / math.sqrt(3)
+    expected = pytest.approx((2.0, 2.0 - half, 2.0 + half, 3), rel=1e-6)
+    assert estimate.mean(scores.loss, "a")(found) == expected
+    assert estimate.spread(scores.loss, "a")(found) == (2.0, 1.0, 3.0, 3)
+    assert estimate.largest(scores.loss, "a")(found) == (3.0, 3.0, 3.0, 3)
+
+
+def test_largest_difference_is_over_choices_of_one_seed_and_all_values():
+    found = runs(a=[1.0, 5.0], b=[1.5, 5.25], c=[1.25, 5.0])
+    statistic = estimate.largest_difference(lambda row: row["loss"], "a", "b", "c")
+    assert statistic(found) == (0.5, 0.5, 0.5, 2)
+    found["c"][1]["loss"][0] = 7.0  # 9 in the others
+    assert statistic(found).value == 2.0
+
+
+def test_magnitude_turns_a_negative_interval_round():
+    negative = estimate.magnitude(lambda runs: Interval(-2.0, -3.0, 1.0, 4))
+    assert negative({}) == (2.0, -1.0, 3.0, 4)
+    positive = estimate.magnitude(lambda runs: Interval(2.0, -1.0, 3.0, 4))
+    assert positive({}) == (2.0, -1.0, 3.0, 4)
+
+
+def test_best_is_the_choice_with_the_highest_or_lowest_mean_among_some():
+    found = runs(a=[1.0, 2.0], b=[5.0, 0.0], c=[9.0, 9.0])
+    among = "ab".__contains__
+    assert estimate.best(scores.loss, among)(found) == "b"
+    assert estimate.best(scores.loss, among, lowest=True)(found) == "a"
+
+
+def test_mean_effect_is_a_mean_over_pairs_for_each_seed():
+    found = runs(on=[1.0, 2.0], off=[0.5, 1.0], on2=[1.0, 1.0], off2=[0.0, 0.5])
+    pairs = [("on", "off"), ("on2", "off2")]
+    # Seed 0: (.5 + 1) / 2; seed 1: (1 + .5) / 2.
+    assert estimate.mean_effect(scores.loss, pairs)(found) == (0.75, 0.75, 0.75, 2)
+
+
+# Claims.
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "bounds", "expected"),
+    [
+        (0.1, 0.3, {"above": 0.0}, "supported"),
+        (-0.1, 0.3, {"above": 0.0}, "undecided"),
+        (-0.3, -0.1, {"above": 0.0}, "refuted"),
+        (0.0, 0.0, {"above": 0.0}, "refuted"),
+        (0.1, 0.3, {"below": 0.5}, "supported"),
+        (0.1, 0.6, {"below": 0.5}, "undecided"),
+        (0.6, 0.7, {"below": 0.5}, "refuted"),
+        (0.1, 0.3, {"above": 0.0, "below": 0.5}, "supported"),
+        (-0.1, 0.6, {"above": 0.0, "below": 0.5}, "undecided"),
+        (0.5, 0.6, {"above": 0.0, "below": 0.5}, "refuted"),
+        (-math.inf, math.inf, {"above": 0.0}, "undecided"),
+        (math.nan, math.nan, {"above": 0.0}, "undecided"),
+    ],
+)
+def test_verdict_is_by_the_whole_interval(low, high, bounds, expected):
+    interval = Interval((low + high) / 2, low, high, 3)
+    found = claim(lambda runs: interval, **bounds).judge(runs())
+    assert found.verdict == expected
+
+
+def test_verdict_is_written_as_json_holds_it():
+    found = claim(estimate.mean(scores.loss, "a"), above=0.25).judge(runs(a=[0.5]))
+    assert found.to_dict() == {
+        "claim": "it learns",
+        "statistic": "loss, nats",
+        "value": 0.5,
+        "low": None,
+        "high": None,
+        "n": 1,
+        "threshold": "> 0.25",
+        "reason": "why",
+        "verdict": "undecided",
+    }
+    assert claim(None, below=0.25).threshold == "< 0.25"
+    assert claim(None, above=0.0, below=0.25).threshold == "in (0, 0.25)"
+
+
+@pytest.mark.parametrize("bounds", [{}, {"above": 1.0, "below": 0.0}])
+def test_claim_without_a_bound_is_refused(bounds):
+    with pytest.raises(ValueError, match="give one bound, or two in order"):
+        claim(estimate.mean(scores.loss, "a"), **bounds)
+
+
+def test_claims_are_judged_whose_runs_were_trained():
+    losses = {arm: estimate.mean(scores.loss, arm) for arm in "abc"}
+    given = [
+        claim(losses["b"], above=0),
+        claim(losses["a"], above=0),
+        claim(losses["c"], above=0, needs=["a", "d"]),
+    ]
+    found = claims.judge(given, runs(a=[1.0, 1.0], c=[2.0, 2.0]))
+    assert [verdict.interval.value for verdict in found] == [1.0]
+
+
+def test_words_of_a_claim_come_from_the_runs():
+    given = Claim(
+        "{best} is best",
+        "loss of {best}",
+        value=estimate.mean(scores.loss, "a"),
+        above=0.0,
+        reason="",
+        words={"best": estimate.best(scores.loss, lambda arm: True)},
+    )
+    found = given.judge(runs(a=[1.0, 1.0], b=[2.0, 2.0]))
+    assert (found.claim, found.statistic) == ("b is best", "loss of b")

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 from absl import flags
 
-from bn_jax import fields
+from bn_jax import fields, plots
 from bn_jax.runs import results
 from bn_jax.training.config import TrainConfig
 from experiments import flag_fields, launch
@@ -130,6 +130,37 @@ class Report(NamedTuple):
     results: Mapping[str, Any]  # for results.json; may hold `timing.Summary`
     figures: Mapping[str, Figure]  # by the file's name without ending
     notes: Sequence[str] = ()  # lines to print
+
+
+class Comparison(NamedTuple):
+    """One quantity of all arms beside one of them, round by round."""
+
+    values: dict[str, list[float]]  # by arm
+    ratios: dict[str, timing.Summary]  # by arm
+    table: list[list[str]]  # a row an arm: title, ratio, value
+    figure: Figure  # of the ratios
+
+
+def compare(
+    measured: Measured, quantity: str, reference: str, *, ratio: str, value: str
+) -> Comparison:
+    """Compare one quantity of all arms with that of the arm `reference`.
+
+    Args:
+      measured: what the arms took.
+      quantity: its name in the measurements.
+      reference: the arm that ratios are to.
+      ratio: heads the column of ratios, and labels the figure.
+      value: heads the column of values.
+    """
+    values = measured.values(quantity)
+    ratios = timing.ratios_to(reference, values)
+    table = [["arm", ratio, value]]
+    for arm, title in measured.titles.items():
+        summary = timing.summarize(values[arm])
+        table.append([title, timing.interval(ratios[arm]), timing.interval(summary, 5)])
+    bars = {title: ratios[arm] for arm, title in measured.titles.items()}
+    return Comparison(values, ratios, table, Figure(plots.bars, bars, ratio))
 
 
 class Benchmark(NamedTuple):

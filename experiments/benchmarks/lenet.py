@@ -31,7 +31,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from bn_jax import fields, plots
+from bn_jax import fields
 from bn_jax.data import ImageData, Split
 from bn_jax.training import step as step_lib
 from bn_jax.training.config import TrainConfig
@@ -198,36 +198,30 @@ def report(measured: benchmark.Measured) -> benchmark.Report:
         tolerance=LOSS_TOLERANCE,
         what=f"losses of the first {NUM_CHECKED_STEPS} steps",
     )
-    speeds = measured.values("examples_per_second")
-    reference = REFERENCE if REFERENCE in speeds else next(iter(speeds))
-    ratios = timing.ratios_to(reference, speeds)
+    reference = REFERENCE if REFERENCE in losses else next(iter(losses))
+    variants = {arm: about.get("variant") for arm, about in measured.about.items()}
     titles = {
-        arm: title + (f" ({about['variant']})" if "variant" in about else "")
-        for (arm, title), about in zip(
-            measured.titles.items(), measured.about.values(), strict=True
-        )
+        arm: title + (f" ({variants[arm]})" if variants[arm] else "")
+        for arm, title in measured.titles.items()
     }
-    rows = [["arm", f"to {measured.titles[reference]}", "examples/s"]]
-    for arm, title in titles.items():
-        speed = timing.interval(timing.summarize(speeds[arm]), 5)
-        rows.append([title, timing.interval(ratios[arm]), speed])
+    speeds = benchmark.compare(
+        measured._replace(titles=titles),
+        "examples_per_second",
+        reference,
+        ratio=f"examples/s, to {measured.titles[reference]}",
+        value="examples/s",
+    )
     return benchmark.Report(
-        tables=[rows],
+        tables=[speeds.table],
         results={
-            f"ratio_to_{reference}": ratios,
-            "examples_per_second": speeds,
+            f"ratio_to_{reference}": speeds.ratios,
+            "examples_per_second": speeds.values,
             "loss_by_round": measured.values("loss"),
             "accuracy_by_round": measured.values("accuracy"),
             "largest_difference_in_loss": apart,
             "about": measured.about,
         },
-        figures={
-            "lenet": benchmark.Figure(
-                plots.bars,
-                {title: ratios[arm] for arm, title in titles.items()},
-                f"examples/s, to {measured.titles[reference]}",
-            )
-        },
+        figures={"lenet": speeds.figure},
         notes=[
             f"losses of the first steps differ by at most {max(apart.values()):.1g} "
             "nats"

@@ -21,7 +21,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bn_jax import plots
 from bn_jax.runs import checkpoint
 from bn_jax.training import loop
 from bn_jax.training import step as step_lib
@@ -129,18 +128,18 @@ def report(measured: benchmark.Measured) -> benchmark.Report:
         tolerance=1e-3,
         what="losses of 20 steps",
     )
-    speeds = measured.values("examples_per_second")
-    ratios = timing.ratios_to("one", speeds)
-    rows = [["arm", "to one device, one thread", "examples/s"]]
-    for arm, title in measured.titles.items():
-        speed = timing.interval(timing.summarize(speeds[arm]), 5)
-        rows.append([title, timing.interval(ratios[arm]), speed])
+    speeds = benchmark.compare(
+        measured,
+        "examples_per_second",
+        "one",
+        ratio="examples/s, to one device with one thread",
+        value="examples/s",
+    )
 
     def share_saved(arm: str) -> timing.Summary:
         """Return the share of a synced step's time that an arm does without."""
-        return timing.summarize(
-            [1 - s / a for s, a in zip(speeds["synced"], speeds[arm], strict=True)]
-        )
+        pairs = zip(speeds.values["synced"], speeds.values[arm], strict=True)
+        return timing.summarize([1 - synced / other for synced, other in pairs])
 
     collectives = share_saved("alone")
     of_one = measured.rows["one"]
@@ -149,23 +148,17 @@ def report(measured: benchmark.Measured) -> benchmark.Report:
         [row["checkpoint_seconds"] / (10 * row["epoch_seconds"]) for row in of_one]
     )
     return benchmark.Report(
-        tables=[rows],
+        tables=[speeds.table],
         results={
-            "ratio_to_one": ratios,
-            "examples_per_second": speeds,
+            "ratio_to_one": speeds.ratios,
+            "examples_per_second": speeds.values,
             "share_of_collectives": collectives,
             "share_of_synced_statistics": share_saved("per_device"),
             "checkpoint_seconds": seconds,
             "checkpoint_share_of_10_epochs": share,
             "largest_difference_in_loss": apart,
         },
-        figures={
-            "scaling": benchmark.Figure(
-                plots.bars,
-                {title: ratios[arm] for arm, title in measured.titles.items()},
-                "examples/s, to one device with one thread",
-            )
-        },
+        figures={"scaling": speeds.figure},
         notes=[
             f"collectives take a share {timing.interval(collectives)} of a synced step",
             f"a checkpoint takes {timing.interval(seconds)} s, a share "

@@ -20,7 +20,6 @@ from collections.abc import Callable
 import numpy as np
 
 from bn_jax import data as data_lib
-from bn_jax import plots
 from experiments.benchmarks import benchmark, timing, training
 
 RATES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
@@ -94,30 +93,26 @@ def report(measured: benchmark.Measured) -> benchmark.Report:
         tolerance=1e-3,
         what=f"losses of {NUM_CHECKED_STEPS} steps",
     )
-    seconds = measured.values("seconds")
-    ratios = timing.ratios_to("alone", seconds)
+    seconds = benchmark.compare(
+        measured,
+        "seconds",
+        "alone",
+        ratio="time, to one after another",
+        value="s an epoch of 8",
+    )
     compiled = {arm: said["compile_seconds"] for arm, said in measured.about.items()}
-    rows = [["arm", "time, to one after another", "s an epoch of 8", "compilation, s"]]
-    for arm, title in measured.titles.items():
-        taken = timing.interval(timing.summarize(seconds[arm]))
-        rows.append(
-            [title, timing.interval(ratios[arm]), taken, f"{compiled[arm]:.1f}"]
-        )
+    column = ["compilation, s", *(f"{compiled[arm]:.1f}" for arm in measured.titles)]
     return benchmark.Report(
-        tables=[rows],
+        tables=[
+            [[*row, cell] for row, cell in zip(seconds.table, column, strict=True)]
+        ],
         results={
-            "time_to_one_after_another": ratios,
-            "seconds": seconds,
+            "time_to_one_after_another": seconds.ratios,
+            "seconds": seconds.values,
             "compile_seconds": compiled,
             "largest_difference_in_loss": apart,
         },
-        figures={
-            "sweep": benchmark.Figure(
-                plots.bars,
-                {title: ratios[arm] for arm, title in measured.titles.items()},
-                "time, to one after another",
-            )
-        },
+        figures={"sweep": seconds.figure},
     )
 
 

@@ -23,13 +23,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from bn_jax import fields, plots
-from bn_jax.measures import population
-from bn_jax.training import evaluation
-from bn_jax.training import step as step_lib
 from experiments.benchmarks import benchmark, timing, training
 
 EPOCH = "epoch"
@@ -65,23 +59,13 @@ def epoch(design: Design) -> benchmark.Ready:
 
 def statistics(design: Design, *, mode: str) -> benchmark.Ready:
     """Set up exact statistics of an untrained model, at each size."""
-    trainer = training.trainer(design.load())
-    predict = functools.partial(step_lib.predict, trainer.model)
-    variables = jax.tree.map(jnp.asarray, trainer.state().variables)
-    images = jnp.asarray(trainer.data.train.images)
-    sizes = sizes_within(design.sizes, len(images))
+    data = design.load()
+    measure = training.statistics_call(training.trainer(data))
+    sizes = sizes_within(design.sizes, len(data.train.labels))
 
     def seconds(size: int) -> tuple[float, Any]:
         started = time.perf_counter()
-        found = population.exact_statistics(
-            predict,
-            variables,
-            images,
-            batch_size=evaluation.BATCH_SIZE,
-            mode=mode,
-            num_examples=size,
-        )
-        jax.block_until_ready(found)
+        found = measure(mode=mode, num_examples=size)
         return time.perf_counter() - started, found
 
     first = {size: seconds(size) for size in sizes}

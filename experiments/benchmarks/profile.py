@@ -30,9 +30,6 @@ import jax.numpy as jnp
 from jax.profiler import ProfileData
 
 from bn_jax import fields, plots
-from bn_jax.measures import population
-from bn_jax.training import evaluation
-from bn_jax.training import step as step_lib
 from experiments.benchmarks import (
     batch_norm,
     batch_norm_calls,
@@ -169,19 +166,7 @@ def alone(
 
 def statistics(design: Design) -> benchmark.Ready:
     """Set up exact statistics of the training set, and trace their passes."""
-    trainer = training.trainer(design.load())
-    variables = jax.tree.map(jnp.asarray, trainer.state().variables)
-    images = jnp.asarray(trainer.data.train.images)
-
-    def run() -> None:
-        found = population.exact_statistics(
-            functools.partial(step_lib.predict, trainer.model),
-            variables,
-            images,
-            batch_size=evaluation.BATCH_SIZE,
-        )
-        jax.block_until_ready(found)
-
+    run = training.statistics_call(training.trainer(design.load()))
     run()  # compiles
 
     def measure() -> timing.Measurement:

@@ -91,7 +91,7 @@ class Quantity(NamedTuple):
 
     title: str
     unit: str
-    scale: float = 1.0  # of that unit to a measurement's
+    scale: float = 1.0  # measurements times this are in that unit
 
 
 QUANTITIES = {

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
 from bn_jax.data import ImageData
-from bn_jax.training import feed, loop, parallel, step
+from bn_jax.measures import population
+from bn_jax.training import evaluation, feed, loop, parallel, step
 from bn_jax.training import sweep as sweep_lib
 from bn_jax.training.config import TrainConfig
 
@@ -63,6 +66,23 @@ def first_order(trainer: loop.Trainer) -> np.ndarray:
         num_examples=len(trainer.data.train.labels),
         batch_size=trainer.config.batch_size,
     ).of_epoch(0)
+
+
+def statistics_call(trainer: loop.Trainer) -> Callable[..., Any]:
+    """Put the training images on the device, to measure exact statistics of them.
+
+    Returns:
+      A function that takes further options of `population.exact_statistics`, and
+      returns the statistics when they are there.
+    """
+    measure = functools.partial(
+        population.exact_statistics,
+        functools.partial(step.predict, trainer.model),
+        jax.tree.map(jnp.asarray, trainer.state().variables),
+        jnp.asarray(trainer.data.train.images),
+        batch_size=evaluation.BATCH_SIZE,
+    )
+    return lambda **options: jax.block_until_ready(measure(**options))
 
 
 def next_epoch(training: Iterator[T | None]) -> T:

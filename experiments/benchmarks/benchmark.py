@@ -269,7 +269,7 @@ def choose_arms(
     """
     asked = {*getattr(design, "arms", benchmark.arms), *benchmark.needed}
     arms = {name: arm for name, arm in benchmark.arms.items() if name in asked}
-    skipped = {name: _obstacle(arm) for name, arm in arms.items() if _obstacle(arm)}
+    skipped = {name: why for name, arm in arms.items() if (why := _obstacle(arm))}
     for name, reason in skipped.items():
         print(f"left out: {name} ({reason})", flush=True)
         if name in benchmark.needed:

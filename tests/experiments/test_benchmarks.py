@@ -492,18 +492,24 @@ def test_profile_adds_up_what_a_trace_says():
 
 
 def test_growth_reports_slopes_and_draws(tmp_path):
-    # Times in proportion to the size with batch norm, to its square root without.
+    # With batch norm times are in proportion to the size; without, they no longer grow
+    # after the second. Sizes are in a ratio q each: at log q 0, 1, 2 times are at log
+    # 0, p, p, whose slope is p / 2.
     measured = {}
-    for name, axis in growth.AXES.items():
-        for norm, power in (("batch_norm", 1.0), ("none", 0.5)):
-            row = {str(size): 1e-3 * size**power for size in axis.sizes[:3]}
-            measured[f"{name}/{norm}"] = [row, row]
+    for name in growth.AXES:
+        sizes = [16, 64, 256]
+        measured[f"{name}/batch_norm"] = [{str(n): 1e-3 * n for n in sizes}] * 2
+        measured[f"{name}/none"] = [{str(n): 1e-3 * min(n, 64) for n in sizes}] * 2
     report = growth.report(benchmark.Measured({}, {}, measured))
     benchmark.write(tmp_path, 2, report, {})
     found = results_lib.read_object(tmp_path / "results.json")
     assert set(found["slope"]) == set(growth.ARMS)
-    for arm, slope in found["slope"].items():
-        assert slope == pytest.approx(1.0 if arm.endswith("batch_norm") else 0.5)
+    for name in growth.AXES:
+        whole, last = found["slope"], found["slope_of_the_last_two"]
+        assert whole[f"{name}/batch_norm"] == pytest.approx(1.0)
+        assert last[f"{name}/batch_norm"] == pytest.approx(1.0)
+        assert whole[f"{name}/none"] == pytest.approx(0.5)
+        assert last[f"{name}/none"] == pytest.approx(0.0, abs=1e-12)
     table = (tmp_path / "table.md").read_text()
     assert (
         "| LeNet: examples a batch | batch norm | 16: 16, 64: 64, 256: 256 |" in table

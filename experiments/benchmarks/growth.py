@@ -27,7 +27,7 @@ import numpy as np
 import optax
 
 from bn_jax import data as data_lib
-from bn_jax import fields, models, plots
+from bn_jax import fields, linen, plots
 from bn_jax.models import lenet, mlp, resnet
 from bn_jax.training import state as state_lib
 from bn_jax.training import step as step_lib
@@ -86,7 +86,7 @@ def make_call(axis: str, norm: str, size: int) -> Callable[[], float]:
 
 def make_model(axis: str, norm: str, size: int) -> Any:
     """Return the model that is trained at a size."""
-    constructor = models.norm_by_name(norm, momentum=0.9, epsilon=1e-5)
+    constructor = linen.norm(norm)
     if axis == "batch":
         return lenet.LeNet(norm=constructor)
     if axis == "resnet_depth":
@@ -100,15 +100,15 @@ def step_call(model: Any, batch_size: int) -> Callable[[], float]:
     train = data_lib.load("sample").train
     # At this rate no model diverges, which would end the loop early.
     optimizer = optax.sgd(1e-3)
-    variables = state_lib.init_variables(
-        model, jax.random.key(0), train.images.shape[1:]
-    )
-    state = state_lib.init_state(variables, optimizer)
+    network = state_lib.Network(model, train.images.shape[1:])
+    state = state_lib.init_state(network.init(jax.random.key(0)), optimizer)
     shape = (MAX_STEPS, batch_size)
     order = np.random.default_rng(0).integers(0, len(train.labels), shape)
     data = step_lib.Batch(jnp.asarray(train.images), jnp.asarray(train.labels))
     source = step_lib.Stored(data, jnp.asarray(order))
-    train_step = step_lib.make_train_step(model, optimizer)
+    train_step = step_lib.make_train_step(
+        network, optimizer, dropout_key=jax.random.key(1)
+    )
     run = jax.jit(
         functools.partial(step_lib.run_steps, train_step, max_steps=MAX_STEPS)
     )

@@ -35,6 +35,7 @@ from bn_jax import fields
 from bn_jax.data import ImageData, Split
 from bn_jax.training import step as step_lib
 from bn_jax.training.config import TrainConfig
+from bn_jax.training.state import Network
 from experiments.benchmarks import benchmark, lenet_peers, timing, training
 
 NUM_CHECKED_STEPS = 20
@@ -53,9 +54,11 @@ def ours(
 ) -> benchmark.Ready:
     """Set up our trainer."""
 
-    def make_train_step(model: Any, optimizer: Any, **options: Any) -> Any:
-        model = model.clone(layout=layout)  # parameters do not depend on the layout
-        return step_lib.make_train_step(model, optimizer, **options)
+    def make_train_step(network: Network, optimizer: Any, **options: Any) -> Any:
+        # Parameters do not depend on the layout.
+        model = network.model.clone(layout=layout)
+        network = dataclasses.replace(network, model=model)
+        return step_lib.make_train_step(network, optimizer, **options)
 
     trainer = training.trainer(
         design.load(),
@@ -133,7 +136,9 @@ def torch(design: Design, *, from_scratch: bool) -> benchmark.Ready:
 
 ARMS = {
     "ours": our_arm("ours"),
-    "ours_no_bias": our_arm("ours, no bias before norm", bias_before_norm=False),
+    "ours_no_bias": our_arm(
+        "ours, no bias before norm", model="lenet:bias_before_norm=false"
+    ),
     "ours_flax_norm": our_arm("ours with Flax's BatchNorm", norm="flax"),
     "ours_nhwc": our_arm("ours, NHWC", layout="NHWC"),
     "ours_2_devices": our_arm("ours, 2 devices, exact sync, pmap", devices=2),

@@ -52,11 +52,11 @@ def set_up(
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:devices])
 
     def make_train_step(
-        model: Any, optimizer: Any, *, axis_name: str | None, **options: Any
+        network: Any, optimizer: Any, *, axis_name: str | None, **options: Any
     ) -> Any:
         axis_name = axis_name if collectives else None
         return step_lib.make_train_step(
-            model, optimizer, axis_name=axis_name, **options
+            network, optimizer, axis_name=axis_name, **options
         )
 
     trainer = training.trainer(

@@ -77,7 +77,7 @@ def statistics_call(trainer: loop.Trainer) -> Callable[..., Any]:
     """
     measure = functools.partial(
         population.exact_statistics,
-        functools.partial(step.predict, trainer.model),
+        trainer.network.predict,
         jax.tree.map(jnp.asarray, trainer.state().variables),
         jnp.asarray(trainer.data.train.images),
         batch_size=evaluation.BATCH_SIZE,

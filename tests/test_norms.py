@@ -268,7 +268,7 @@ def test_weights_reach_the_transforms_that_take_them():
 
 def test_one_example_at_a_time_shares_its_norm_along_an_axis():
     x = X[:, 0]
-    for spec in ("center", "quantile:num_quantiles=4"):
+    for spec in ("center", "renorm"):
         each = linen_lib.norm(spec, axis_name="n")(use_running_average=False)
         variables = each.init(KEY, x[0])
         step = functools.partial(each.apply, variables, mutable=["batch_stats"])
@@ -293,6 +293,11 @@ def test_batch_norm_by_name_is_the_drop_in_layer_with_momentum_a_tenth():
     in_nnx(3 * X)
     assert in_nnx.count[...] == 2
     np.testing.assert_allclose(in_nnx.mean[...], 2 * X.mean((0, 1)), rtol=1e-5)
+
+
+def test_norms_that_predict_by_a_mean_and_a_variance_are_told_by_name():
+    told = {spec for spec in (*SPECS, "flax", "none") if transforms.is_batch_norm(spec)}
+    assert told == {s for s in SPECS if s[:6] in ("batch_", "renorm")} | {"flax"}
 
 
 def test_layers_of_one_name_are_equal():

@@ -18,6 +18,8 @@ from jax import Array, lax
 from jax.extend import core
 
 Init = Callable[[Array], dict[str, Any]]
+# JAX asks each program for the names of its arguments in error messages.
+_UNNAMED = core.DebugInfo("init", "share_equal_parts", None, None)
 
 
 def make_init(model: Any, image_shape: tuple[int, ...]) -> Init:
@@ -71,6 +73,7 @@ def share_equal_parts(init: Init) -> Init:
             closed.jaxpr.invars,
             [closed.jaxpr.outvars[i] for i in alone],
             [closed.jaxpr.eqns[number] for number in numbers],
+            debug_info=_UNNAMED,
         )
         run = core.jaxpr_as_fun(core.ClosedJaxpr(program, closed.consts))
         for i, value in zip(alone, run(key), strict=True):
@@ -139,7 +142,8 @@ def _part(key: Any, equations: list[Any], outvar: Any) -> _Part | None:
         hash(whole)
     except TypeError:  # an equation holds an array
         return None
-    program = core.Jaxpr([], [key, *folded], [outvar], others)
+    inputs = [key, *folded]
+    program = core.Jaxpr([], inputs, [outvar], others, debug_info=_UNNAMED)
     return _Part(whole, program, tuple(eqn.invars[1].val for eqn in folds))
 
 

@@ -18,9 +18,10 @@ from jax import Array
 
 from bn_jax import moments as moments_lib
 from bn_jax import transforms
+from bn_jax.contract import Transform
 from bn_jax.functional import BatchNormState
 from bn_jax.moments import Moments
-from bn_jax.transforms import Average, Transform
+from bn_jax.transforms import Average
 
 
 def norm(

@@ -18,6 +18,14 @@ from jax import Array, lax
 from bn_jax import checks
 from bn_jax import functional as functional_lib
 from bn_jax import moments as moments_lib
+from bn_jax.contract import (
+    MOMENTS,
+    Epsilon,
+    Momentum,
+    Transform,
+    initializer,
+    without_batch_axis,
+)
 from bn_jax.functional import BatchNormParams, BatchNormState, update_average
 from bn_jax.moments import AxisIndexGroups, AxisName, Moments, measure
 
@@ -300,3 +308,44 @@ def _moment(
         moved = update_average(both, batch, momentum=momentum)
         state = state._replace(**{name: getattr(moved, name)})
     return x, moment, state
+
+
+def center_transform(
+    *, momentum: Momentum = 0.9, use_scale: bool = True, use_bias: bool = True
+) -> Transform:
+    """Return what removes the mean alone: `bn_jax.variants.center`.
+
+    Args:
+      momentum: weight of the OLD average, in [0, 1].
+      use_scale: whether there is a scale (gamma).
+      use_bias: whether there is a bias (beta).
+    """
+    return Transform(
+        initializer(init_center, scale=use_scale, bias=use_bias),
+        without_batch_axis(center, momentum=momentum),
+        MOMENTS,
+        name="center",
+    )
+
+
+def scale_transform(
+    *,
+    momentum: Momentum = 0.9,
+    epsilon: Epsilon = 1e-5,
+    use_scale: bool = True,
+    use_bias: bool = True,
+) -> Transform:
+    """Return what removes the deviation alone: `bn_jax.variants.scale`.
+
+    Args:
+      momentum: weight of the OLD average, in [0, 1].
+      epsilon: added to the variance, greater than 0.
+      use_scale: whether there is a scale (gamma).
+      use_bias: whether there is a bias (beta).
+    """
+    return Transform(
+        initializer(init_scale, scale=use_scale, bias=use_bias),
+        without_batch_axis(scale, momentum=momentum, epsilon=epsilon),
+        MOMENTS,
+        name="scale",
+    )

@@ -13,13 +13,17 @@ collective.
 from __future__ import annotations
 
 import warnings
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
 
 from bn_jax import checks
+from bn_jax import functional as functional_lib
 from bn_jax import moments as moments_lib
+from bn_jax.contract import Epsilon, Transform, with_options
+from bn_jax.fields import AT_LEAST_1
 from bn_jax.functional import BatchNormParams, normalize
 from bn_jax.moments import measure
 
@@ -227,3 +231,64 @@ def single_axis(x: Array, name: str, axis: int) -> int:
             f"integer in [{-x.ndim}, {x.ndim - 1}]"
         )
     return axis % x.ndim
+
+
+def layer_transform(
+    *, epsilon: Epsilon = 1e-5, use_scale: bool = True, use_bias: bool = True
+) -> Transform:
+    """Return layer norm: `bn_jax.variants.layer_norm`.
+
+    Args:
+      epsilon: added to the variance, greater than 0.
+      use_scale: whether there is a scale (gamma), one for each feature.
+      use_bias: whether there is a bias (beta), one for each feature.
+    """
+    apply = with_options(layer_norm, epsilon=epsilon)
+    return _stateless("layer", apply, use_scale, use_bias)
+
+
+def group_transform(
+    *,
+    num_groups: Annotated[int, AT_LEAST_1] = 2,
+    epsilon: Epsilon = 1e-5,
+    use_scale: bool = True,
+    use_bias: bool = True,
+) -> Transform:
+    """Return group norm: `bn_jax.variants.group_norm`.
+
+    Args:
+      num_groups: number of contiguous groups of features, a divisor of their number.
+      epsilon: added to the variance, greater than 0.
+      use_scale: whether there is a scale (gamma), one for each feature.
+      use_bias: whether there is a bias (beta), one for each feature.
+    """
+    apply = with_options(group_norm, num_groups=num_groups, epsilon=epsilon)
+    return _stateless("group", apply, use_scale, use_bias)
+
+
+def instance_transform(
+    *, epsilon: Epsilon = 1e-5, use_scale: bool = True, use_bias: bool = True
+) -> Transform:
+    """Return instance norm: `bn_jax.variants.instance_norm`.
+
+    Args:
+      epsilon: added to the variance, greater than 0.
+      use_scale: whether there is a scale (gamma), one for each feature.
+      use_bias: whether there is a bias (beta), one for each feature.
+    """
+    apply = with_options(instance_norm, epsilon=epsilon)
+    return _stateless("instance", apply, use_scale, use_bias)
+
+
+def _stateless(
+    name: str, apply: Callable[..., Any], use_scale: bool, use_bias: bool
+) -> Transform:
+    def init(
+        num_features: int | Sequence[int], dtype: Any = jnp.float32
+    ) -> tuple[Any, EmptyState]:
+        params, _ = functional_lib.init(
+            num_features, scale=use_scale, bias=use_bias, dtype=dtype
+        )
+        return params, EmptyState()
+
+    return Transform(init, apply, uses_batch=False, name=name)

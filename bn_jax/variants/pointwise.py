@@ -12,7 +12,7 @@ and prediction are the same.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
@@ -21,6 +21,8 @@ from jax.scipy.special import erf
 from bn_jax import checks
 from bn_jax import functional as functional_lib
 from bn_jax import moments as moments_lib
+from bn_jax.contract import Transform, initializer, without_batch_axis
+from bn_jax.names import TRACEABLE
 from bn_jax.variants.per_example import EmptyState
 
 
@@ -187,3 +189,53 @@ def _affine(
     if params.bias is not None:
         y = y + jnp.expand_dims(params.bias, axes)
     return y.astype(dtype)
+
+
+def dyt_transform(
+    *,
+    alpha: Annotated[float, TRACEABLE] = 0.5,
+    use_scale: bool = True,
+    use_bias: bool = True,
+) -> Transform:
+    """Return dynamic tanh: `bn_jax.variants.dyt`.
+
+    Args:
+      alpha: initial value of the learned slope.
+      use_scale: whether there is a scale (gamma).
+      use_bias: whether there is a bias (beta).
+    """
+    return Transform(
+        initializer(init_dyt, alpha=alpha, scale=use_scale, bias=use_bias),
+        without_batch_axis(dyt),
+        uses_batch=False,
+        name="dyt",
+    )
+
+
+def derf_transform(
+    *,
+    alpha: Annotated[float, TRACEABLE] = 0.5,
+    shift: Annotated[float, TRACEABLE] = 0.0,
+    use_scale: bool = True,
+    use_bias: bool = True,
+) -> Transform:
+    """Return dynamic erf: `bn_jax.variants.derf`.
+
+    Args:
+      alpha: initial value of the learned factor of x.
+      shift: initial value of the learned number that is added to alpha x.
+      use_scale: whether there is a scale (gamma).
+      use_bias: whether there is a bias (beta).
+    """
+    return Transform(
+        initializer(
+            init_derf,
+            alpha=alpha,
+            shift=shift,
+            scale=use_scale,
+            bias=use_bias,
+        ),
+        without_batch_axis(derf),
+        uses_batch=False,
+        name="derf",
+    )

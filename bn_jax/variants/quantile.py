@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import functools
 from statistics import NormalDist
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,11 +39,22 @@ from jax import Array, lax
 from bn_jax import checks
 from bn_jax import functional as functional_lib
 from bn_jax import moments as moments_lib
+from bn_jax.contract import (
+    Epsilon,
+    Momentum,
+    Transform,
+    initializer,
+    without_batch_axis,
+)
+from bn_jax.fields import Range
 from bn_jax.functional import BatchNormParams
 from bn_jax.moments import AxisName
 from bn_jax.variants.per_example import single_axis
 
 Target = Literal["uniform", "gaussian"]
+
+
+AT_LEAST_2 = Range("a number at least 2", lambda v: v >= 2)
 
 
 class QuantileState(NamedTuple):
@@ -315,3 +326,32 @@ def _interpolate(x: Array, knots: Array, *, targets: Array, epsilon: float) -> A
     x = jnp.clip(x - centre, knots[0], knots[-1])
     interval = jnp.clip(_count_below(knots, x, "right") - 1, 0, last - 1)
     return offsets[interval] + slopes[interval] * x
+
+
+def quantile_transform(
+    *,
+    target: Target = "uniform",
+    num_quantiles: Annotated[int, AT_LEAST_2] = 64,
+    momentum: Momentum = 0.9,
+    epsilon: Epsilon = 1e-3,
+    use_scale: bool = True,
+    use_bias: bool = True,
+) -> Transform:
+    """Return the probability integral transform: `bn_jax.variants.quantile`.
+
+    Args:
+      target: "uniform" or "gaussian".
+      num_quantiles: number of knots.
+      momentum: weight of the OLD average, in [0, 1].
+      epsilon: distance below which knots are tied, as a share of the distance between
+        the outer knots.
+      use_scale: whether there is a scale (gamma).
+      use_bias: whether there is a bias (beta).
+    """
+    shape: dict[str, Any] = {"target": target, "num_quantiles": num_quantiles}
+    return Transform(
+        initializer(init, scale=use_scale, bias=use_bias, **shape),
+        without_batch_axis(quantile_norm, momentum=momentum, epsilon=epsilon, **shape),
+        frozenset({"axis_name", "update_state"}),
+        name="quantile",
+    )

@@ -13,7 +13,7 @@ limits may rise over training: the state counts the batches.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -21,6 +21,15 @@ from jax.typing import ArrayLike
 
 from bn_jax import checks
 from bn_jax import functional as functional_lib
+from bn_jax.contract import (
+    MOMENTS,
+    Epsilon,
+    Momentum,
+    Transform,
+    initializer,
+    without_batch_axis,
+)
+from bn_jax.fields import AT_LEAST_1, NOT_NEGATIVE, ConfigError
 from bn_jax.functional import (
     BatchNormParams,
     BatchNormState,
@@ -28,6 +37,7 @@ from bn_jax.functional import (
     batch_norm,
 )
 from bn_jax.moments import AxisIndexGroups, AxisName, Moments, measure
+from bn_jax.names import TRACEABLE
 
 
 def init(
@@ -193,3 +203,54 @@ def limits(
         return jnp.clip((t - start) / (end - start), 0, 1)
 
     return 1 + (r_max - 1) * risen("r_end", r_end), d_max * risen("d_end", d_end)
+
+
+def renorm_transform(
+    *,
+    r_max: Annotated[float, AT_LEAST_1, TRACEABLE] = 3.0,
+    d_max: Annotated[float, NOT_NEGATIVE, TRACEABLE] = 5.0,
+    start: Annotated[int, NOT_NEGATIVE] = 0,
+    r_end: Annotated[int, NOT_NEGATIVE] = 0,
+    d_end: Annotated[int, NOT_NEGATIVE] = 0,
+    momentum: Momentum = 0.9,
+    epsilon: Epsilon = 1e-5,
+    use_scale: bool = True,
+    use_bias: bool = True,
+) -> Transform:
+    """Return batch renormalisation: `bn_jax.variants.renorm.batch_renorm`.
+
+    Args:
+      r_max: largest correction of the deviation, at least 1.
+      d_max: largest correction of the mean, in deviations, at least 0.
+      start: step at which the limits begin to rise from 1 and 0; until then this is
+        batch norm. The paper's is 5,000.
+      r_end: step at which the first limit has risen to `r_max`; the paper's is 40,000.
+      d_end: step at which the second has risen to `d_max`; the paper's is 25,000.
+      momentum: weight of the OLD average, in [0, 1].
+      epsilon: added to the variance, greater than 0.
+      use_scale: whether there is a scale (gamma).
+      use_bias: whether there is a bias (beta).
+
+    Raises:
+      ConfigError: if a limit is too small, or reached before it begins to rise.
+    """
+    schedule: dict[str, Any] = {
+        "r_max": r_max,
+        "d_max": d_max,
+        "start": start,
+        "r_end": r_end,
+        "d_end": d_end,
+    }
+    try:
+        limits(0, **schedule)
+    except ValueError as error:
+        raise ConfigError(f"norm='renorm': {error}") from None
+    return Transform(
+        initializer(init, scale=use_scale, bias=use_bias),
+        without_batch_axis(
+            batch_renorm, momentum=momentum, epsilon=epsilon, **schedule
+        ),
+        MOMENTS,
+        epsilon=epsilon,
+        name="renorm",
+    )

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,8 @@ from jax import Array, lax
 from bn_jax import checks
 from bn_jax import functional as functional_lib
 from bn_jax import moments as moments_lib
+from bn_jax.contract import Epsilon, Momentum, Transform, without_batch_axis
+from bn_jax.fields import AT_LEAST_1, ConfigError
 from bn_jax.functional import BatchNormParams, BatchNormState, update_average
 from bn_jax.moments import AxisName, Moments, measure
 from bn_jax.variants.per_example import single_axis
@@ -402,3 +404,77 @@ def _newton_matrix(
         if k < num_iterations:
             y = _product(y, step)
     return p * lax.rsqrt(trace)
+
+
+def whitening_transform(
+    *,
+    method: Method = "zca",
+    group_size: Annotated[int | None, AT_LEAST_1] = None,
+    max_group_size: Annotated[int | None, AT_LEAST_1] = None,
+    num_iterations: Annotated[int, AT_LEAST_1] = 5,
+    momentum: Momentum = 0.9,
+    epsilon: Epsilon = 1e-5,
+    use_scale: bool = True,
+    use_bias: bool = True,
+) -> Transform:
+    """Return batch whitening: `bn_jax.variants.whitening.whiten`.
+
+    Args:
+      method: "zca", "pca", "cholesky" or "iternorm".
+      group_size: features whitened together, a divisor of their number; None for all.
+      max_group_size: instead of it, for layers of different numbers of features: groups
+        are of the greatest divisor that is not above.
+      num_iterations: of "iternorm".
+      momentum: weight of the OLD average, in [0, 1].
+      epsilon: added to the diagonal of the covariance, greater than 0.
+      use_scale: whether there is a scale (gamma).
+      use_bias: whether there is a bias (beta).
+
+    Raises:
+      ConfigError: if both group sizes are given.
+    """
+    if group_size is not None and max_group_size is not None:
+        raise ConfigError(
+            f"norm='whitening': max_group_size={max_group_size} with group_size="
+            f"{group_size}; give one of them"
+        )
+
+    def size_for(num_features: int) -> int | None:
+        if max_group_size is None:
+            return group_size
+        num_features = checks.check_one_integer(num_features)
+        sizes = range(min(max_group_size, num_features), 0, -1)
+        return next(size for size in sizes if num_features % size == 0)
+
+    def init_groups(
+        num_features: int, dtype: Any = jnp.float32
+    ) -> tuple[Any, WhiteningState]:
+        return init(
+            num_features,
+            group_size=size_for(num_features),
+            scale=use_scale,
+            bias=use_bias,
+            dtype=dtype,
+        )
+
+    def apply(
+        x: Array, params: Any, state: Any, *, feature_axis: int = -1, **call: Any
+    ) -> tuple[Array, Any]:
+        x = jnp.asarray(x)
+        moments_lib.check_input(x, feature_axis)
+        num_features = x.shape[single_axis(x, "feature_axis", feature_axis)]
+        return whiten(
+            x,
+            params,
+            state,
+            method=method,
+            group_size=size_for(num_features),
+            num_iterations=num_iterations,
+            momentum=momentum,
+            epsilon=epsilon,
+            feature_axis=feature_axis,
+            **call,
+        )
+
+    takes = frozenset({"axis_name", "update_state"})
+    return Transform(init_groups, without_batch_axis(apply), takes, name="whitening")

@@ -1,0 +1,93 @@
+"""The contract that every norm fulfils: a pair of pure functions, as in optax.
+
+    params, state = transform.init(num_features)
+    y, state = transform.apply(x, params, state, train=True)
+
+Beside it stands what the files of the norms share. Their names are in
+`bn_jax.transforms`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+
+from bn_jax.fields import POSITIVE, SHARE
+from bn_jax.names import TRACEABLE
+
+# Options that many norms have.
+Momentum = Annotated[float, SHARE, TRACEABLE]  # weight of the OLD average
+Epsilon = Annotated[float, POSITIVE, TRACEABLE]
+
+# What of a call a norm takes whose statistics are moments of the batch.
+MOMENTS = frozenset(
+    {"weights", "axis_name", "axis_index_groups", "statistics", "update_state"}
+)
+
+
+class Transform(NamedTuple):
+    """A norm with its options bound.
+
+    Attributes:
+      init: `init(num_features, dtype=jnp.float32) -> (params, state)`, both NamedTuples
+        of arrays; parameters may be None. The state is empty where nothing is averaged,
+        and in float32 or wider where there is one.
+      apply: `apply(x, params, state, *, train, feature_axis=-1, batch_axis=0, ...) ->
+        (y, state)`: y of x's shape and dtype. The dots are what `takes` names.
+      takes: further keyword arguments of `apply`, all with the meaning that they have
+        for `bn_jax.batch_norm`: of weights, axis_name, axis_index_groups,
+        ghost_batch_size, statistics, update_state.
+      uses_batch: whether what becomes of an example depends on the others of its batch
+        in training.
+      epsilon: what is added to the variance, for a transform that predicts by
+        (x - mean) / sqrt(var + epsilon) with the mean and var of its state; else None.
+      name: for messages.
+    """
+
+    init: Callable[..., tuple[Any, Any]]
+    apply: Callable[..., tuple[Array, Any]]
+    takes: frozenset[str] = frozenset()
+    uses_batch: bool = True
+    epsilon: Any = None
+    name: str = "norm"
+
+
+def initializer(
+    function: Callable[..., tuple[Any, Any]], **options: Any
+) -> Callable[..., tuple[Any, Any]]:
+    """Bind options to a function that makes parameters and state."""
+
+    def init(
+        num_features: int | Sequence[int], dtype: Any = jnp.float32
+    ) -> tuple[Any, Any]:
+        return function(num_features, dtype=dtype, **options)
+
+    return init
+
+
+def with_options(
+    function: Callable[..., tuple[Array, Any]], **options: Any
+) -> Callable[..., tuple[Array, Any]]:
+    """Bind options to a function that is applied."""
+
+    def apply(x: Array, params: Any, state: Any, **call: Any) -> tuple[Array, Any]:
+        return function(x, params, state, **options, **call)
+
+    return apply
+
+
+def without_batch_axis(
+    function: Callable[..., tuple[Array, Any]], **options: Any
+) -> Callable[..., tuple[Array, Any]]:
+    """Bind options to a function that takes no `batch_axis`, and accept one."""
+
+    def apply(
+        x: Array, params: Any, state: Any, *, batch_axis: int = 0, **call: Any
+    ) -> tuple[Array, Any]:
+        del batch_axis
+        return function(x, params, state, **options, **call)
+
+    return apply

@@ -53,9 +53,11 @@ def train(model, variables, x):
     return model.apply(variables, x, train=True, mutable=["batch_stats"])
 
 
-@pytest.mark.parametrize("name", NAMES)
+# LeNet's folding has tests of its own.
+@pytest.mark.parametrize("name", NAMES[1:])
 def test_every_model_folds(name):
-    model, variables = make(name), moved(name)
+    # Folding runs uncompiled, where XLA's own convolution is the quick one.
+    model, variables = make(name, layout="NHWC"), moved(name)
     apply = functools.partial(model.apply, train=False)
     folded = fold(apply, variables, IMAGES[:2])
     plain = predict(make(name, norm=None), {"params": folded}, IMAGES)
@@ -103,14 +105,16 @@ def test_bfloat16_computes_near_float32_and_keeps_float32_at_both_ends(name):
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
     # Fixup's last kernel starts from 0, and so would its logits.
     variables = jax.tree.map(lambda leaf: leaf + 0.01, variables)
-    (a, stats), (b, _) = train(full, variables, IMAGES), train(half, variables, IMAGES)
+    (a, _), (b, _) = train(full, variables, IMAGES), train(half, variables, IMAGES)
     assert b.dtype == jnp.float32
     assert 0 < jnp.abs(a - b).max() < 0.2 * jnp.abs(a).max()
-    jaxpr = str(jax.make_jaxpr(functools.partial(predict, half))(variables, IMAGES))
-    assert "bf16[" in jaxpr
-    products = [line for line in jaxpr.splitlines() if "dot_general[" in line]
+    jaxpr = jax.make_jaxpr(functools.partial(half.apply, train=False))
+    products = [
+        line
+        for line in str(jaxpr(variables, IMAGES)).splitlines()
+        if "dot_general[" in line or "conv_general_dilated[" in line
+    ]
     assert products and all(":bf16[" in line for line in products)
-    del stats
 
 
 def test_norms_of_flax_that_know_no_axis_get_features_last():

@@ -8,7 +8,7 @@ import pytest
 from reference import jit_unoptimised
 
 from bn_jax.linen import BatchNorm
-from bn_jax.models import layers, resnet
+from bn_jax.models import layers, make_init, resnet
 from bn_jax.models.resnet import ResNet
 
 IMAGES = jax.random.uniform(jax.random.key(7), (8, 14, 14, 1))
@@ -135,6 +135,33 @@ def test_blocks_of_fixup_and_skipinit_start_as_their_shortcuts(stride, layout):
         np.testing.assert_array_equal(apply(variables, x), expected)
         # And they do not stay so.
         assert jnp.abs(apply(moved(variables), x) - expected).max() > 1e-3
+
+
+def test_a_resnet_of_110_layers_takes_a_step():
+    model = ResNet(110, width=2, norm=BN)
+    images, labels = IMAGES[:4, :4, :4], LABELS[:4]
+    variables = make_init(model, images.shape[1:])(jax.random.key(0))
+
+    def loss(params):
+        logits, updates = model.apply(
+            {**variables, "params": params}, images, train=True, mutable=["batch_stats"]
+        )
+        log_p = jax.nn.log_softmax(logits)
+        mean = -jnp.mean(jnp.take_along_axis(log_p, labels[:, None], 1))
+        return mean, updates
+
+    gradients, updates = jit_unoptimised(jax.grad(loss, has_aux=True))(
+        variables["params"]
+    )
+    kernels = [leaf for leaf in jax.tree.leaves(gradients) if leaf.ndim > 1]
+    assert len(kernels) == 110
+    assert all(jnp.isfinite(leaf).all() and leaf.any() for leaf in kernels)
+    for old, new in zip(
+        jax.tree.leaves(variables["batch_stats"]),
+        jax.tree.leaves(updates["batch_stats"]),
+        strict=True,
+    ):
+        assert jnp.abs(new - old).max() > 1e-4
 
 
 def test_shortcut_subsamples_and_adds_channels_of_zeros():

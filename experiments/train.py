@@ -99,12 +99,15 @@ def train(workdir: str, config: TrainConfig) -> None:
         for greek, values in learned.items():
             print(f"{layer} {greek:5s}  {launch.numbers(values)}")
     found = run.results
+    validated = ""
+    if "validation_accuracy" in found:
+        validated = f"validation accuracy {found['validation_accuracy']:.3f}, "
     by_exact = "no exact statistics"
     if found["test_accuracy_exact"] is not None:
         by_exact = f"{found['test_accuracy_exact']:.3f} by exact statistics"
     print(
         f"loss {found['train_loss']:.3f}, "
-        f"train accuracy {found['train_accuracy']:.3f}, "
+        f"train accuracy {found['train_accuracy']:.3f}, {validated}"
         f"test accuracy {found['test_accuracy']:.3f} by moving averages and "
         f"{by_exact}, {found['examples_per_second']:,.0f} examples/s"
     )

@@ -160,7 +160,7 @@ def evaluate_again(workdir: str) -> None:
         run.network,
         run.variables,
         Evaluator(run.network.predict, data.test, devices=devices),
-        data.train.images,
+        data.train.images[: run.results["exact_statistics_examples"]],
         devices=devices,
         average=run.average,
     ).to_row()

@@ -36,6 +36,9 @@ from bn_jax.training.config import RunOptions, TrainConfig
 from bn_jax.training.evaluation import Evaluator
 from experiments import flag_fields, launch
 
+if __name__ != "__main__":  # --help of experiments.lenet lists these flags as its own
+    flags.disclaim_key_flags()
+
 # What rounding may change of a loss or an accuracy: an image or two of 10,000.
 ROUNDING = 3e-4
 

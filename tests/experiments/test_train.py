@@ -190,7 +190,7 @@ def test_file_that_cannot_be_read_ends_in_a_line_and_leaves_no_folder(
     assert not (tmp_path / "run").exists()
 
 
-NORMS = ("batch_norm", "group:num_groups=2")
+NORMS = ("batch_norm", "group:num_groups=4")
 SWEEP = f"--sweep=norm={'|'.join(NORMS)};seed=0..1"
 
 

@@ -36,6 +36,9 @@ from bn_jax.training.config import RunOptions, TrainConfig
 from bn_jax.training.evaluation import Evaluator
 from experiments import flag_fields, launch
 
+if __name__ != "__main__":  # --help of experiments.lenet lists these flags as its own
+    flags.disclaim_key_flags()
+
 # What rounding may change of a loss or an accuracy: an image or two of 10,000.
 ROUNDING = 3e-4
 
@@ -99,12 +102,15 @@ def train(workdir: str, config: TrainConfig) -> None:
         for greek, values in learned.items():
             print(f"{layer} {greek:5s}  {launch.numbers(values)}")
     found = run.results
+    validated = ""
+    if "validation_accuracy" in found:
+        validated = f"validation accuracy {found['validation_accuracy']:.3f}, "
     by_exact = "no exact statistics"
     if found["test_accuracy_exact"] is not None:
         by_exact = f"{found['test_accuracy_exact']:.3f} by exact statistics"
     print(
         f"loss {found['train_loss']:.3f}, "
-        f"train accuracy {found['train_accuracy']:.3f}, "
+        f"train accuracy {found['train_accuracy']:.3f}, {validated}"
         f"test accuracy {found['test_accuracy']:.3f} by moving averages and "
         f"{by_exact}, {found['examples_per_second']:,.0f} examples/s"
     )
@@ -157,7 +163,7 @@ def evaluate_again(workdir: str) -> None:
         run.network,
         run.variables,
         Evaluator(run.network.predict, data.test, devices=devices),
-        data.train.images,
+        data.train.images[: run.results["exact_statistics_examples"]],
         devices=devices,
         average=run.average,
     ).to_row()

@@ -196,11 +196,19 @@ def _made(factory: Factory, rngs: nnx.Rngs) -> nnx.Module:
     # The signature of an NNX class is that of its metaclass.
     called = called.__init__ if isinstance(called, type) else called  # type: ignore[misc]
     by_keyword = "rngs" in inspect.signature(called).parameters
-    module = factory(rngs=rngs) if by_keyword else factory(rngs)
+    try:
+        module = factory(rngs=rngs) if by_keyword else factory(rngs)
+    except (AttributeError, TypeError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise TypeError(
+            f"{factory!r} makes no module of an nnx.Rngs ({reason}); expected a Linen "
+            "module, an NNX module, or a function that makes one, such as "
+            "lambda rngs: Net(rngs=rngs)"
+        ) from error
     if not isinstance(module, nnx.Module):
         raise TypeError(
-            f"{factory!r} returned {module!r}; expected a function that makes an "
-            "nnx.Module of an nnx.Rngs, such as lambda rngs: Net(rngs=rngs)"
+            f"{factory!r} returned a {type(module).__name__}; expected a function that "
+            "makes an nnx.Module of an nnx.Rngs, such as lambda rngs: Net(rngs=rngs)"
         )
     return module
 

@@ -27,6 +27,8 @@ from bn_jax.version import __version__
 # Training images that take more than this are streamed by default.
 MAX_STORED_BYTES = 10**9
 
+_VALIDATION = ("validation_loss", "validation_accuracy")
+
 
 class Run(NamedTuple):
     """A finished run."""
@@ -296,6 +298,7 @@ class _Files:
 def _summary(trainer: loop.Trainer, score: Score, variables: Any) -> dict[str, Any]:
     """Return what results.json holds."""
     last = trainer.history[-1]
+    row = last.to_row()
     seconds = sum(report.seconds for report in trainer.history)
     losses = trainer.progress().step_losses
     num_examples = len(trainer.data.train.labels)
@@ -304,6 +307,7 @@ def _summary(trainer: loop.Trainer, score: Score, variables: Any) -> dict[str, A
     return {
         "train_loss": last.loss,
         "train_accuracy": last.train_accuracy,
+        **{name: row[name] for name in _VALIDATION if name in row},
         **score.to_row(),
         "exact_statistics_examples": num_examples,
         "examples_per_second": last.step * trainer.config.batch_size / seconds,
@@ -384,9 +388,12 @@ def gamma_beta(variables: Any) -> dict[str, dict[str, list[float]]]:
 
 
 def _line(report: loop.EpochReport, epochs: int) -> str:
+    validated = ""
+    if report.validation_accuracy is not None:
+        validated = f"validation accuracy {report.validation_accuracy:.3f}  "
     return (
         f"epoch {report.epoch:{len(str(epochs))}}/{epochs}  loss {report.loss:.3f}  "
-        f"train accuracy {report.train_accuracy:.3f}  "
+        f"train accuracy {report.train_accuracy:.3f}  {validated}"
         f"test accuracy {report.test_accuracy:.3f}  "
         f"{report.examples_per_second:,.0f} examples/s"
     )

@@ -66,10 +66,9 @@ def sweep(
     devices = _devices(options, max(map(len, groups)))
     selected = [task.select(configs[group[0]], data) for group in groups]
     for group, chosen in zip(groups, selected, strict=True):
-        network = make_network(
-            configs[group[0]], Task.of(configs[group[0]], chosen), model=model
-        )
-        network.check_fits()
+        group_task = Task.of(configs[group[0]], chosen)
+        networks = [make_network(configs[i], group_task, model=model) for i in group]
+        networks[0].check_fits()  # the others are of the same shapes
     common = _common(configs)
     config = {**common, "data": selected[0].source, "exact": exact, "train": train}
     with interrupt.listening() as request, results.locked(workdir):

@@ -47,8 +47,9 @@ def lenet(*arguments, cwd, program=MODULE):
 def test_help_explains_itself_to_a_newcomer(tmp_path):
     shown = lenet("--help", cwd=tmp_path)
     assert "python -m experiments.lenet --workdir=" in shown.stdout
-    flags = "norm epochs batch_size learning_rate momentum epsilon seed dataset smoke"
-    flags += " data_dir idx_dir workdir load batch_stats merged_stats devices parallel"
+    flags = "model norm trained optimizer schedule epochs batch_size learning_rate seed"
+    flags += " dataset validation inputs augment accumulate precision smoke data_dir"
+    flags += " data_files workdir load sweep batch_stats merged_stats devices parallel"
     flags += " input checkpoint_every resume coordinator_address num_processes"
     for flag in flags.split():
         assert f"--{flag}:" in shown.stdout or f"--[no]{flag}:" in shown.stdout
@@ -121,16 +122,19 @@ def steps_in(workdir):
         (["--workdir=a", "--load=b"], "give --workdir=DIR to train"),
         (["--workdir=a", "run"], r"unexpected arguments \['run'\]"),
         (["--workdir=a", "--norm=nrom"], "norm='nrom'; expected one of batch_norm"),
-        (["--workdir=a", "--optimizer=lion"], "optimizer='lion'; expected one of sgd"),
-        (["--workdir=a", "--dataset=cifar"], "dataset='cifar'; expected one of auto"),
+        (["--workdir=a", "--optimizer=lamp"], "optimizer='lamp'; expected one of sgd"),
+        (
+            ["--workdir=a", "--dataset=cifar"],
+            "dataset 'cifar' is unknown; .*one of auto",
+        ),
         (["--workdir=a", "--epochs=0"], "epochs=0; expected a number at least 1"),
         (
-            ["--workdir=a", "--momentum=2"],
-            r"momentum=2.0; expected a number in \[0, 1\]",
+            ["--workdir=a", "--norm=batch_norm:momentum=2"],
+            r"momentum=2; expected a number in \[0, 1\]",
         ),
         (["--workdir=a", "--epohcs=3"], "Unknown command line flag 'epohcs'"),
         (
-            ["--workdir=a", "--dataset=fashion_mnist", "--idx_dir=nowhere"],
+            ["--workdir=a", "--dataset=fashion_mnist", "--data_files=nowhere"],
             "nowhere is not a folder; expected a folder with the four IDX files",
         ),
         (["--load=nowhere"], "no config.json in nowhere"),
@@ -214,14 +218,14 @@ def test_run_that_is_told_to_stop_ends_in_a_line_and_goes_on(tmp_path, uninterru
         process.send_signal(signum)
         stopped = ended(process)
         assert stopped.returncode == 128 + signum
-        said = r"stopped at step (\d+) of 400; the same command goes on from there\n"
+        said = r"stopped at step (\d+) of 400; the same command resumes from there\n"
         stops.append(int(re.fullmatch(said, stopped.stderr)[1]))
         assert steps_in(workdir)[-1] == stops[-1]
     assert 0 < stops[0] < stops[1] < 400
-    assert f"going on from step {stops[0]} of 400" in stopped.stdout
+    assert f"resuming from step {stops[0]} of 400" in stopped.stdout
     finished = lenet(*arguments, cwd=tmp_path)
     assert finished.returncode == 0, finished.stderr
-    assert f"going on from step {stops[1]} of 400" in finished.stdout
+    assert f"resuming from step {stops[1]} of 400" in finished.stdout
     assert_same_run(workdir, uninterrupted)
 
 
@@ -290,5 +294,5 @@ def test_full_disk_ends_in_a_line_and_with_room_the_run_goes_on(
     assert "Traceback" not in failed.stderr
     # Checkpoints are written in the background: the one before may have failed, too.
     went_on = lenet("--workdir=run", *RUN, cwd=tmp_path)
-    assert re.search("going on from step [24] of 400", went_on.stdout), went_on.stderr
+    assert re.search("resuming from step [24] of 400", went_on.stdout), went_on.stderr
     assert_same_run(tmp_path / "run", uninterrupted)

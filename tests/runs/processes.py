@@ -22,8 +22,9 @@ from bn_jax import data as data_lib
 from bn_jax.linen import BatchNorm
 from bn_jax.runs import distributed, interrupt
 from bn_jax.runs import run as run_lib
-from bn_jax.training import loop, parallel
+from bn_jax.training import loop, parallel, task
 from bn_jax.training.config import RunOptions, TrainConfig
+from bn_jax.training.state import Network
 
 LOCAL_DEVICES = 2
 
@@ -31,8 +32,7 @@ LOCAL_DEVICES = 2
 class Small(nn.Module):
     """A dense layer with a norm: compiled in a second, where LeNet takes seven."""
 
-    norm_options: dict | None = None
-    ghost_batch_size: int | None = None
+    norm_attributes: dict | None = None
 
     @nn.compact
     def __call__(self, x, *, train):
@@ -40,9 +40,8 @@ class Small(nn.Module):
         x = BatchNorm(
             use_running_average=not train,
             momentum=0.9,
-            ghost_batch_size=self.ghost_batch_size,
             name="norm1",
-            **(self.norm_options or {}),
+            **(self.norm_attributes or {}),
         )(x)
         return nn.Dense(10, name="dense2")(jax.nn.sigmoid(x))
 
@@ -50,11 +49,11 @@ class Small(nn.Module):
 def with_small_model():
     """Let the Trainer train `Small` within this context."""
 
-    def make_model(config, *, num_classes, **options):
-        del config, num_classes
-        return Small(**options)
+    def make_network(config, of, *, model=None, norm_attributes=None):
+        del config, model
+        return Network(Small(norm_attributes), of.image_shape, of.num_classes)
 
-    return mock.patch.object(loop, "make_model", make_model)
+    return mock.patch.object(task, "make_network", make_network)
 
 
 class Recorded(np.ndarray):
@@ -98,7 +97,7 @@ def numbers(data, *, devices, config, program, stream):
         "params": progress.state.params,
         "batch_stats": progress.state.batch_stats,
         "merged": trainer.state().batch_stats,
-        "score": trainer.score(),
+        "score": list(trainer.score().to_row().values()),
     }
     return {
         name: np.asarray(value)
@@ -138,7 +137,7 @@ def train_into(workdirs, data, config, checkpoint_every="4steps", kill_at=None):
             if kill_at is not None and is_last:
                 stack.enter_context(mock.patch.object(loop.Trainer, "train", killed))
             try:
-                run = run_lib.train_into(workdir, config, loaded, options)
+                run = run_lib.train(config, loaded, workdir=workdir, options=options)
             except interrupt.Interrupted as interrupted:
                 print(interrupted, flush=True)
                 return

@@ -116,6 +116,41 @@ def test_model_without_statistics_comes_back(tmp_path):
     assert_same_bits(latest(tmp_path, state), saved)
 
 
+def test_average_of_weights_and_validation_come_back(tmp_path):
+    saved = progress(5, accuracies=(0.1, 0.3))
+    average = jax.tree.map(lambda leaf: leaf / 3, saved.state.params)
+    saved = saved._replace(
+        state=saved.state.replace(average=average),
+        history=tuple(
+            each._replace(validation_loss=1 / 7, validation_accuracy=1 / 9)
+            for each in saved.history
+        ),
+    )
+    like = LIKE.replace(average=LIKE.params)
+    assert_same_bits(checkpoint.from_bytes(checkpoint.to_bytes(saved), like), saved)
+    save(tmp_path, saved)
+    assert_same_bits(latest(tmp_path, like), saved)
+    with pytest.raises(RunError, match="unknown average/dense/bias"):
+        latest(tmp_path, LIKE)
+
+
+def test_best_is_by_the_validation_set_where_there_is_one(tmp_path):
+    # On the test set epochs become worse, on the validation set better until the third.
+    validated = (0.2, 0.3, 0.9, 0.8, 0.7, 0.6, 0.5)
+    reports = [
+        report(epoch, 1 - epoch / 10)._replace(
+            validation_loss=0.5, validation_accuracy=accuracy
+        )
+        for epoch, accuracy in enumerate(validated, start=1)
+    ]
+    with opened(tmp_path) as checkpoints:
+        for epoch in range(1, len(reports) + 1):
+            each = progress(2 * epoch)._replace(history=tuple(reports[:epoch]))
+            checkpoints.save(each)
+    with opened(tmp_path) as checkpoints:
+        assert checkpoints.steps == [6, 10, 12, 14]
+
+
 def test_nothing_saved_is_no_progress(tmp_path):
     assert latest(tmp_path) is None
     assert checkpoint.from_bytes(checkpoint.to_bytes(None), LIKE) is None
@@ -223,7 +258,7 @@ def test_damaged_checkpoint_is_refused_or_gives_the_same_bits(damage, three, tmp
         except RunError as error:
             message = str(error)
             assert f"cannot read the checkpoint {copy}/checkpoints/6: " in message
-            assert message.endswith("move it away, and the run goes on from step 4")
+            assert message.endswith("move it away, and the run resumes from step 4")
             refused += 1
         else:
             assert_same_bits(read, whole)
@@ -237,7 +272,7 @@ def test_run_goes_on_from_the_checkpoint_before_a_damaged_one(part, three, tmp_p
     for step, before in ((6, "step 4"), (4, "step 2"), (2, "the beginning")):
         damaged = copy / "checkpoints" / str(step)
         shutil.rmtree(damaged / part)
-        with pytest.raises(RunError, match=f"move it away, .* goes on from {before}$"):
+        with pytest.raises(RunError, match=f"move it away, .* resumes from {before}$"):
             latest(copy)
         damaged.rename(damaged.with_suffix(".damaged"))
     assert latest(copy) is None

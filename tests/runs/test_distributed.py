@@ -237,7 +237,7 @@ def test_processes_write_once_stop_together_and_go_on_bit_for_bit(
     )
     assert_both_end_well(pair)
     for process in pair:
-        assert "stopped at step 10 of 20; the same command goes on" in process.said()
+        assert "stopped at step 10 of 20; the same command resumes" in process.said()
     steps = {p.name for p in (stopped / "checkpoints").iterdir() if p.name.isdigit()}
     assert "10" in steps and "12" not in steps
     assert not (stopped / "results.json").exists()
@@ -248,7 +248,7 @@ def test_processes_write_once_stop_together_and_go_on_bit_for_bit(
         of_process=lambda index: {"workdirs": workdirs(index)[1:]},
     )
     assert_both_end_well(pair)
-    assert "going on from step 10 of 20" in pair[0].said()
+    assert "resuming from step 10 of 20" in pair[0].said()
     results = [
         json.loads((workdir / "results.json").read_text())
         for workdir in (whole, stopped)

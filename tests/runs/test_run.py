@@ -8,17 +8,21 @@ import subprocess
 import sys
 
 import chex
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 from bn_jax import data as data_lib
+from bn_jax.fields import ConfigError
 from bn_jax.runs import results
 from bn_jax.runs import run as run_lib
 from bn_jax.runs.interrupt import Interrupted
 from bn_jax.runs.results import RunError
-from bn_jax.training import feed, loop
+from bn_jax.training import feed, scoring
 from bn_jax.training.config import RunOptions
+from bn_jax.training.evaluation import Evaluator
+from bn_jax.version import __version__
 
 # A checkpoint amid an epoch of five steps, one before its end, and none at it.
 OPTIONS = RunOptions(devices="1", checkpoint_every="2steps")
@@ -32,7 +36,7 @@ def finished(tmp_path_factory):
 @pytest.fixture(scope="module")
 def run(finished, tiny_config, tiny_data):
     """A run that was never stopped."""
-    return run_lib.train_into(finished, tiny_config, tiny_data, OPTIONS)
+    return run_lib.train(tiny_config, tiny_data, workdir=finished, options=OPTIONS)
 
 
 def test_run_leaves_all_its_files(run, finished):
@@ -68,25 +72,34 @@ def test_results_name_all_that_the_experiment_promises(run, tiny_data):
 def test_reading_back_gives_the_same_numbers(
     run, finished, tmp_path, tiny_config, tiny_data
 ):
-    trained = run_lib.train_into(tmp_path / "again", tiny_config, tiny_data)
+    trained = run_lib.train(tiny_config, tiny_data, workdir=tmp_path / "again")
     read = run_lib.load(tmp_path / "again")
     chex.assert_trees_all_equal(read.variables, trained.variables)
     assert read.config == trained.config
     assert read.results == trained.results
-    score = loop.score(read.model, read.variables, tiny_data)
-    assert score._asdict().items() <= read.results.items()
+    devices = jax.devices()[:1]
+    score = scoring.score(
+        read.network,
+        read.variables,
+        Evaluator(read.network.predict, tiny_data.test, devices=devices),
+        tiny_data.train.images,
+        devices=devices,
+    )
+    assert score.to_row().items() <= read.results.items()
+    images = tiny_data.test.images
+    np.testing.assert_array_equal(read.predict(images), trained.predict(images))
 
 
 def test_finished_run_is_not_overwritten(run, finished, tiny_config, tiny_data):
     before = {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
     with pytest.raises(RunError, match="finished run of this config.*--load"):
-        run_lib.train_into(finished, tiny_config, tiny_data)
+        run_lib.train(tiny_config, tiny_data, workdir=finished)
     other = dataclasses.replace(tiny_config, seed=3, norm="none")
     message = (
         "another config .norm: 'batch_norm' there, 'none' now; seed: 0 there, 3 now"
     )
     with pytest.raises(RunError, match=message):
-        run_lib.train_into(finished, other, tiny_data)
+        run_lib.train(other, tiny_data, workdir=finished)
     assert before == {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
 
 
@@ -129,18 +142,18 @@ def test_run_that_was_told_to_stop_goes_on_bit_for_bit(
 ):
     monkeypatch.setattr(feed, "STEPS_PER_CALL", 1)  # to stop between checkpoints
     train = functools.partial(
-        run_lib.train_into,
-        tmp_path,
+        run_lib.train,
         tiny_config,
         tiny_data,
-        dataclasses.replace(OPTIONS, input=where),
+        workdir=tmp_path,
+        options=dataclasses.replace(OPTIONS, input=where),
     )
     with monkeypatch.context() as patch, pytest.raises(Interrupted) as raised:
         signal_at(step, signum, patch)
         train()
     assert raised.value.signum == signum
     assert str(raised.value) == (
-        f"stopped at step {step} of 10; the same command goes on from there"
+        f"stopped at step {step} of 10; the same command resumes from there"
     )
     assert steps_in(tmp_path)[-1] == step
     assert len(results.read_metrics(tmp_path)) == step // 5
@@ -155,7 +168,7 @@ def test_signal_in_the_last_step_lets_the_run_finish(
     run, signal_at, tmp_path, tiny_config, tiny_data, monkeypatch
 ):
     signal_at(10, signal.SIGTERM, monkeypatch)
-    assert_same_run(run_lib.train_into(tmp_path, tiny_config, tiny_data), run)
+    assert_same_run(run_lib.train(tiny_config, tiny_data, workdir=tmp_path), run)
 
 
 @pytest.fixture
@@ -177,7 +190,7 @@ def test_metrics_hold_each_epoch_once_whatever_was_left_of_them(
     # process died in writing a line.
     with open(stopped / "metrics.jsonl", "a") as file:
         file.write('{"epoch": 2, "step": 10, "loss": 0.5}\n{"epoch": 3, "st')
-    again = run_lib.train_into(stopped, tiny_config, tiny_data, OPTIONS)
+    again = run_lib.train(tiny_config, tiny_data, workdir=stopped, options=OPTIONS)
     assert_same_run(again, run)
     assert_same_run(run_lib.load(stopped), run)
     # The first epoch was not trained again.
@@ -186,14 +199,16 @@ def test_metrics_hold_each_epoch_once_whatever_was_left_of_them(
 
 def test_run_without_a_checkpoint_begins_anew(stopped, run, tiny_config, tiny_data):
     shutil.rmtree(stopped / "checkpoints")
-    assert_same_run(run_lib.train_into(stopped, tiny_config, tiny_data, OPTIONS), run)
+    assert_same_run(
+        run_lib.train(tiny_config, tiny_data, workdir=stopped, options=OPTIONS), run
+    )
 
 
 def test_run_that_was_trained_but_not_scored_is_finished(
     stopped, finished, run, tiny_config, tiny_data
 ):
     shutil.copytree(finished / "checkpoints" / "10", stopped / "checkpoints" / "10")
-    again = run_lib.train_into(stopped, tiny_config, tiny_data, OPTIONS)
+    again = run_lib.train(tiny_config, tiny_data, workdir=stopped, options=OPTIONS)
     assert_same_run(again, run)
     assert again.metrics == run.metrics
 
@@ -208,7 +223,7 @@ def test_unfinished_run_is_refused_if_it_is_not_to_be_gone_on_with(
     before = contents(stopped)
     options = dataclasses.replace(OPTIONS, resume=False)
     with pytest.raises(RunError, match="unfinished run of this config; .*--resume"):
-        run_lib.train_into(stopped, tiny_config, tiny_data, options)
+        run_lib.train(tiny_config, tiny_data, workdir=stopped, options=options)
     assert contents(stopped) == before
 
 
@@ -217,7 +232,7 @@ def test_checkpoint_of_other_data_is_refused(stopped, tiny_config, tiny_data):
     other = dataclasses.replace(tiny_data, train=fewer)
     message = "data: 'tiny, 170 images' there, 'tiny, 160 images' now"
     with pytest.raises(RunError, match=message):
-        run_lib.train_into(stopped, tiny_config, other, OPTIONS)
+        run_lib.train(tiny_config, other, workdir=stopped, options=OPTIONS)
 
 
 def test_damaged_checkpoint_is_named_and_moved_away_lets_the_run_go_on(
@@ -225,22 +240,24 @@ def test_damaged_checkpoint_is_named_and_moved_away_lets_the_run_go_on(
 ):
     damaged = stopped / "checkpoints" / "8"
     (damaged / "run" / "metadata").write_text("{")
-    message = f"{damaged}: .* it is damaged: move it away, .*goes on from step 6"
+    message = f"{damaged}: .* it is damaged: move it away, .*resumes from step 6"
     with pytest.raises(RunError, match=message):
-        run_lib.train_into(stopped, tiny_config, tiny_data, OPTIONS)
+        run_lib.train(tiny_config, tiny_data, workdir=stopped, options=OPTIONS)
     damaged.rename(tmp_path / "away")
-    assert_same_run(run_lib.train_into(stopped, tiny_config, tiny_data, OPTIONS), run)
+    assert_same_run(
+        run_lib.train(tiny_config, tiny_data, workdir=stopped, options=OPTIONS), run
+    )
 
 
 def test_never_writes_a_checkpoint_at_a_signal_alone(
     run, signal_at, tmp_path, tiny_config, tiny_data, monkeypatch
 ):
     train = functools.partial(
-        run_lib.train_into,
-        tmp_path,
+        run_lib.train,
         tiny_config,
         tiny_data,
-        dataclasses.replace(OPTIONS, checkpoint_every="never"),
+        workdir=tmp_path,
+        options=dataclasses.replace(OPTIONS, checkpoint_every="never"),
     )
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         signal_at(5, signal.SIGTERM, patch)
@@ -253,7 +270,7 @@ def test_never_writes_a_checkpoint_at_a_signal_alone(
 def test_checkpoints_are_written_each_epoch_by_default(
     tmp_path, tiny_config, tiny_data
 ):
-    run_lib.train_into(tmp_path, tiny_config, tiny_data)
+    run_lib.train(tiny_config, tiny_data, workdir=tmp_path)
     assert steps_in(tmp_path) == [5, 10]
 
 
@@ -263,19 +280,19 @@ def test_loss_that_is_not_finite_leaves_the_last_checkpoint(
     config = dataclasses.replace(tiny_config, norm="none", learning_rate=1e38)
     options = dataclasses.replace(OPTIONS, checkpoint_every="1step")
     with pytest.raises(FloatingPointError, match=r"at step \d+ ") as raised:
-        run_lib.train_into(tmp_path, config, tiny_data, options)
+        run_lib.train(config, tiny_data, workdir=tmp_path, options=options)
     step = int(re.search(r"at step (\d+) ", str(raised.value))[1])
     assert steps_in(tmp_path)[-1] == step - 1
     # The same command comes to the same end.
     with pytest.raises(FloatingPointError, match=re.escape(str(raised.value))):
-        run_lib.train_into(tmp_path, config, tiny_data, options)
+        run_lib.train(config, tiny_data, workdir=tmp_path, options=options)
 
 
 def test_folder_in_which_another_process_is_at_work_is_refused(
     stopped, run, tiny_config, tiny_data
 ):
     hold = (
-        "import sys, time; from bn_jax import results\n"
+        "import sys, time; from bn_jax.runs import results\n"
         "with results.locked(sys.argv[1]): print('held', flush=True); time.sleep(600)"
     )
     before = contents(stopped)
@@ -286,12 +303,14 @@ def test_folder_in_which_another_process_is_at_work_is_refused(
         message = f"another process is at work in {stopped}"
         try:
             with pytest.raises(RunError, match=message):
-                run_lib.train_into(stopped, tiny_config, tiny_data, OPTIONS)
+                run_lib.train(tiny_config, tiny_data, workdir=stopped, options=OPTIONS)
         finally:
             other.kill()
     assert contents(stopped) == before
     # A process that was killed holds nothing.
-    assert_same_run(run_lib.train_into(stopped, tiny_config, tiny_data, OPTIONS), run)
+    assert_same_run(
+        run_lib.train(tiny_config, tiny_data, workdir=stopped, options=OPTIONS), run
+    )
 
 
 @pytest.mark.parametrize("parent", ["file", "/proc"])
@@ -301,23 +320,26 @@ def test_folder_that_cannot_be_made_is_refused(
     (tmp_path / "file").write_text("")
     workdir = tmp_path / parent / "run"  # an absolute parent replaces tmp_path
     with pytest.raises(RunError, match=f"cannot write to .* {workdir}: .*--workdir"):
-        run_lib.train_into(workdir, tiny_config, tiny_data)
+        run_lib.train(tiny_config, tiny_data, workdir=workdir)
 
 
 def test_finished_run_is_read_instead_of_trained(
     run, finished, tmp_path, tiny_config, tiny_data
 ):
     assert_same_run(
-        run_lib.train_or_load(finished, tiny_config, tiny_data, OPTIONS), run
+        run_lib.train_or_load(
+            tiny_config, tiny_data, workdir=finished, options=OPTIONS
+        ),
+        run,
     )
     other = dataclasses.replace(tiny_config, seed=3)
     with pytest.raises(RunError, match=r"another run \(seed: 0 there, 3 now\)"):
-        run_lib.train_or_load(finished, other, tiny_data, OPTIONS)
+        run_lib.train_or_load(other, tiny_data, workdir=finished, options=OPTIONS)
 
 
 def test_run_without_norm_has_no_gamma_and_no_gap(tmp_path, tiny_config, tiny_data):
     config = dataclasses.replace(tiny_config, norm="none", epochs=1)
-    run = run_lib.train_into(tmp_path / "none", config, tiny_data)
+    run = run_lib.train(config, tiny_data, workdir=tmp_path / "none")
     assert run.results["gamma_beta"] == {}
     assert run.results["test_accuracy"] == run.results["test_accuracy_exact"]
     assert not (tmp_path / "none" / "gamma_beta.png").exists()
@@ -358,3 +380,20 @@ def test_variables_of_another_model_are_refused(run, finished, tmp_path):
     (copy / "config.json").write_text(json.dumps({**config, "norm": "none"}))
     with pytest.raises(RunError, match="belong to another model"):
         run_lib.load(copy)
+
+
+def test_run_of_an_older_version_is_refused_by_its_name(run, finished, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    of_now = json.loads((copy / "config.json").read_text())
+    older = {"activation": "sigmoid", "momentum": 0.9, "norm_layers": "1111"}
+    kept = ("dataset", "norm", "epochs", "batch_size", "learning_rate", "seed")
+    older |= {name: of_now[name] for name in kept}
+    (copy / "config.json").write_text(json.dumps(older))
+    (copy / "environment.json").write_text('{"bn_jax": "0.1.0"}')
+    with pytest.raises(ConfigError) as caught:
+        run_lib.load(copy)
+    assert str(caught.value) == (
+        f"{copy} was written by bn_jax 0.1.0, whose configs {__version__} does not "
+        "read; read it with that version, or train it again"
+    )

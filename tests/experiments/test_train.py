@@ -1,0 +1,233 @@
+"""The command `experiments.train`, in this process: models, norms and data by name."""
+
+import os
+import re
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+from absl import flags
+
+from bn_jax import runs
+from bn_jax.runs import results
+from bn_jax.training.sweep import Sweep
+from experiments import launch, train
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, capsys):
+    """Runs the command in a folder of its own; returns what it printed.
+
+    Raises SystemExit with the line of an error. How this ends a process is in
+    test_lenet.py.
+    """
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(launch, "set_up_jax", lambda: None)  # it is set up for tests
+    monkeypatch.setattr(launch, "_quiet_orbax", lambda: None)
+    before = set(flags.FLAGS)
+
+    def command(*arguments):
+        monkeypatch.setattr(
+            launch.app, "run", lambda main: main(flags.FLAGS(["train", *arguments]))
+        )
+        try:
+            launch.start(train.main, train.define_flags)
+        finally:
+            for name in set(flags.FLAGS) - before:
+                delattr(flags.FLAGS, name)
+            flags.FLAGS.unparse_flags()
+        return capsys.readouterr().out
+
+    return command
+
+
+def colour_images(num_examples, seed):
+    """Images of 8 x 8 pixels, whose class is their brightest channel."""
+    rng = np.random.default_rng(seed)
+    labels = np.arange(num_examples) % 3
+    images = rng.integers(0, 100, (num_examples, 8, 8, 3), dtype=np.uint8)
+    images[np.arange(num_examples), ..., labels] += 100
+    return images, labels
+
+
+@pytest.fixture
+def images(tmp_path):
+    """Writes images.npz into the folder of the command, with other arrays if given."""
+
+    def images(**arrays):
+        train_images, train_labels = colour_images(90, 0)
+        test_images, test_labels = colour_images(30, 1)
+        default = {
+            "train_images": train_images,
+            "train_labels": train_labels,
+            "test_images": test_images,
+            "test_labels": test_labels,
+        }
+        np.savez(tmp_path / "images.npz", **{**default, **arrays})
+
+    return images
+
+
+OWN_IMAGES = ("--dataset=npz:images.npz", "--devices=1", "--batch_size=20")
+MLP = ("--model=mlp:activation=relu,widths=8x8", "--learning_rate=0.1")
+
+
+def test_mlp_on_the_sample_is_trained_and_evaluated_again(command):
+    said = command(
+        "--workdir=run",
+        *("--dataset=sample", "--train_examples=600", "--batch_size=100"),
+        *("--epochs=1", "--devices=1", "--norm=layer", *MLP),
+    )
+    assert re.search(r"^epoch 1/1  loss .* test accuracy", said, re.MULTILINE)
+    config = results.read_json(Path("run/config.json"))
+    assert config["model"] == "mlp:widths=8x8,activation=relu"
+    assert "the same numbers as in run/results.json" in command("--load=run")
+
+
+def test_own_colour_images_with_validation_and_averaged_weights(command, images):
+    images()
+    said = command(
+        "--workdir=run",
+        *(*OWN_IMAGES, *MLP, "--epochs=4", "--validation=30"),
+        *("--inputs=standardised", "--average_weights=0.5"),
+    )
+    lines = re.findall(r"^epoch \d/4 .*validation accuracy ([\d.]+)", said, re.M)
+    found = results.read_json(Path("run/results.json"))
+    rows = results.read_metrics(Path("run"))
+    validated = [row["validation_accuracy"] for row in rows]
+    assert lines == [f"{accuracy:.3f}" for accuracy in validated]
+    assert found["validation_accuracy"] == validated[-1]
+    assert found["validation_loss"] == rows[-1]["validation_loss"]
+    assert f"validation accuracy {validated[-1]:.3f}, test accuracy" in said
+    assert validated[-1] > 0.6  # of three classes
+    assert found["task"]["image_shape"] == [8, 8, 3]
+    assert found["class_names"] == ["0", "1", "2"]
+    assert (
+        f"average of the weights: test accuracy {found['test_accuracy_averaged']:.3f}"
+        in said
+    )
+
+    run = runs.load("run")
+    last, average = run.variables["params"], run.average
+    assert average["dense1"]["kernel"].shape == last["dense1"]["kernel"].shape
+    assert not np.array_equal(average["dense1"]["kernel"], last["dense1"]["kernel"])
+    again = command("--load=run")
+    for name in ("test_accuracy_exact", "test_loss_averaged"):
+        assert f"{name:22s} {found[name]:.6f}" in again
+    assert "the same numbers as in run/results.json" in again
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--model=lenett"],
+            r"model='lenett'; expected one of .* \(did you mean lenet",
+        ),
+        (["--norm=grup"], r"norm='grup'; expected one of .* \(did you mean group\?\)"),
+        (["--optimizer=sdg"], r"optimizer='sdg'; .* \(did you mean sgd\?\)"),
+        (
+            ["--dataset=cifar1O"],
+            "dataset 'cifar1O' is unknown; .* Did you mean cifar10",
+        ),
+        (
+            ["--norm=batch_norm:momentum=2"],
+            r"momentum=2; expected a number in \[0, 1\]",
+        ),
+        (["--norm=group:num_groups=two"], "num_groups=two; expected an integer"),
+        (["--norm=layer:momentum=0.9"], "'momentum=0.9'; expected KEY=VALUE"),
+        (
+            ["--model=mlp:widths=64x"],
+            "widths=64x; expected values with x between, each",
+        ),
+        (["--model=mlp:widths=64x0"], "widths=64x0; expected .*an integer at least 1"),
+        (["--model=lenet"], "LeNet does not fit images of 8 x 8 x 3: .*give larger im"),
+        (
+            ["--augment=crop_and_flip:size=17"],
+            "size=17' of .* expected a size of at mo",
+        ),
+        (["--accumulate=3"], "accumulate=3 does not divide batch_size=20; give a div"),
+        (["--batch_size=91"], "batch_size=91 is larger than the training set of 90"),
+        (["--validation=90"], "validation=90"),
+        (["--sweep=norm=layer|grup"], r"did you mean group\?.* \(in a sweep of norm\)"),
+        (["--sweep=model=mlp|lenet"], "LeNet does not fit images of 8 x 8 x 3"),
+        (["--sweep=norm.axis=1,2"], "has no option 'axis'"),
+        (["--sweep=model.norm_layers=11,1"], "norm_layers"),
+    ],
+)
+def test_what_does_not_fit_ends_in_a_line_and_leaves_no_folder(
+    arguments, message, command, images, tmp_path
+):
+    images()
+    with pytest.raises(SystemExit) as ended:
+        command("--workdir=run", *OWN_IMAGES, *MLP, *arguments)
+    assert re.match(f"error: .*{message}", ended.value.code)
+    assert "\n" not in ended.value.code
+    assert [path.name for path in tmp_path.iterdir()] == ["images.npz"]
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        (None, "images.npz does not exist, expected an npz file"),
+        (
+            {"train_labels": np.array([0, None] * 45)},
+            "pickled objects, which are not r",
+        ),
+        ({"test_images": np.zeros((30, 8, 8, 3))}, "dtype float64, expected uint8"),
+    ],
+)
+def test_file_that_cannot_be_read_ends_in_a_line_and_leaves_no_folder(
+    arrays, message, command, images, tmp_path
+):
+    if arrays is not None:
+        images(**arrays)
+    with pytest.raises(SystemExit) as ended:
+        command("--workdir=run", *OWN_IMAGES, *MLP)
+    assert re.match(f"error: .*{message}", ended.value.code)
+    assert "\n" not in ended.value.code
+    assert not (tmp_path / "run").exists()
+
+
+NORMS = ("batch_norm", "group:num_groups=4")
+SWEEP = f"--sweep=norm={'|'.join(NORMS)};seed=0..1"
+
+
+def test_sweep_of_two_programs_is_resumed_and_not_repeated(
+    command, images, monkeypatch
+):
+    images()
+    arguments = (*OWN_IMAGES, *MLP, "--epochs=3", "--checkpoint_every=2steps", SWEEP)
+    said = command("--workdir=whole", *arguments)
+    printed = re.findall(r"^norm (\S+) +seed (\d)", said, re.MULTILINE)
+    assert printed == [(norm, seed) for norm in NORMS for seed in "01"]
+    rows = results.read_rows(Path("whole/runs.jsonl"))
+    assert [(r["config"]["norm"], str(r["config"]["seed"])) for r in rows] == printed
+    folders = sorted(path.name for path in Path("whole").glob("program*"))
+    assert folders == ["program1", "program2"]
+
+    finished = []  # norm, first and last step of each program that came to its end
+    train_all = Sweep.train
+    is_first = True
+
+    def train_noted(sweep):
+        first = sweep.step
+        for epoch in train_all(sweep):
+            if is_first and finished and sweep.step == 6:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield epoch
+        finished.append((sweep.configs[0].norm, first, sweep.step))
+
+    monkeypatch.setattr(Sweep, "train", train_noted)
+    with pytest.raises(SystemExit) as ended:
+        command("--workdir=run", *arguments)
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert finished == [(NORMS[0], 0, 12)]
+    is_first = False
+    said = command("--workdir=run", *arguments)
+    assert finished[1:] == [(NORMS[0], 12, 12), (NORMS[1], 6, 12)]
+    assert "resuming from step 6 of 12" in said
+    assert results.read_rows(Path("run/runs.jsonl")) == rows
+    command("--workdir=run", *arguments)
+    assert len(finished) == 3

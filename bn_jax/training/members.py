@@ -151,8 +151,10 @@ def stack_values(configs: Sequence[TrainConfig]) -> Values:
         values = [of_config[name] for of_config in of_configs]
         if name != "seed" and len(set(values)) == 1:
             continue
-        if isinstance(values[0], str):  # digits, 0 and 1, that switch layers
-            stacked[name] = np.array([[d == "1" for d in v] for v in values])
+        texts = [v for v in values if isinstance(v, str)]
+        if texts:  # digits, 0 and 1, that switch layers; None switches all on
+            every = "1" * len(texts[0])
+            stacked[name] = np.array([[d == "1" for d in v or every] for v in values])
         else:
             kind = np.uint32 if name == "seed" else jnp.result_type(type(values[0]))
             stacked[name] = np.array(values, kind)

@@ -6,7 +6,6 @@ import chex
 import jax
 import numpy as np
 import pytest
-
 from small_runs import step_losses, trained
 
 from bn_jax import data as data_lib

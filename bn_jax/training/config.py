@@ -176,14 +176,19 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Check each field's type and range, and write names in one form."""
-        check(self)
         faults = []
         try:
-            data_lib.check_name(self.dataset)
+            check(self)
+        except ConfigError as error:
+            faults.append(str(error))
+        try:
+            data_lib.check_name(str(self.dataset))
         except data_lib.DataError as error:
             faults.append(str(error))
         for name, table in _tables().items():
             text = getattr(self, name)
+            if not isinstance(text, str):  # named by `check`
+                continue
             if name == "model" and text.startswith(OWN_MODEL):
                 continue
             try:
@@ -212,6 +217,7 @@ class TrainConfig:
         Raises:
           ConfigError: if there is no such field or option, or the value does not fit.
         """
+        self.value(name)  # refuses a name that there is not
         field, _, option_name = name.partition(".")
         if option_name:
             table = _table(field)
@@ -224,11 +230,11 @@ class TrainConfig:
         Raises:
           ConfigError: as `replaced`, or if the text writes no value of the field.
         """
+        self.value(name)  # refuses a name that there is not
         field, _, option_name = name.partition(".")
         if option_name:
             table = _table(field)
             kind = table.options(table.parse(getattr(self, field)).name)
-            self.value(name)  # refuses an option that there is not
             return self.replaced(name, kind[option_name].parse(text))
         (known,) = (f for f in dataclasses.fields(self) if f.name == name)
         return self.replaced(name, parse(known, text))

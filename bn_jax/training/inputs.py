@@ -84,7 +84,7 @@ def standardised(*, statistics: ChannelStatistics | None) -> Scaling:
 
 
 def norm(*, statistics: ChannelStatistics | None) -> Scaling:
-    """Divide by 255; the model then starts with a norm, as `with_norm` makes it."""
+    """Divide by 255; the model then starts with a norm, see `NormalisedInput`."""
     del statistics
     return to_unit
 

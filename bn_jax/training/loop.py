@@ -173,7 +173,8 @@ class Trainer:
     @property
     def compile_seconds(self) -> float:
         """Time that compilation of steps and evaluation took."""
-        return self._steps.compile_seconds + self._evaluate.compile_seconds
+        evaluators = filter(None, (self._evaluate, self._validate))
+        return self._steps.compile_seconds + sum(e.compile_seconds for e in evaluators)
 
     def restore(self, progress: Progress) -> None:
         """Go on from `progress`.

@@ -4,7 +4,7 @@ import pytest
 from flax import linen as nn
 
 from bn_jax.training import diagnosis
-from bn_jax.training.state import TrainState
+from bn_jax.training.state import Network, TrainState
 from bn_jax.training.step import Batch
 
 
@@ -47,7 +47,8 @@ def found(**factors):
     state = TrainState(
         step=jnp.zeros((), int), params=params, batch_stats={}, opt_state=()
     )
-    return diagnosis.first_not_finite(ThreeScales(), state, BATCH)
+    network = Network(ThreeScales(), (10, 1, 1))
+    return diagnosis.first_not_finite(network, state, BATCH)
 
 
 @pytest.mark.parametrize("value", [jnp.inf, -1.0])

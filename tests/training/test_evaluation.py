@@ -7,6 +7,7 @@ from flax import linen as nn
 from bn_jax.data import Split
 from bn_jax.training import evaluation
 from bn_jax.training.evaluation import Evaluator
+from bn_jax.training.state import Network
 
 
 class LogOfMean(nn.Module):
@@ -18,6 +19,8 @@ class LogOfMean(nn.Module):
         weights = self.param("weights", nn.initializers.ones, (10,))
         return jnp.log(x.mean((1, 2, 3)))[:, None] * weights
 
+
+PREDICT = Network(LogOfMean(), (2, 2, 1)).predict
 
 WEIGHTS = np.linspace(-1.0, 1.0, 10)
 
@@ -49,7 +52,7 @@ def test_every_example_counts_once_however_they_are_divided(
     monkeypatch.setattr(evaluation, "_PART_SIZE", part_size)
     for stored in (True, False):
         evaluate = Evaluator(
-            LogOfMean(),
+            PREDICT,
             split,
             devices=devices[:num_devices],
             stored=stored,
@@ -65,7 +68,7 @@ def test_parts_are_of_one_shape_so_that_one_program_takes_them(
     split, devices, monkeypatch
 ):
     monkeypatch.setattr(evaluation, "_PART_SIZE", 10)
-    evaluate = Evaluator(LogOfMean(), split, devices=devices[:2], batch_size=3)
+    evaluate = Evaluator(PREDICT, split, devices=devices[:2], batch_size=3)
     # 37 examples in 4 parts of at most 10, each as 2 batches of 3 a device.
     parts = list(evaluate._parts())
     assert [counts.shape for _, counts in parts] == [(2, 6)] * 4
@@ -76,7 +79,7 @@ def test_data_that_is_not_stored_is_sent_anew_at_each_evaluation(split, devices)
     images = split.images.copy()
     changing = Split(images, split.labels)
     evaluators = {
-        stored: Evaluator(LogOfMean(), changing, devices=devices[:1], stored=stored)
+        stored: Evaluator(PREDICT, changing, devices=devices[:1], stored=stored)
         for stored in (True, False)
     }
     variables = {"params": {"weights": np.float32(WEIGHTS)}}
@@ -87,7 +90,7 @@ def test_data_that_is_not_stored_is_sent_anew_at_each_evaluation(split, devices)
 
 
 def test_compilation_is_timed_once(split, devices):
-    evaluate = Evaluator(LogOfMean(), split, devices=devices[:1])
+    evaluate = Evaluator(PREDICT, split, devices=devices[:1])
     assert evaluate.compile_seconds == 0
     variables = {"params": {"weights": jnp.ones(10)}}
     evaluate(variables)
@@ -100,4 +103,4 @@ def test_compilation_is_timed_once(split, devices):
 def test_empty_data_set_is_refused(split, devices):
     empty = Split(split.images[:0], split.labels[:0])
     with pytest.raises(ValueError, match="no examples to evaluate on; give at least"):
-        Evaluator(LogOfMean(), empty, devices=devices[:1])
+        Evaluator(PREDICT, empty, devices=devices[:1])

@@ -1,4 +1,5 @@
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -6,15 +7,29 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from bn_jax import data as data_lib
 from bn_jax.fields import ConfigError
 from bn_jax.linen import BatchNorm
 from bn_jax.models.mlp import MLP
 from bn_jax.training import inputs
-from bn_jax.training.inputs import ChannelStatistics, Standardise, channel_statistics
+from bn_jax.training.config import TrainConfig
+from bn_jax.training.inputs import ChannelStatistics, NormalisedInput, Standardise
+from bn_jax.training.task import Task, make_network
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (7, 5, 4, 3), dtype=np.uint8)
-IMAGES[..., 2] = 255  # never varies
-STATISTICS = channel_statistics(IMAGES)
+IMAGES[..., 2] //= 8  # a channel of its own scale
+TASK = Task.of(
+    TrainConfig(inputs="standardised"),
+    data_lib.ImageData(
+        name="three",
+        train=data_lib.Split(IMAGES, np.zeros(7, np.int32)),
+        test=data_lib.Split(IMAGES[:1], np.zeros(1, np.int32)),
+        class_names=("zero", "one"),
+        kind="npz",
+        source="three channels",
+    ),
+)
+STATISTICS = TASK.statistics
 
 
 class NHWC(nn.Module):
@@ -33,7 +48,18 @@ def test_statistics_are_per_channel_of_the_unit_range():
     values = IMAGES.reshape(-1, 3) / 255
     np.testing.assert_allclose(STATISTICS.mean, values.mean(0), rtol=1e-12)
     np.testing.assert_allclose(STATISTICS.deviation, values.std(0), atol=1e-12)
-    assert STATISTICS.deviation[2] == 0
+    assert Task.from_dict(json.loads(json.dumps(TASK.to_dict()))) == TASK
+
+
+def test_statistics_are_taken_where_they_are_needed_alone(tiny_data):
+    task = Task.of(TrainConfig(), tiny_data)
+    assert task == Task(10, (28, 28, 1)) == Task.from_dict(task.to_dict())
+
+
+def test_channel_that_never_varies_becomes_0():
+    scale = Standardise(ChannelStatistics((0.5, 1.0), (0.1, 0.0)))
+    scaled = scale(jnp.full((1, 2, 2, 2), 255, jnp.uint8))
+    np.testing.assert_allclose(scaled[0, 0, 0], [5, 0], rtol=1e-6)
 
 
 def test_unit_is_a_255th_to_the_last_bit():
@@ -54,12 +80,12 @@ def test_standardised_channels_have_mean_0_and_deviation_1():
     scaled = jax.jit(inputs.make("standardised", STATISTICS))(IMAGES)
     assert scaled.dtype == jnp.float32
     np.testing.assert_allclose(scaled.mean((0, 1, 2)), 0, atol=1e-6)
-    np.testing.assert_allclose(scaled.std((0, 1, 2)), [1, 1, 0], atol=1e-6)
+    np.testing.assert_allclose(scaled.std((0, 1, 2)), 1, atol=1e-6)
 
 
 def test_functions_of_the_same_numbers_are_equal():
     # So that one may be a static argument of a compiled program.
-    again = inputs.make("standardised", channel_statistics(IMAGES.copy()))
+    again = inputs.make("standardised", ChannelStatistics(*map(tuple, STATISTICS)))
     assert again == inputs.make("standardised", STATISTICS)
     assert hash(again) == hash(Standardise(STATISTICS))
     assert again != Standardise(ChannelStatistics((0.0,), (1.0,)))
@@ -68,7 +94,7 @@ def test_functions_of_the_same_numbers_are_equal():
 
 def test_norm_on_the_input_leaves_the_model_as_it_was():
     model = MLP((6,), norm=functools.partial(BatchNorm, momentum=0.9))
-    wrapped = inputs.with_norm("norm", model, NHWC)
+    wrapped = NormalisedInput(model, NHWC)
     images = IMAGES.astype(np.float32) / 255
     init = functools.partial(jax.jit, static_argnames="train")
     key = jax.random.key(0)
@@ -101,12 +127,24 @@ def test_norm_on_the_input_leaves_the_model_as_it_was():
         0.01 * images.mean((0, 1, 2)),
         rtol=1e-4,
     )
-    assert wrapped == inputs.with_norm("norm", model, NHWC) and hash(wrapped)
+    assert wrapped == NormalisedInput(model, NHWC) and hash(wrapped)
 
 
-def test_other_names_do_not_wrap():
-    model = MLP((6,))
-    assert inputs.with_norm("unit", model, None) is model
+@pytest.mark.parametrize("norm", ["batch_norm", "layer", "none"])
+def test_inputs_are_normalised_by_batch_norm_whatever_the_norm_inside(norm):
+    config = TrainConfig(model="mlp:widths=4", norm=norm, inputs="norm")
+    network = make_network(config, TASK)
+    stats = network.init(jax.random.key(0))["batch_stats"]
+    assert set(stats["input_norm"]) == {"mean", "var"}
+    assert ("norm1" in stats) == (norm == "batch_norm")
+
+
+def test_other_inputs_do_not_wrap_the_model():
+    for name in ("unit", "none", "standardised"):
+        config = TrainConfig(model="mlp:widths=4", inputs=name)
+        network = make_network(config, TASK)
+        assert isinstance(network.model, MLP)
+        assert network.scale == inputs.make(name, STATISTICS)
 
 
 @pytest.mark.parametrize(
@@ -114,11 +152,6 @@ def test_other_names_do_not_wrap():
     [
         (lambda: inputs.make("units", STATISTICS), r"did you mean unit"),
         (lambda: inputs.make("unit:by=2", STATISTICS), r"unit takes no options"),
-        (lambda: inputs.with_norm("norm", MLP((6,)), None), r"norm='none'; expected a"),
-        (
-            lambda: inputs.with_norm("norm", object(), NHWC),
-            r"class object; expected a L",
-        ),
     ],
 )
 def test_bad_inputs_are_refused_in_one_line(call, words):

@@ -6,9 +6,12 @@ import chex
 import jax
 import numpy as np
 import pytest
+from small_runs import step_losses, trained
 
+from bn_jax import data as data_lib
 from bn_jax.fields import ConfigError
-from bn_jax.training import loop, parallel
+from bn_jax.training import loop, parallel, scoring
+from bn_jax.training.evaluation import Evaluator
 
 
 @pytest.fixture(scope="module")
@@ -17,35 +20,33 @@ def reports():
 
 
 @pytest.fixture(scope="module")
-def fitted(tiny_config, tiny_data, reports):
-    return loop.fit(tiny_config, tiny_data, on_epoch=reports.append)
+def ended(tiny_config, tiny_data, reports):
+    trainer = loop.Trainer(tiny_config, tiny_data)
+    reports += trainer.train()
+    return trainer
 
 
-def test_same_config_repeats_bit_for_bit(fitted, tiny_config, tiny_data):
-    again = loop.fit(tiny_config, tiny_data)
-    chex.assert_trees_all_equal(again.state, fitted.state)
-    np.testing.assert_array_equal(again.step_losses, fitted.step_losses)
+def test_same_config_repeats_bit_for_bit(ended, tiny_config, tiny_data):
+    again = trained(tiny_config, tiny_data)
+    assert_same(again.progress(), ended.progress())
 
 
-def test_streamed_run_is_the_stored_run_bit_for_bit(fitted, tiny_config, tiny_data):
+def test_streamed_run_is_the_stored_run_bit_for_bit(ended, tiny_config, tiny_data):
     # In parts that begin amid an epoch, of 2, 2 and 1 steps.
-    streamed = loop.fit(tiny_config, tiny_data, stream=True, checkpoint_steps=2)
-    np.testing.assert_array_equal(streamed.step_losses, fitted.step_losses)
-    chex.assert_trees_all_equal(streamed.state, fitted.state)
-    for ours, theirs in zip(streamed.history, fitted.history, strict=True):
-        assert ours[:6] == theirs[:6]  # all but the times
+    streamed = trained(tiny_config, tiny_data, stream=True, checkpoint_steps=2)
+    assert_same(streamed.progress(), ended.progress())
 
 
-def test_another_seed_gives_another_start_and_order(fitted, tiny_config, tiny_data):
-    other = loop.fit(dataclasses.replace(tiny_config, seed=1), tiny_data)
-    assert other.step_losses[0] != fitted.step_losses[0]
+def test_another_seed_gives_another_start_and_order(ended, tiny_config, tiny_data):
+    other = step_losses(dataclasses.replace(tiny_config, seed=1), tiny_data)
+    assert other[0] != ended.progress().step_losses[0]
 
 
-def test_history_holds_each_epochs_means(fitted, reports):
-    assert reports == fitted.history
+def test_history_holds_each_epochs_means(ended, reports):
+    assert reports == ended.history
     assert [report.epoch for report in reports] == [1, 2]
     assert [report.step for report in reports] == [5, 10]
-    by_epoch = fitted.step_losses.reshape(2, 5).mean(1)
+    by_epoch = ended.progress().step_losses.reshape(2, 5).mean(1)
     np.testing.assert_allclose([r.loss for r in reports], by_epoch, rtol=1e-6)
     for report in reports:
         assert report.examples_per_second == pytest.approx(150 / report.seconds)
@@ -64,32 +65,42 @@ def test_lowered_loop_is_that_of_the_steps(num_devices, tiny_config, tiny_data):
 
 
 def test_training_learns(tiny_config, tiny_data):
-    fitted = loop.fit(dataclasses.replace(tiny_config, epochs=12), tiny_data)
-    assert fitted.history[-1].train_accuracy > 0.95
-    score = loop.score(fitted.model, fitted.state.variables, tiny_data)
+    trainer = trained(dataclasses.replace(tiny_config, epochs=12), tiny_data)
+    assert trainer.history[-1].train_accuracy > 0.95
+    score = trainer.score()
     assert score.test_accuracy_exact > 0.9
-    assert score.test_accuracy == pytest.approx(fitted.history[-1].test_accuracy)
+    assert score.test_accuracy == pytest.approx(trainer.history[-1].test_accuracy)
 
 
 def test_ours_and_flaxs_own_agree_step_by_step(tiny_config, tiny_data):
     config = dataclasses.replace(tiny_config, epochs=4)
-    ours = loop.fit(config, tiny_data)
-    flax = loop.fit(dataclasses.replace(config, norm="flax"), tiny_data)
-    difference = np.abs(ours.step_losses - flax.step_losses)
+    ours = trained(config, tiny_data)
+    flax = step_losses(dataclasses.replace(config, norm="flax"), tiny_data)
+    difference = np.abs(ours.progress().step_losses - flax)
     assert difference[0] < 1e-5
     assert difference[:20].max() < 1e-3
-    assert len(jax.tree.leaves(ours.state.batch_stats)) == 8
+    assert len(jax.tree.leaves(ours.state().batch_stats)) == 8
 
 
-@pytest.mark.parametrize("norm", ["none", "batch_norm"])
 def test_momentum_of_the_statistics_and_epsilon_reach_the_layers(
-    norm, tiny_config, tiny_data
+    tiny_config, tiny_data
 ):
-    plain = dataclasses.replace(tiny_config, norm=norm, epochs=1)
-    other = dataclasses.replace(plain, momentum=0.5, epsilon=1e-2)
-    a, b = loop.fit(plain, tiny_data), loop.fit(other, tiny_data)
-    same_loss = np.array_equal(a.step_losses, b.step_losses)
-    assert same_loss == (norm == "none")
+    plain = dataclasses.replace(tiny_config, epochs=1)
+    a = trained(plain, tiny_data)
+    b = trained(plain.replaced("norm.momentum", 0.5), tiny_data)
+    c = trained(plain.replaced("norm.epsilon", 1e-2), tiny_data)
+    losses = [trainer.progress().step_losses for trainer in (a, b, c)]
+    # The momentum takes no part in training, and epsilon does.
+    np.testing.assert_array_equal(losses[1], losses[0])
+    assert not np.array_equal(losses[2], losses[0])
+    assert a.history[0].test_loss != b.history[0].test_loss
+    # The first layer's batches differ little, so that from 1 the variance moves by
+    # .9^5 and .5^5 of the way to theirs.
+    of_norm = [t.state().batch_stats["norm1"]["var"] for t in (a, b)]
+    of_batch = (of_norm[0] - 0.9**5) / (1 - 0.9**5)
+    np.testing.assert_allclose(
+        of_norm[1], 0.5**5 + (1 - 0.5**5) * of_batch, rtol=0.3, atol=1e-3
+    )
 
 
 def test_batch_larger_than_the_data_is_refused(tiny_config, tiny_data):
@@ -97,16 +108,23 @@ def test_batch_larger_than_the_data_is_refused(tiny_config, tiny_data):
     with pytest.raises(
         ConfigError, match="batch_size=171 .* 170 images; .*at most 170"
     ):
-        loop.fit(config, tiny_data)
+        loop.Trainer(config, tiny_data)
 
 
 KINDS = {
     "sgd, stored": ({}, False),
     "momentum, cosine, stored": (
-        {"optimizer": "momentum", "schedule": "cosine"},
+        {"optimizer": "sgd:momentum=0.9", "schedule": "cosine"},
         False,
     ),
-    "adam, streamed": ({"optimizer": "adam", "learning_rate": 0.01}, True),
+    "adam, average, streamed": (
+        {"optimizer": "adam", "learning_rate": 0.01, "average_weights": 0.5},
+        True,
+    ),
+    "augmented, dropout, stored": (
+        {"augment": "crop_and_flip:padding=2", "model": "lenet:dropout_rate=0.3"},
+        False,
+    ),
 }
 
 
@@ -256,3 +274,161 @@ def test_test_loss_that_is_not_finite_ends_the_run(broken):
     message = r"loss on the test set is not finite after epoch 1 .*--learning_rate"
     with pytest.raises(FloatingPointError, match=message):
         broken("batch_stats", "norm2", "mean", np.nan)
+
+
+@pytest.fixture(scope="module")
+def validated(tiny_config, tiny_data):
+    """A trainer at the end of a run in which 30 images are set aside."""
+    return trained(dataclasses.replace(tiny_config, validation=30), tiny_data)
+
+
+def test_images_are_set_aside_and_scored_after_each_epoch(validated, tiny_data):
+    images, labels = tiny_data.train
+    assert len(validated.data.train.labels) == 140
+    np.testing.assert_array_equal(validated.data.train.images, images[:140])
+    # 140 // 30 steps an epoch.
+    assert [report.step for report in validated.history] == [4, 8]
+    aside = data_lib.Split(images[140:], labels[140:])
+    evaluate = Evaluator(validated.network.predict, aside, devices=jax.devices()[:1])
+    expected = evaluate(validated.state().variables)
+    last = validated.history[-1]
+    assert last.validation_loss == pytest.approx(expected.loss, rel=1e-5)
+    assert last.validation_accuracy == expected.accuracy == last.best_by
+    row = last.to_row()
+    assert row["validation_loss"] == last.validation_loss
+    assert row["validation_accuracy"] == last.validation_accuracy
+
+
+def test_validation_changes_no_number_of_the_training(
+    validated, tiny_config, tiny_data
+):
+    config = dataclasses.replace(tiny_config, train_examples=140)
+    plain = trained(config, tiny_data)
+    chex.assert_trees_all_equal(
+        plain.progress().state, validated.progress().state, strict=True
+    )
+    for one, other in zip(plain.history, validated.history, strict=True):
+        assert one[:6] == other[:6]
+
+
+def test_without_validation_there_is_no_score_of_it(ended):
+    report = ended.history[-1]
+    assert report.validation_loss is report.validation_accuracy is None
+    assert not [name for name in report.to_row() if "validation" in name]
+    assert report.best_by == report.test_accuracy
+
+
+def test_bfloat16_keeps_parameters_and_statistics_in_float32(tiny_config, tiny_data):
+    config = dataclasses.replace(
+        tiny_config, precision="bfloat16", epochs=12, inputs="norm"
+    )
+    trainer = trained(config, tiny_data)
+    state = trainer.state()
+    chex.assert_type(
+        jax.tree.leaves((state.params, state.batch_stats, state.opt_state)), np.float32
+    )
+    program = trainer.lower().as_text()
+    convolutions = [line for line in program.splitlines() if "convolution(" in line]
+    assert convolutions and all("bf16>" in line for line in convolutions)
+    assert trainer.history[-1].train_accuracy > 0.8
+    logits = trainer.network.predict(state.variables, tiny_data.test.images[:2])
+    assert logits.dtype == np.float32
+    # Bits of bfloat16 are lost: the losses differ, but not by much.
+    losses = step_losses(dataclasses.replace(config, precision="float32"), tiny_data)
+    difference = np.abs(trainer.progress().step_losses[:5] - losses[:5])
+    assert 1e-5 < difference.max() < 0.1
+
+
+def test_standardised_inputs_are_those_of_the_training_set(tiny_config, tiny_data):
+    config = dataclasses.replace(
+        tiny_config, inputs="standardised", validation=30, epochs=12
+    )
+    trainer = trained(config, tiny_data)
+    x = tiny_data.train.images[:140] / 255
+    np.testing.assert_allclose(
+        trainer.network.scale(tiny_data.test.images),
+        (tiny_data.test.images / 255 - x.mean()) / x.std(),
+        atol=1e-5,
+    )
+    assert trainer.history[-1].train_accuracy > 0.9
+    assert trainer.score().test_accuracy_exact > 0.8
+
+
+def test_norm_on_the_inputs_has_statistics_of_its_own(tiny_config, tiny_data):
+    config = dataclasses.replace(tiny_config, inputs="norm", epochs=12)
+    trainer = trained(config, tiny_data)
+    state = trainer.state()
+    assert state.batch_stats["input_norm"]["mean"].shape == (1,)
+    x = tiny_data.train.images / 255
+    # From 0 the mean has moved by 1 - .9^60 of the way.
+    np.testing.assert_allclose(
+        state.batch_stats["input_norm"]["mean"], x.mean(), rtol=0.02
+    )
+    assert state.params["input_norm"].keys() == {"scale", "bias"}
+    assert trainer.history[-1].train_accuracy > 0.9
+    exact = trainer.score()
+    assert exact.exact_refused is None and exact.test_accuracy_exact > 0.8
+
+
+def test_exact_statistics_of_a_norm_on_the_inputs_are_those_of_the_pixels(
+    tiny_config, tiny_data
+):
+    config = dataclasses.replace(tiny_config, inputs="norm")
+    trainer = loop.Trainer(config, tiny_data)
+    stats = scoring.exact_statistics(
+        trainer.network,
+        trainer.state().variables,
+        tiny_data.train.images,
+        devices=jax.devices()[:1],
+    )
+    x = tiny_data.train.images / 255
+    np.testing.assert_allclose(stats["input_norm"]["mean"], [x.mean()], rtol=1e-5)
+    np.testing.assert_allclose(stats["input_norm"]["var"], [x.var()], rtol=1e-5)
+
+
+AUGMENTED = {"augment": "crop_and_flip:padding=2,size=26", "learning_rate": 0.1}
+
+
+def test_augmented_images_do_not_depend_on_devices(tiny_config, tiny_data):
+    config = dataclasses.replace(tiny_config, **AUGMENTED)
+    one = trained(config, tiny_data)
+    assert one.network.image_shape == (26, 26, 1)
+    losses = one.progress().step_losses
+    for program in ("pmap", "jit"):
+        placement = parallel.place(config, devices="2", parallel=program)
+        two = trained(config, tiny_data, placement=placement)
+        np.testing.assert_allclose(two.progress().step_losses, losses, atol=1e-4)
+        chex.assert_trees_all_close(two.state().params, one.state().params, atol=1e-4)
+        assert two.history[-1].test_loss == pytest.approx(
+            one.history[-1].test_loss, rel=1e-4
+        )
+    # The images are others than the crops in the middle.
+    still = dataclasses.replace(config, augment="crop_and_flip:padding=0,size=26")
+    assert np.abs(step_losses(still, tiny_data) - losses).max() > 1e-3
+
+
+def test_seed_decides_the_augmentation_and_evaluation_sees_the_middle(
+    tiny_config, tiny_data
+):
+    config = dataclasses.replace(tiny_config, **AUGMENTED, epochs=1)
+    first, again, other = (
+        step_losses(dataclasses.replace(config, seed=seed), tiny_data)
+        for seed in (0, 0, 1)
+    )
+    np.testing.assert_array_equal(first, again)
+    assert not np.array_equal(first, other)
+    network = loop.Trainer(config, tiny_data).network
+    variables = network.init(jax.random.key(0))
+    images = tiny_data.test.images[:3]
+    np.testing.assert_array_equal(
+        network.predict(variables, images),
+        network.model.apply(
+            variables, network.scale(images[:, 1:-1, 1:-1]), train=False
+        ),
+    )
+
+
+def test_augmentation_that_does_not_fit_the_images_is_refused(tiny_config, tiny_data):
+    config = dataclasses.replace(tiny_config, augment="crop_and_flip:size=37")
+    with pytest.raises(ConfigError, match="size=37.* 28 x 28 .*at most 36"):
+        loop.Trainer(config, tiny_data)

@@ -18,7 +18,7 @@ from bn_jax.linen import BatchNorm
 from bn_jax.training import loop, parallel
 from bn_jax.training import step as step_lib
 from bn_jax.training.config import TrainConfig
-from bn_jax.training.state import init_state, init_variables
+from bn_jax.training.state import Network, init_state
 
 BATCH_SIZE = 32
 NUM_STEPS = 50
@@ -78,13 +78,21 @@ def placed(batch_stats, num_devices, program, batch_size=BATCH_SIZE):
     return config, placement
 
 
+def small(config, placement, **model_options):
+    """`Small`, whose norms share statistics as configured."""
+    attributes = parallel.norm_attributes(config, placement)
+    ghosts = attributes.pop("ghost_batch_size", None)
+    options = {"norm_options": attributes, "ghost_batch_size": ghosts} | model_options
+    return Network(Small(**options), IMAGE_SHAPE)
+
+
 @functools.cache  # compilation is what these tests wait for
 def steps_of(config, placement, *, learning_rate=0.1, **model_options):
     """The compiled loop of `Small`, and of plain SGD."""
-    options = parallel.sharing_options(config, placement) | model_options
     train_step = step_lib.make_train_step(
-        Small(**options),
+        small(config, placement, **model_options),
         optax.sgd(learning_rate),
+        dropout_key=jax.random.key(0),
         axis_name=parallel.DATA if placement.uses_axis else None,
     )
     return parallel.make_steps(placement, train_step)
@@ -92,8 +100,8 @@ def steps_of(config, placement, *, learning_rate=0.1, **model_options):
 
 def initial(num_states, *, dtype=np.float32, seed=0, num_norms=2):
     """The state before the first step, on the host."""
-    model = Small(num_norms=num_norms)
-    variables = init_variables(model, jax.random.key(seed), IMAGE_SHAPE)
+    network = Network(Small(num_norms=num_norms), IMAGE_SHAPE)
+    variables = network.init(jax.random.key(seed))
     state = as_dtype(init_state(variables, optax.sgd(0.1)), dtype)
     copies = jax.tree.map(lambda v: np.stack([v] * num_states), state.batch_stats)
     return state.replace(batch_stats=copies)
@@ -524,8 +532,9 @@ def test_compilers_own_collectives_are_bounded(batch_stats, most):
 def test_members_of_an_ensemble_train_as_if_alone(batch_stats, x64):
     config, placement = placed(batch_stats, 4, "pmap")
     one_step = step_lib.make_train_step(
-        Small(**parallel.sharing_options(config, placement)),
+        small(config, placement),
         optax.sgd(1.0),
+        dropout_key=jax.random.key(0),
         axis_name=parallel.DATA,
     )
 
@@ -573,9 +582,7 @@ def test_members_of_an_ensemble_train_as_if_alone(batch_stats, x64):
 def test_loop_is_compiled_once_however_it_is_cut(stream, program, tiny_data):
     traces = []
 
-    def make_train_step(*args, **options):
-        train_step = step_lib.make_train_step(*args, **options)
-
+    def wrap_step(train_step):
         def traced(state, batch):
             traces.append(batch.labels.shape)
             return train_step(state, batch)
@@ -589,7 +596,7 @@ def test_loop_is_compiled_once_however_it_is_cut(stream, program, tiny_data):
         placement=parallel.place(config, devices="2", parallel=program),
         stream=stream,
         checkpoint_steps=3,  # of 10 an epoch: calls of 1, 2 and 3 steps
-        make_train_step=make_train_step,
+        wrap_step=wrap_step,
     )
     reports = trainer.train()
     next(reports)
@@ -635,19 +642,6 @@ def test_loop_is_compiled_once_however_it_is_cut(stream, program, tiny_data):
             "jit",
             "batch_stats='groups:8' does not divide 4 devices into groups of 8",
         ),
-        (
-            {"norm": "flax", "batch_stats": "per_device"},
-            "4",
-            "jit",
-            "norm='flax' with batch_stats='per_device' and parallel='jit': .*"
-            "use --parallel=pmap or our norm",
-        ),
-        (
-            {"norm": "flax", "batch_stats": "groups:2"},
-            "4",
-            "jit",
-            "norm='flax' with batch_stats='groups:2' and parallel='jit'",
-        ),
     ],
 )
 def test_placement_that_cannot_be_is_refused(config, devices, program, message):
@@ -655,12 +649,99 @@ def test_placement_that_cannot_be_is_refused(config, devices, program, message):
         parallel.place(TrainConfig(**config), devices=devices, parallel=program)
 
 
-def test_flaxs_norm_is_placed_where_it_shares_statistics_by_itself():
-    unsynced = TrainConfig(norm="flax", batch_stats="per_device")
-    assert parallel.place(unsynced, devices="4").num_states == 4
-    assert parallel.place(unsynced, devices="1", parallel="jit").num_states == 1
-    synced = TrainConfig(norm="flax")
-    assert parallel.place(synced, devices="4", parallel="jit").num_states == 1
+@pytest.mark.parametrize("norm", ["flax", "whitening"])
+@pytest.mark.parametrize("batch_stats", ["per_device", "groups:2"])
+def test_norm_without_ghost_batches_is_refused_where_they_stand_for_devices(
+    norm, batch_stats, tiny_data
+):
+    config = TrainConfig(
+        norm=norm, batch_stats=batch_stats, batch_size=16, model="mlp:widths=4"
+    )
+    placement = parallel.place(config, devices="4", parallel="jit")
+    with pytest.raises(ConfigError, match=f"norm='{norm}' takes no ghost_batch_size"):
+        loop.Trainer(config, tiny_data, placement=placement)
+
+
+def test_flaxs_norm_is_placed_where_it_shares_statistics_by_itself(tiny_data):
+    def num_states(devices, program, **options):
+        config = TrainConfig(
+            norm="flax", batch_size=16, model="mlp:widths=4", **options
+        )
+        placement = parallel.place(config, devices=devices, parallel=program)
+        return loop.Trainer(config, tiny_data, placement=placement).placement.num_states
+
+    assert num_states("4", "pmap", batch_stats="per_device") == 4
+    assert num_states("1", "jit", batch_stats="per_device") == 1
+    assert num_states("4", "jit") == 1
+
+
+# Other models.
+
+
+MODELS = {"mlp": "mlp:widths=8x8", "resnet": "resnet:depth=8,width=2"}
+
+
+@functools.cache
+def model_after_5_steps(model, num_devices, program, batch_stats):
+    """The trainer of a model and a data set, of 5 steps at a low rate."""
+    config = TrainConfig(
+        model=MODELS[model],
+        epochs=1,
+        batch_size=32,
+        learning_rate=0.05,
+        batch_stats=batch_stats,
+    )
+    rng = np.random.default_rng(0)
+    labels = (np.arange(160) % 10).astype(np.int32)
+    images = rng.integers(0, 130, (160, 8, 8, 1)) + 12 * labels[:, None, None, None]
+    split = data_lib.Split(images.astype(np.uint8), labels)
+    data = data_lib.ImageData(
+        name="bright",
+        train=split,
+        test=split,
+        class_names=tuple("0123456789"),
+        kind="npz",
+        source="bright",
+    )
+    placement = parallel.place(config, devices=str(num_devices), parallel=program)
+    assert len(set(placement.devices)) == num_devices
+    trainer = loop.Trainer(config, data, placement=placement)
+    assert len(list(trainer.train())) == 1 and trainer.step == 5
+    return trainer
+
+
+@pytest.mark.parametrize("program", ["pmap", "jit"])
+@pytest.mark.parametrize("model", MODELS)
+def test_other_models_on_synced_devices_are_those_on_one(model, program):
+    one = model_after_5_steps(model, 1, "jit", "synced")
+    two = model_after_5_steps(model, 2, program, "synced")
+    assert_near(two.progress().state, one.progress().state, atol=1e-4)
+    np.testing.assert_allclose(
+        two.progress().step_losses, one.progress().step_losses, atol=1e-4
+    )
+    assert two.history[0].test_loss == pytest.approx(one.history[0].test_loss, rel=1e-3)
+    assert two.score().test_loss_exact == pytest.approx(
+        one.score().test_loss_exact, rel=1e-3
+    )
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_other_models_on_devices_apart_are_ghost_batches(model):
+    apart = model_after_5_steps(model, 2, "pmap", "per_device").progress()
+    ghosts = model_after_5_steps(model, 2, "jit", "per_device").progress()
+    synced = model_after_5_steps(model, 2, "pmap", "synced").progress()
+    np.testing.assert_allclose(apart.step_losses, ghosts.step_losses, atol=1e-4)
+    chex.assert_trees_all_close(
+        apart.state.params, ghosts.state.params, atol=1e-4, rtol=0
+    )
+    for path, mean in jax.tree_util.tree_leaves_with_path(apart.state.batch_stats):
+        if path[-1].key == "mean":  # the average over devices, first or last
+            of_ghosts = ghosts.state.batch_stats
+            for part in path:
+                of_ghosts = of_ghosts[part.key]
+            assert len(mean) == 2 and len(of_ghosts) == 1
+            np.testing.assert_allclose(mean.mean(0), of_ghosts[0], atol=1e-4)
+    assert np.abs(apart.step_losses - synced.step_losses).max() > 1e-3
 
 
 def test_all_devices_are_those_that_there_are():

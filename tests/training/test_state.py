@@ -5,15 +5,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_runs import step_losses, swept, trained
 
 from bn_jax.data import DataError
 from bn_jax.fields import ConfigError
 from bn_jax.runs import sweeps
-from bn_jax.training import loop
+from bn_jax.training import loop, parallel, scoring
 from bn_jax.training.config import TrainConfig
+from bn_jax.training.evaluation import Evaluator
 from bn_jax.training.members import parse
-from bn_jax.training.state import make_model
-from bn_jax.training.sweep import Sweep
+from bn_jax.training.task import Task, make_network
+
+TASK = Task(num_classes=10, image_shape=(28, 28, 1))
 
 
 def moved(config, data):
@@ -36,7 +39,7 @@ def share(tree):
 
 
 def test_norms_alone_learn(tiny_config, tiny_data):
-    config = dataclasses.replace(tiny_config, trained="norm")
+    config = dataclasses.replace(tiny_config, trained="norms")
     change = moved(config, tiny_data)
     for layer, of_layer in change.items():
         assert (share(of_layer) > 0.9) == layer.startswith("norm"), layer
@@ -44,7 +47,9 @@ def test_norms_alone_learn(tiny_config, tiny_data):
 
 
 def test_last_layer_learns_beside_norms(tiny_config, tiny_data):
-    change = moved(dataclasses.replace(tiny_config, trained="norm_and_last"), tiny_data)
+    change = moved(
+        dataclasses.replace(tiny_config, trained="norms:also=dense3"), tiny_data
+    )
     learns = {layer for layer, of_layer in change.items() if share(of_layer) > 0}
     assert learns == {"norm1", "norm2", "norm3", "norm4", "dense3"}
 
@@ -64,7 +69,7 @@ def test_as_many_parameters_as_norms_have_learn_at_random(tiny_config, tiny_data
 
 
 def test_frozen_gamma_goes_with_norms_alone(tiny_config, tiny_data):
-    config = dataclasses.replace(tiny_config, trained="norm", train_gamma=False)
+    config = dataclasses.replace(tiny_config, trained="norms:gamma=false")
     change = moved(config, tiny_data)
     for layer in ("norm1", "norm4"):
         assert not change[layer]["scale"].any()
@@ -73,8 +78,10 @@ def test_frozen_gamma_goes_with_norms_alone(tiny_config, tiny_data):
 
 @pytest.mark.parametrize("where", ["dense", "last"])
 def test_dropout_drops_its_share_of_what_it_follows(where):
-    config = TrainConfig(norm="none", dropout_rate=0.25, dropout_at=where)
-    model = make_model(config, num_classes=10)
+    config = TrainConfig(
+        norm="none", model=f"lenet:dropout_rate=0.25,dropout_at={where}"
+    )
+    model = make_network(config, TASK).model
     images = jnp.asarray(np.random.default_rng(0).random((64, 28, 28, 1)), jnp.float32)
     variables = model.init(jax.random.key(0), images, train=False)
     _, state = model.apply(
@@ -90,38 +97,31 @@ def test_dropout_drops_its_share_of_what_it_follows(where):
     np.testing.assert_allclose(dropped, 0.25, atol=0.02)
     # Prediction drops nothing, and needs no key.
     predict = model.apply(variables, images, train=False)
-    plain = make_model(dataclasses.replace(config, dropout_rate=0.0), num_classes=10)
+    plain = make_network(config.replaced("model.dropout_rate", 0.0), TASK).model
     np.testing.assert_array_equal(predict, plain.apply(variables, images, train=False))
 
 
 def test_each_step_seed_and_device_drops_anew(tiny_config, tiny_data):
     config = dataclasses.replace(
-        tiny_config, norm="none", dropout_rate=0.5, learning_rate=1e-12
+        tiny_config, norm="none", model="lenet:dropout_rate=0.5", learning_rate=1e-12
     )
-    losses = loop.fit(config, tiny_data).step_losses
-    again = loop.fit(config, tiny_data).step_losses
-    np.testing.assert_array_equal(losses, again)
-    plain = dataclasses.replace(config, dropout_rate=0.0)
-    without = loop.fit(plain, tiny_data).step_losses
+    losses = step_losses(config, tiny_data)
+    np.testing.assert_array_equal(losses, step_losses(config, tiny_data))
+    without = step_losses(dataclasses.replace(config, model="lenet"), tiny_data)
     # Nothing has learned: what differs is what was dropped.
     assert len(np.unique(np.abs(losses - without).round(7))) > 8
-    two = loop.fit(
-        config,
-        tiny_data,
-        placement=loop.parallel.place(config, devices="2"),
-    ).step_losses
+    two = step_losses(config, tiny_data, placement=parallel.place(config, devices="2"))
     assert np.abs(two - losses).max() > 1e-4
 
 
 def test_members_of_a_sweep_drop_as_they_would_alone(tiny_config, tiny_data):
-    base = dataclasses.replace(tiny_config, dropout_rate=0.3, learning_rate=0.1)
+    base = dataclasses.replace(
+        tiny_config, model="lenet:dropout_rate=0.3", learning_rate=0.1
+    )
     configs = parse("seed=3..4", base)
-    members = Sweep(configs, tiny_data)
-    for _ in members.train():
-        pass
-    for i, config in enumerate(configs):
-        alone = loop.fit(config, tiny_data).step_losses
-        of_sweep = members.progress().step_losses[i]
+    sweep = swept(configs, tiny_data)
+    for of_sweep, config in zip(sweep.progress().step_losses, configs, strict=True):
+        alone = step_losses(config, tiny_data)
         np.testing.assert_allclose(of_sweep, alone, atol=1e-5)
 
 
@@ -138,16 +138,22 @@ def test_first_examples_alone_are_trained_on(tiny_config, tiny_data):
 
 
 def test_relu_is_after_each_norm(tiny_config):
-    config = dataclasses.replace(tiny_config, activation="relu")
-    model = make_model(config, num_classes=10)
-    assert model.activation is jax.nn.relu
-    assert make_model(tiny_config, num_classes=10).activation is jax.nn.sigmoid
+    config = dataclasses.replace(tiny_config, model="lenet:activation=relu")
+    assert make_network(config, TASK).model.activation is jax.nn.relu
+    assert make_network(tiny_config, TASK).model.activation is jax.nn.sigmoid
 
 
-def test_unknown_attribute_of_a_norm_is_named(tiny_config):
-    config = dataclasses.replace(tiny_config, norm="group:groups=2")
-    with pytest.raises(ConfigError, match=r"has no groups; its attributes are.*num_gr"):
-        make_model(config, num_classes=10)
+def test_model_of_a_run_that_was_passed_in_is_asked_for():
+    with pytest.raises(
+        ConfigError, match=r"of the class Mine; pass one .*model=\.\.\."
+    ):
+        make_network(TrainConfig(model="own:Mine"), TASK)
+
+
+def test_images_too_small_for_a_model_are_refused():
+    network = make_network(TrainConfig(), Task(10, (8, 8, 1)))
+    with pytest.raises(ConfigError, match="LeNet does not fit images of 8 x 8 x 1"):
+        network.check_fits()
 
 
 @pytest.mark.parametrize(
@@ -164,11 +170,13 @@ def test_unknown_attribute_of_a_norm_is_named(tiny_config):
 def test_lenet_trains_with_any_norm_by_name(norm, tiny_config, tiny_data):
     # With ReLUs, since sigmoids on this little data stay at the loss of guessing.
     config = dataclasses.replace(
-        tiny_config, norm=norm, activation="relu", learning_rate=0.1, epochs=6
+        tiny_config,
+        norm=norm,
+        model="lenet:activation=relu",
+        learning_rate=0.1,
+        epochs=6,
     )
-    members = Sweep([config], tiny_data)
-    for _ in members.train():
-        pass
+    members = swept([config], tiny_data)
     losses = members.progress().step_losses[0]
     chex.assert_tree_all_finite(losses)
     assert losses[-5:].mean() < losses[:5].mean() - 0.1
@@ -178,48 +186,40 @@ def test_lenet_trains_with_any_norm_by_name(norm, tiny_config, tiny_data):
 
 
 def test_scores_of_members_are_those_of_single_evaluations(tiny_config, tiny_data):
-    members = Sweep([tiny_config], tiny_data)
-    for _ in members.train():
-        pass
-    (row,) = members.rows(train=True)
-    single = loop.fit(tiny_config, tiny_data)
-    on_train = loop.score(
-        single.model,
-        single.state.variables,
-        dataclasses.replace(tiny_data, test=tiny_data.train),
+    (row,) = swept([tiny_config], tiny_data).rows(train=True)
+    single = trained(tiny_config, tiny_data)
+    network, variables = single.network, single.state().variables
+    devices = jax.devices()[:1]
+    on_train = scoring.score(
+        network,
+        variables,
+        Evaluator(network.predict, tiny_data.train, devices=devices),
+        tiny_data.train.images,
+        devices=devices,
     )
     assert row["train_loss_average"] == pytest.approx(on_train.test_loss, rel=1e-4)
     assert row["train_loss_exact"] == pytest.approx(on_train.test_loss_exact, rel=1e-4)
     images = jnp.asarray(tiny_data.test.images) / 255
-    logits, _ = single.model.apply(
-        single.state.variables, images, train=True, mutable=["batch_stats"]
+    logits, _ = network.model.apply(
+        variables, images, train=True, mutable=["batch_stats"]
     )
     right = np.asarray(logits).argmax(-1) == tiny_data.test.labels
     assert row["test_accuracy_batch"] == pytest.approx(right.mean())
 
 
 def test_variance_ratio_is_of_moving_and_exact_variance(tiny_config, tiny_data):
-    # At momentum 0 the moving variance is that of the last batch.
-    config = dataclasses.replace(tiny_config, momentum=0.0)
-    members = Sweep([config], tiny_data)
-    for _ in members.train():
-        pass
-    (row,) = members.rows()
-    assert 0.5 < row["norm1_variance_ratio"] < 2
-    frozen = dataclasses.replace(tiny_config, momentum=1.0)
-    members = Sweep([frozen], tiny_data)
-    for _ in members.train():
-        pass
-    (row,) = members.rows()
-    # The moving variance is still 1; that of the pixels' convolution is far below 1.
-    assert row["norm1_variance_ratio"] > 1
+    # At momentum 0 the moving variance is that of the last batch; at 1 it is still 1,
+    # and that of the pixels' convolution is far below 1.
+    of_last, of_start = swept(parse("norm.momentum=0,1", tiny_config), tiny_data).rows()
+    assert 0.5 < of_last["norm1_variance_ratio"] < 2
+    assert of_start["norm1_variance_ratio"] > 1
 
 
 def test_variables_of_a_sweep_are_read_back(tmp_path, tiny_config, tiny_data):
     configs = parse("seed=0..1", tiny_config)
-    sweeps.sweep_into(tmp_path / "run", configs, tiny_data)
+    sweeps.sweep(configs, tiny_data, workdir=tmp_path / "run")
     variables = sweeps.load_variables(tmp_path / "run")
-    single = loop.fit(configs[1], tiny_data).state
+    single = trained(configs[1], tiny_data).state()
     np.testing.assert_allclose(
         variables["params"]["norm1"]["scale"][1],
         single.params["norm1"]["scale"],

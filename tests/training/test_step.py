@@ -13,12 +13,8 @@ from flax import linen as nn
 
 from bn_jax.training import step as step_lib
 from bn_jax.training.config import TrainConfig
-from bn_jax.training.loop import on_device
-from bn_jax.training.state import (
-    init_state,
-    init_variables,
-    make_optimizer,
-)
+from bn_jax.training.optimizers import make_optimizer
+from bn_jax.training.state import Network, init_state
 from bn_jax.training.step import Batch, Metrics
 
 
@@ -31,12 +27,16 @@ class Linear(nn.Module):
         return nn.Dense(10, use_bias=False, name="dense")(x.reshape(len(x), -1))
 
 
+make_train_step = functools.partial(
+    step_lib.make_train_step, dropout_key=jax.random.key(7)
+)
+
+
 def test_step_is_gradient_descent_on_the_cross_entropy(tiny_data):
-    batch = Batch(*on_device(tiny_data.test))
-    model, optimizer = Linear(), optax.sgd(0.1)
-    variables = init_variables(model, jax.random.key(0), (28, 28, 1))
-    state = init_state(variables, optimizer)
-    new, metrics = step_lib.make_train_step(model, optimizer)(state, batch)
+    batch = Batch(*map(jnp.asarray, tiny_data.test))
+    network, optimizer = Network(Linear(), (28, 28, 1)), optax.sgd(0.1)
+    state = init_state(network.init(jax.random.key(0)), optimizer)
+    new, metrics = make_train_step(network, optimizer)(state, batch)
     # d loss / d W = x^T (softmax(x W) - onehot) / N.
     x = np.asarray(batch.images, np.float64).reshape(37, -1) / 255
     w = np.asarray(state.params["dense"]["kernel"], np.float64)
@@ -111,14 +111,14 @@ class Counts(NamedTuple):
 @pytest.fixture(scope="module")
 def linear():
     """A step of SGD with momentum, its first state, and the source of its batches."""
-    model, optimizer = Linear(), optax.sgd(0.1, momentum=0.9)
-    variables = init_variables(model, jax.random.key(0), (4, 4, 1))
+    network, optimizer = Network(Linear(), (4, 4, 1)), optax.sgd(0.1, momentum=0.9)
+    variables = network.init(jax.random.key(0))
     data = Batch(
         jax.random.randint(jax.random.key(1), (70, 4, 4, 1), 0, 256).astype(jnp.uint8),
         jnp.arange(70) % 10,
     )
     order = step_lib.epoch_order(jax.random.key(2), num_examples=70, batch_size=10)
-    train_step = step_lib.make_train_step(model, optimizer)
+    train_step = make_train_step(network, optimizer)
     return train_step, init_state(variables, optimizer), step_lib.Stored(data, order)
 
 
@@ -173,9 +173,9 @@ def test_steps_end_before_the_first_that_is_not_finite(fault, value):
 
 def test_mean_over_devices_is_one_collective(linear):
     _, state, source = linear
-    model, optimizer = Linear(), optax.sgd(0.1, momentum=0.9)
+    network, optimizer = Network(Linear(), (4, 4, 1)), optax.sgd(0.1, momentum=0.9)
     for axis_name, expected in ((None, 0), ("data", 1)):
-        train_step = step_lib.make_train_step(model, optimizer, axis_name=axis_name)
+        train_step = make_train_step(network, optimizer, axis_name=axis_name)
         jaxpr = jax.make_jaxpr(train_step, axis_env=[("data", 2)])(
             state, source.batch(0)
         )
@@ -186,8 +186,8 @@ def test_mean_over_devices_is_one_collective(linear):
 
 def test_step_on_parts_of_a_batch_is_the_step_on_the_whole(linear):
     whole_step, state, source = linear
-    train_step = step_lib.make_train_step(
-        Linear(), optax.sgd(0.1, momentum=0.9), axis_name="data"
+    train_step = make_train_step(
+        Network(Linear(), (4, 4, 1)), optax.sgd(0.1, momentum=0.9), axis_name="data"
     )
     batch = source.batch(0)
     parts = jax.tree.map(lambda leaf: leaf.reshape(2, 5, *leaf.shape[1:]), batch)
@@ -198,14 +198,14 @@ def test_step_on_parts_of_a_batch_is_the_step_on_the_whole(linear):
 
 
 def test_evaluation_leaves_out_what_does_not_count(tiny_data):
-    batch = on_device(tiny_data.test)
-    model = Linear()
-    variables = init_variables(model, jax.random.key(1), (28, 28, 1))
+    batch = Batch(*map(jnp.asarray, tiny_data.test))
+    network = Network(Linear(), (28, 28, 1))
+    variables = network.init(jax.random.key(1))
     counts = jnp.arange(36) % 3 != 0
-    evaluate = jax.jit(functools.partial(step_lib.evaluate, model))
+    evaluate = jax.jit(functools.partial(step_lib.evaluate, network.predict))
     batches = jax.tree.map(lambda leaf: leaf[:36].reshape(4, 9, *leaf.shape[1:]), batch)
     sums = evaluate(variables, batches, counts.reshape(4, 9))
-    logits = np.asarray(step_lib.predict(model, variables, batch.images), np.float64)
+    logits = np.asarray(network.predict(variables, batch.images), np.float64)
     log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
     counted, labels = np.flatnonzero(counts), np.asarray(batch.labels)
     np.testing.assert_allclose(
@@ -228,9 +228,27 @@ def test_optimizers_and_schedules_are_what_their_names_say():
     config = functools.partial(TrainConfig, epochs=2, learning_rate=0.5)
     assert updates(config(), 2) == [-1.0, -1.0]
     # Heavy ball: the second step adds 0.9 of the first.
-    assert updates(config(optimizer="momentum"), 2) == pytest.approx([-1.0, -1.9])
+    assert updates(config(optimizer="sgd:momentum=0.9"), 2) == pytest.approx(
+        [-1.0, -1.9]
+    )
     # Adam's first steps on a constant gradient have the size of the rate.
     assert updates(config(optimizer="adam"), 2) == pytest.approx([-0.5] * 2, rel=1e-4)
     # A cosine over 4 steps: rates .5 (1 + cos(pi t / 4)) / 2.
     cosine = [-(1 + np.cos(np.pi * t / 4)) / 2 for t in range(5)]
     assert updates(config(schedule="cosine"), 5) == pytest.approx(cosine, abs=1e-6)
+
+
+def test_smoothing_is_in_the_loss_of_training_alone(linear):
+    _, state, source = linear
+    network, optimizer = Network(Linear(), (4, 4, 1)), optax.sgd(0.1, momentum=0.9)
+    batch = source.batch(0)
+    step = jax.jit(make_train_step(network, optimizer, label_smoothing=0.3))
+    plain = jax.jit(make_train_step(network, optimizer))
+    (_, smooth), (_, sharp) = step(state, batch), plain(state, batch)
+    logits = np.asarray(network.predict(state.variables, batch.images), np.float64)
+    log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    of_label = log_p[np.arange(10), np.asarray(batch.labels)]
+    expected = -(0.7 * of_label + 0.3 * log_p.mean(1)).mean()
+    np.testing.assert_allclose(smooth.loss, expected, rtol=1e-5)
+    np.testing.assert_allclose(sharp.loss, -of_label.mean(), rtol=1e-5)
+    assert smooth.accuracy == sharp.accuracy

@@ -6,45 +6,35 @@ import chex
 import jax
 import numpy as np
 import pytest
+from small_runs import swept, trained
 
 from bn_jax.fields import ConfigError
 from bn_jax.runs import interrupt, sweeps
 from bn_jax.runs.results import RunError
-from bn_jax.training import loop, mapped
+from bn_jax.training import mapped, members
 from bn_jax.training.config import RunOptions, TrainConfig
 from bn_jax.training.members import parse
 from bn_jax.training.sweep import Sweep
 
 
-def trained(configs, data, num_devices=1):
-    members = Sweep(configs, data, devices=jax.devices()[:num_devices])
-    for _ in members.train():
-        pass
-    return members
-
-
-def difference(single, members, i):
+def difference(single, sweep, i):
     """Largest difference of a run's parameters and statistics to those of member i."""
-    of_sweep = dict(jax.tree_util.tree_leaves_with_path(members.progress().state))
-    leaves = jax.tree_util.tree_leaves_with_path(
-        {"params": single.state.params, "batch_stats": single.state.batch_stats}
+    of_run = single.state().variables
+    differences = jax.tree.map(
+        lambda leaf, of_members: np.max(
+            np.abs(leaf - of_members[i]) / (1 + np.abs(leaf))
+        ),
+        of_run,
+        sweep.progress().state.variables,
     )
-    flat = {jax.tree_util.keystr(path[-2:]): leaf for path, leaf in of_sweep.items()}
-    return max(
-        float(
-            np.max(
-                np.abs(leaf - flat[jax.tree_util.keystr(path[-2:])][i])
-                / (1 + np.abs(leaf))
-            )
-        )
-        for path, leaf in leaves
-    )
+    return max(jax.tree.leaves(differences))
 
 
 SPECS = [
     "learning_rate=0.05,0.2;seed=0..1",
-    "norm_layers=1111,0011,0000;train_gamma=true,false",
-    "momentum=0.5,0.99;epsilon=1e-5,1e-2;train_beta=false",
+    "model.norm_layers=1111,0011,0000;trained.gamma=true,false",
+    "norm.momentum=0.5,0.99;norm.epsilon=1e-5,1e-2;trained.beta=false",
+    "optimizer.momentum=0,0.9;seed=0..1",
 ]
 
 
@@ -52,20 +42,23 @@ SPECS = [
 def test_members_train_as_they_would_alone(spec, tiny_config, tiny_data):
     base = dataclasses.replace(tiny_config, epochs=4, learning_rate=0.1)
     configs = parse(spec, base)
-    members = trained(configs, tiny_data)
-    assert members.step == 20
-    rows = members.rows()
+    sweep = swept(configs, tiny_data)
+    assert sweep.step == 20
+    rows = sweep.rows()
     for i in (0, len(configs) - 1):
-        single = loop.fit(configs[i], tiny_data)
-        losses = members.progress().step_losses[i]
-        np.testing.assert_allclose(losses, single.step_losses, atol=1e-5)
-        assert difference(single, members, i) < 1e-5
-        report = single.history[-1]
-        assert rows[i]["test_accuracy"][-1] == pytest.approx(report.test_accuracy)
-        score = loop.score(single.model, single.state.variables, tiny_data)
-        assert rows[i]["test_loss_exact"] == pytest.approx(
-            score.test_loss_exact, rel=1e-4
-        )
+        assert_as_alone(sweep, rows[i], i, tiny_data)
+
+
+def assert_as_alone(sweep, row, i, data):
+    """Member i has become what a run of its config alone becomes."""
+    single = trained(sweep.configs[i], data)
+    losses = sweep.progress().step_losses[i]
+    np.testing.assert_allclose(losses, single.progress().step_losses, atol=1e-5)
+    assert difference(single, sweep, i) < 1e-5
+    report = single.history[-1]
+    assert row["test_accuracy"][-1] == pytest.approx(report.test_accuracy)
+    score = single.score()
+    assert row["test_loss_exact"] == pytest.approx(score.test_loss_exact, rel=1e-4)
 
 
 @pytest.mark.parametrize("num_devices", [2, 8])
@@ -73,25 +66,27 @@ def test_devices_share_the_members_and_change_no_number(
     num_devices, tiny_config, tiny_data
 ):
     configs = parse("learning_rate=0.1,0.5,1.0", tiny_config)
-    one = trained(configs, tiny_data).progress()
-    many = trained(configs, tiny_data, num_devices).progress()
+    one = swept(configs, tiny_data).progress()
+    many = swept(configs, tiny_data, devices=jax.devices()[:num_devices]).progress()
     assert many.step_losses.shape == (3, 10)
     np.testing.assert_allclose(many.step_losses, one.step_losses, atol=1e-5)
-    np.testing.assert_array_equal(many.test_accuracies, one.test_accuracies)
+    np.testing.assert_array_equal(
+        many.scores["test_accuracy"], one.scores["test_accuracy"]
+    )
 
 
 def test_vmapped_members_are_those_that_take_turns(tiny_config, tiny_data, monkeypatch):
     configs = parse("learning_rate=0.1,0.5", tiny_config)
-    in_turns = trained(configs, tiny_data).progress()
+    in_turns = swept(configs, tiny_data).progress()
     assert mapped.takes_turns(jax.devices())
     monkeypatch.setattr(mapped, "takes_turns", lambda devices: False)
-    vmapped = trained(configs, tiny_data).progress()
+    vmapped = swept(configs, tiny_data).progress()
     np.testing.assert_allclose(vmapped.step_losses, in_turns.step_losses, atol=1e-5)
 
 
 def test_diverged_member_leaves_the_others_alone(tiny_config, tiny_data):
-    alone = trained(parse("learning_rate=0.1", tiny_config), tiny_data)
-    both = trained(parse("learning_rate=0.1,1e38", tiny_config), tiny_data)
+    alone = swept(parse("learning_rate=0.1", tiny_config), tiny_data)
+    both = swept(parse("learning_rate=0.1,1e38", tiny_config), tiny_data)
     chex.assert_trees_all_equal(
         alone.rows(exact=False)[0]["loss"], both.rows(exact=False)[0]["loss"]
     )
@@ -104,10 +99,11 @@ def test_diverged_member_leaves_the_others_alone(tiny_config, tiny_data):
 
 
 def test_frozen_gamma_and_beta_stay_at_their_start(tiny_config, tiny_data):
-    for field, name, start in (("train_gamma", "scale", 1), ("train_beta", "bias", 0)):
-        config = dataclasses.replace(tiny_config, epochs=1, **{field: False})
-        fitted = loop.fit(config, tiny_data)
-        params = fitted.state.params
+    for greek, name, start in (("gamma", "scale", 1), ("beta", "bias", 0)):
+        config = dataclasses.replace(
+            tiny_config, epochs=1, trained=f"all:{greek}=false"
+        )
+        params = trained(config, tiny_data).state().params
         for norm in ("norm1", "norm2", "norm3", "norm4"):
             np.testing.assert_array_equal(params[norm][name], start)
         other = {"scale": "bias", "bias": "scale"}[name]
@@ -116,8 +112,32 @@ def test_frozen_gamma_and_beta_stay_at_their_start(tiny_config, tiny_data):
 
 
 def test_layers_without_norm_have_none(tiny_config, tiny_data):
-    config = dataclasses.replace(tiny_config, epochs=1, norm_layers="0110")
-    assert set(loop.fit(config, tiny_data).state.batch_stats) == {"norm2", "norm3"}
+    config = dataclasses.replace(tiny_config, epochs=1, model="lenet:norm_layers=0110")
+    assert set(trained(config, tiny_data).state().batch_stats) == {"norm2", "norm3"}
+
+
+@pytest.fixture(scope="module")
+def validated(tiny_config, tiny_data):
+    """A sweep, one of whose members diverges, with images set aside."""
+    base = dataclasses.replace(tiny_config, validation=30)
+    return swept(parse("learning_rate=0.1,1e38", base), tiny_data)
+
+
+def test_members_are_scored_on_the_images_set_aside(validated, tiny_data):
+    row, diverged = validated.rows(exact=False)
+    history = trained(validated.configs[0], tiny_data).history
+    assert row["validation_accuracy"] == pytest.approx(
+        [report.validation_accuracy for report in history]
+    )
+    assert row["validation_loss"] == pytest.approx(
+        [report.validation_loss for report in history], rel=1e-4
+    )
+    assert diverged["validation_accuracy"] == [None, None]
+
+
+def test_members_without_images_set_aside_have_no_score_of_them(tiny_config, tiny_data):
+    sweep = Sweep([tiny_config], tiny_data)
+    assert set(sweep.progress().scores) == {"test_loss", "test_accuracy"}
 
 
 def test_spec_combines_all_values_the_last_fastest():
@@ -128,16 +148,73 @@ def test_spec_combines_all_values_the_last_fastest():
     assert {c.epochs for c in configs} == {2}
 
 
+def test_names_with_options_are_set_apart_by_a_bar():
+    base = TrainConfig()
+    configs = parse("norm=batch_norm|group:num_groups=4,epsilon=0.1;seed=0,1", base)
+    assert [(c.norm, c.seed) for c in configs] == [
+        ("batch_norm", 0),
+        ("batch_norm", 1),
+        ("group:num_groups=4,epsilon=0.1", 0),
+        ("group:num_groups=4,epsilon=0.1", 1),
+    ]
+    assert [c.norm for c in parse("norm=batch_norm,none", base)] == [
+        "batch_norm",
+        "none",
+    ]
+    (config,) = parse("norm=group:num_groups=4,epsilon=0.1", base)
+    assert config.norm == "group:num_groups=4,epsilon=0.1"
+    layers = [c.model for c in parse("model.norm_layers=0011,1111", base)]
+    assert layers == ["lenet:norm_layers=0011", "lenet"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "groups", "differing"),
+    [
+        ("learning_rate=0.1,1;seed=0..1", [[0, 1, 2, 3]], ["learning_rate", "seed"]),
+        ("model.norm_layers=0011,1111", [[0, 1]], ["model.norm_layers"]),
+        ("norm=batch_norm|group:num_groups=2", [[0], [1]], ["norm"]),
+        (
+            "norm=batch_norm:momentum=0.5|batch_norm:epsilon=0.1",
+            [[0, 1]],
+            ["norm.momentum", "norm.epsilon"],
+        ),
+        (
+            "norm=batch_norm,none;seed=0..1",
+            [[0, 1], [2, 3]],
+            ["seed", "norm"],
+        ),
+        ("seed=0..1;batch_size=10,30", [[0, 2], [1, 3]], ["seed", "batch_size"]),
+    ],
+)
+def test_members_that_differ_in_numbers_share_a_program(spec, groups, differing):
+    configs = parse(spec, TrainConfig())
+    assert members.grouped(configs) == groups
+    assert members.differing(configs) == differing
+
+
+def test_switches_of_all_layers_are_written_out_beside_others():
+    base = TrainConfig(model="mlp:widths=3x3,bias_before_norm=true")
+    configs = [base, base.replaced("model.norm_layers", "01")]
+    assert members.grouped(configs) == [[0, 1]]
+    np.testing.assert_array_equal(
+        members.stack_values(configs)["model.norm_layers"], [[1, 1], [0, 1]]
+    )
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("batch_size=1,2", "'batch_size=1,2'; expected FIELD=.* of learning_rate"),
+        ("colour=red,blue", "'colour' is no field; expected .* learning_rate"),
         ("learning_rate", "expected FIELD=VALUE"),
         ("seed=0;seed=1", "each field once"),
-        ("seed=a", "seed='a' in a sweep; expected int"),
+        ("seed=a", r"seed='a'; expected int \(in a sweep of seed"),
         ("learning_rate=-1", "learning_rate=-1.0; expected a number greater than 0"),
-        ("norm_layers=11", "four digits"),
-        ("train_beta=maybe", "expected true or false"),
+        ("model.norm_layers=11", "four digits"),
+        ("trained.beta=maybe", "expected true or false"),
+        ("seed.x=1", "'seed' is no field with options; those are inputs"),
+        ("norm.mean=1", "norm='batch_norm' has no option 'mean'; batch_norm takes"),
+        ("norm=none,group:num_groups=2", "'none,group:num_groups=2'; expected one"),
+        ("norm=batch_norm,none;norm.momentum=0.5", "norm='none' has no option 'mom"),
     ],
 )
 def test_spec_that_makes_no_sweep_is_named(spec, message):
@@ -147,7 +224,7 @@ def test_spec_that_makes_no_sweep_is_named(spec, message):
 
 def test_configs_that_one_program_cannot_train_are_refused(tiny_config, tiny_data):
     other = dataclasses.replace(tiny_config, norm="none")
-    with pytest.raises(ConfigError, match=r"differ in norm: \['batch_norm', 'none'\]"):
+    with pytest.raises(ConfigError, match="differ in norm; they may in learning_rate"):
         Sweep([tiny_config, other], tiny_data)
     with pytest.raises(ConfigError, match="no configs"):
         Sweep([], tiny_data)
@@ -169,7 +246,7 @@ def configs(tiny_config):
 @pytest.fixture
 def rows(finished, configs, tiny_data):
     """Rows of a finished sweep; trained once for this file."""
-    return sweeps.sweep_into(finished, configs, tiny_data, OPTIONS)
+    return sweeps.sweep(configs, tiny_data, workdir=finished, options=OPTIONS)
 
 
 def test_sweep_leaves_a_row_for_each_member_and_is_not_repeated(
@@ -187,13 +264,14 @@ def test_sweep_leaves_a_row_for_each_member_and_is_not_repeated(
     ]
     assert [row["config"]["learning_rate"] for row in rows] == [0.1, 0.1, 1e38, 1e38]
     before = (finished / "results.json").stat().st_mtime_ns
-    assert sweeps.sweep_into(finished, configs, tiny_data, OPTIONS) == rows
+    again = sweeps.sweep(configs, tiny_data, workdir=finished, options=OPTIONS)
+    assert again == rows
     assert (finished / "results.json").stat().st_mtime_ns == before
     with pytest.raises(RunError, match="another config .learning_rate"):
-        sweeps.sweep_into(finished, configs[:3], tiny_data, OPTIONS)
+        sweeps.sweep(configs[:3], tiny_data, workdir=finished, options=OPTIONS)
 
 
-def test_stopped_sweep_goes_on_to_the_same_numbers(
+def test_stopped_sweep_resumes_to_the_same_numbers(
     rows, tmp_path, configs, tiny_data, monkeypatch
 ):
     class StopAtOnce(interrupt.StopRequest):
@@ -203,10 +281,10 @@ def test_stopped_sweep_goes_on_to_the_same_numbers(
     stopped = contextlib.nullcontext(StopAtOnce())
     monkeypatch.setattr(interrupt, "listening", lambda: stopped)
     for _ in range(2):
-        with pytest.raises(interrupt.Interrupted, match="the same command goes on"):
-            sweeps.sweep_into(tmp_path, configs, tiny_data, OPTIONS)
+        with pytest.raises(interrupt.Interrupted, match="the same command resumes"):
+            sweeps.sweep(configs, tiny_data, workdir=tmp_path, options=OPTIONS)
     monkeypatch.setattr(interrupt, "listening", listening)
-    again = sweeps.sweep_into(tmp_path, configs, tiny_data, OPTIONS)
+    again = sweeps.sweep(configs, tiny_data, workdir=tmp_path, options=OPTIONS)
     assert again == rows
 
 
@@ -216,5 +294,80 @@ def test_options_that_a_sweep_cannot_take_are_refused(tmp_path, configs, tiny_da
         (RunOptions(devices="1", input="stream"), "leave out --input"),
     ):
         with pytest.raises(ConfigError, match=message):
-            sweeps.sweep_into(tmp_path / "new", configs, tiny_data, options)
+            sweeps.sweep(configs, tiny_data, workdir=tmp_path / "new", options=options)
     assert not (tmp_path / "new").exists()
+
+
+def test_members_of_several_data_sets_are_refused(tmp_path, tiny_config, tiny_data):
+    for spec in ("validation=0,30", "train_examples=0,60", "dataset=auto,sample"):
+        with pytest.raises(ConfigError, match=f"differ in {spec.partition('=')[0]};"):
+            sweeps.sweep(parse(spec, tiny_config), tiny_data, workdir=tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_members_of_several_norms_are_trained_as_alone(
+    tmp_path, tiny_config, tiny_data
+):
+    base = dataclasses.replace(
+        tiny_config,
+        model="mlp:widths=8,activation=relu",
+        learning_rate=0.1,
+        validation=30,
+    )
+    configs = parse("norm=batch_norm|group:num_groups=2;seed=0..1", base)
+    rows = sweeps.sweep(configs, tiny_data, workdir=tmp_path)
+    assert [row["config"]["norm"] for row in rows] == [
+        *["batch_norm"] * 2,
+        *["group"] * 2,
+    ]
+    for row, config in zip(rows, configs, strict=True):
+        single = trained(config, tiny_data)
+        assert row["config"] == config.to_dict()
+        losses = single.progress().step_losses
+        np.testing.assert_allclose(row["first_step_losses"], losses, atol=1e-5)
+        report = single.history[-1]
+        assert row["test_loss"][-1] == pytest.approx(report.test_loss, rel=1e-4)
+        assert row["validation_loss"][-1] == pytest.approx(
+            report.validation_loss, rel=1e-4
+        )
+        assert ("test_loss_exact" in row) == (config.norm == "batch_norm")
+    summary = json.loads((tmp_path / "results.json").read_text())
+    assert summary["members"] == 4
+    assert summary["best_validation_accuracy"] == max(
+        row["validation_accuracy"][-1] for row in rows
+    )
+    assert "norm=" in summary["best_by_validation"]
+    # They are read again, not trained.
+    assert sweeps.sweep(configs, tiny_data, workdir=tmp_path) == rows
+
+
+@pytest.mark.parametrize(
+    ("spec", "choices"),
+    [
+        (
+            "model.norm_layers=01",
+            {"model": "mlp:widths=8x8,bias_before_norm=true"},
+        ),
+        ("norm.momentum=0.5", {"model": "resnet:depth=8,width=2"}),
+        (
+            "seed=1",
+            {
+                "model": "mlp:widths=8",
+                "augment": "crop_and_flip:padding=2,size=26",
+                "inputs": "norm",
+                "average_weights": 0.5,
+                "label_smoothing": 0.1,
+                "accumulate": 2,
+                "schedule": "cosine",
+            },
+        ),
+        ("seed=1", {"model": "mlp:widths=8", "inputs": "standardised"}),
+    ],
+)
+def test_members_of_other_configs_train_as_they_would_alone(
+    spec, choices, tiny_config, tiny_data
+):
+    base = dataclasses.replace(tiny_config, learning_rate=0.1, **choices)
+    configs = [base, *parse(spec, base)]
+    sweep = swept(configs, tiny_data)
+    assert_as_alone(sweep, sweep.rows()[1], 1, tiny_data)

@@ -383,22 +383,3 @@ class RunOptions:
         assert digits is not None  # __post_init__ has checked
         steps = int(digits[0])
         return steps * steps_per_epoch if "epoch" in self.checkpoint_every else steps
-
-
-def value_of(config: Mapping[str, Any], name: str) -> Any:
-    """Return a field of a config's dict, or an option as in "norm.momentum"."""
-    field, _, key = name.partition(".")
-    if not key:
-        return config[field]
-    defaults: dict[str, Any] = {
-        "norm_layers": "1111", "bias_before_norm": True, "activation": "sigmoid",
-        "dropout_rate": 0.0, "dropout_at": "dense", "first_padding": 0,
-        "momentum": 0.9, "epsilon": 1e-5, "gamma": True, "beta": True,
-    }  # fmt: skip
-    parts = config[field].partition(":")[2].split(",")
-    given = dict(part.split("=") for part in parts if part)
-    default = defaults[key]
-    if key not in given:
-        return default
-    text = given[key]
-    return text == "true" if isinstance(default, bool) else type(default)(text)

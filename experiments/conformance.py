@@ -1,34 +1,42 @@
 r"""Which batch norm gives the right numbers where it is hard?
 
-Runs small reproductions of known faults on the libraries that are installed (Flax Linen
-and NNX always; Haiku, Equinox, Keras and PyTorch with the extra `peers`) and on ours,
-side by side. Every reading is taken the same way, from outputs alone: the statistics
-that a library predicts with are read off its prediction at two points. What is printed
-is each one's error; `nan` is a result that is not a number, `-` says that the library
-is not installed or has no such feature, and `refuses` that it raises.
+Small reproductions of known faults, on ours and on the libraries that are installed:
+Flax Linen and NNX always; Haiku, Equinox, Keras and PyTorch with the extra `peers`.
+Only outputs are compared: the statistics that a library predicts with are computed from
+its predictions at two points. The table holds errors; `nan` is a result that is not a
+number, `-` means that the library is not installed or lacks the feature, and `refuses`
+that it raises an error.
 
   pip install -e '.[peers]'
   python -m experiments.conformance --workdir=runs/conformance     takes a minute
 
-The folder receives results.json and table.md; what came out is in
-experiments/results/conformance.
+The folder receives results.json and table.md; recorded ones are in
+experiments/results/conformance. Libraries that need not be installed are imported by
+the functions that use them.
 """
 
 from __future__ import annotations
 
-import importlib
-import importlib.metadata
 import importlib.util
 import math
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import linen as flax_linen
+from flax import nnx as flax_nnx
 
+import bn_jax
+import bn_jax.linen
+import bn_jax.nnx
+from bn_jax.runs import results
 from experiments import launch
+from experiments.benchmarks import timing
 
 EPSILON = 1e-5
 
@@ -40,26 +48,23 @@ class Trained(NamedTuple):
     predict: Callable[[np.ndarray], np.ndarray]  # float64 in and out
 
 
-# Of (batches [T, N, C], momentum of the old average, dtype).
+# (batches [T, N, C], weight of the old average, dtype) -> the trained layer.
 Train = Callable[[np.ndarray, float, str], Trained]
 
 
 class Library(NamedTuple):
     """How to use one library's batch norm."""
 
-    package: str  # that must be installed
+    module: str  # must be installed
     train: Train
-    linen: str | None = None  # its Flax Linen module, which knows masks and axes
+    linen: type[flax_linen.Module] | None = None  # its module with masks and axes
 
 
-def linen(module: str) -> Train:
+def linen(module: type[flax_linen.Module]) -> Train:
+    """Return how to train a Linen module."""
+
     def train(batches: np.ndarray, momentum: float, dtype: str) -> Trained:
-        import jax
-        import jax.numpy as jnp
-
-        layer = importlib.import_module(module).BatchNorm(
-            momentum=momentum, epsilon=EPSILON, dtype=dtype
-        )
+        layer = module(momentum=momentum, epsilon=EPSILON, dtype=dtype)
         x = jnp.asarray(batches[0], dtype)
         variables = layer.init(jax.random.key(0), x, use_running_average=True)
         for batch in batches:
@@ -80,12 +85,11 @@ def linen(module: str) -> Train:
     return train
 
 
-def nnx(module: str) -> Train:
-    def train(batches: np.ndarray, momentum: float, dtype: str) -> Trained:
-        import jax.numpy as jnp
-        from flax import nnx as flax_nnx
+def nnx(module: type[flax_nnx.Module]) -> Train:
+    """Return how to train an NNX module."""
 
-        layer = importlib.import_module(module).BatchNorm(
+    def train(batches: np.ndarray, momentum: float, dtype: str) -> Trained:
+        layer = module(
             batches.shape[-1],
             momentum=momentum,
             epsilon=EPSILON,
@@ -105,9 +109,8 @@ def nnx(module: str) -> Train:
 
 
 def haiku(batches: np.ndarray, momentum: float, dtype: str) -> Trained:
+    """Train Haiku's module."""
     import haiku as hk
-    import jax
-    import jax.numpy as jnp
 
     def forward(x: Any, training: bool) -> Any:
         return hk.BatchNorm(True, True, decay_rate=momentum, eps=EPSILON)(x, training)
@@ -127,10 +130,10 @@ def haiku(batches: np.ndarray, momentum: float, dtype: str) -> Trained:
 
 
 def equinox(mode: str) -> Train:
+    """Return how to train Equinox's layer in one of its modes."""
+
     def train(batches: np.ndarray, momentum: float, dtype: str) -> Trained:
         import equinox as eqx
-        import jax
-        import jax.numpy as jnp
 
         layer, state = eqx.nn.make_with_state(eqx.nn.BatchNorm)(
             batches.shape[-1],
@@ -161,6 +164,7 @@ def equinox(mode: str) -> Train:
 
 
 def keras(batches: np.ndarray, momentum: float, dtype: str) -> Trained:
+    """Train Keras's layer, on JAX unless the environment says otherwise."""
     os.environ.setdefault("KERAS_BACKEND", "jax")
     from keras import layers, ops
 
@@ -177,6 +181,7 @@ def keras(batches: np.ndarray, momentum: float, dtype: str) -> Trained:
 
 
 def torch(batches: np.ndarray, momentum: float, dtype: str) -> Trained:
+    """Train PyTorch's layer."""
     import torch as torch_lib
 
     kind = getattr(torch_lib, dtype)
@@ -199,11 +204,12 @@ def torch(batches: np.ndarray, momentum: float, dtype: str) -> Trained:
     return Trained(y, predict)
 
 
+OURS, FLAX = bn_jax.linen.BatchNorm, flax_linen.BatchNorm
 LIBRARIES: dict[str, Library] = {
-    "bn_jax linen": Library("bn_jax", linen("bn_jax.linen"), "bn_jax.linen"),
-    "bn_jax nnx": Library("bn_jax", nnx("bn_jax.nnx")),
-    "Flax linen": Library("flax", linen("flax.linen"), "flax.linen"),
-    "Flax nnx": Library("flax", nnx("flax.nnx")),
+    "bn_jax linen": Library("bn_jax", linen(OURS), OURS),
+    "bn_jax nnx": Library("bn_jax", nnx(bn_jax.nnx.BatchNorm)),
+    "Flax linen": Library("flax", linen(FLAX), FLAX),
+    "Flax nnx": Library("flax", nnx(flax_nnx.BatchNorm)),
     "Haiku": Library("haiku", haiku),
     "Equinox ema": Library("equinox", equinox("ema")),
     "Equinox batch": Library("equinox", equinox("batch")),
@@ -220,7 +226,7 @@ def large_mean(library: Library) -> float:
 
 
 def moving_variance(num_steps: int) -> Callable[[Library], float]:
-    """Return a check of the moving variance of data of variance 4.5, momentum .99."""
+    """Return a check of the moving variance, on data of variance 4.5, momentum .99."""
 
     def error(library: Library) -> float:
         batch = np.random.default_rng(1).normal(size=(64, 4))
@@ -229,7 +235,8 @@ def moving_variance(num_steps: int) -> Callable[[Library], float]:
         trained = library.train(batches, 0.99, "float32")
         at_0, at_1 = trained.predict(np.repeat([[0.0], [1.0]], 4, axis=1))
         variance = 1 / (at_1 - at_0) ** 2 - EPSILON
-        # Any convention counts as right: from 1 or debiased, biased or unbiased.
+        # Every convention counts as right: averages that start from 1 or are debiased,
+        # of variances over n or n - 1.
         old = 0.99**num_steps
         right = [
             value for v in (4.5, 4.5 * 64 / 63) for value in (v, old + (1 - old) * v)
@@ -240,7 +247,7 @@ def moving_variance(num_steps: int) -> Callable[[Library], float]:
 
 
 def bfloat16_mean(library: Library) -> float:
-    """Return the error of bfloat16 predictions with a mean between two bfloat16s.
+    """Return the error of bfloat16 predictions whose mean is between two bfloat16s.
 
     Rows 1000 and 1004, neighbours in bfloat16, have mean 1002 and variance 4; with
     momentum 0 the predictions are -1 and 1.
@@ -270,21 +277,22 @@ def bfloat16_average(library: Library) -> float:
 def one_row(library: Library) -> float:
     """Return |y - beta| for a batch of one row."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # ours says that nothing is learned so
+        warnings.simplefilter("ignore")  # ours warns that such a batch teaches nothing
         y = library.train(np.full((1, 1, 3), 7.0, np.float32), 0.9, "float32").y
     return float(np.abs(y).max())
 
 
 def masked_shards(rows_used: Sequence[int]) -> Callable[[Library], float | None]:
-    """Return a check of the variance over two shards with so many of 4 rows used."""
+    """Return a check of the variance over two shards of 4 rows, some masked.
+
+    Args:
+      rows_used: how many rows of each shard are not masked.
+    """
 
     def error(library: Library) -> float | None:
         if library.linen is None:
             return None
-        import jax
-        import jax.numpy as jnp
-
-        norm = importlib.import_module(library.linen).BatchNorm(
+        norm = library.linen(
             use_running_average=False, momentum=0.0, axis_name="shards"
         )
         x = np.random.default_rng(2).normal(size=(2, 4, 3)) * [[[1.0]], [[3.0]]]
@@ -304,21 +312,17 @@ def masked_shards(rows_used: Sequence[int]) -> Callable[[Library], float | None]
 
 
 def diverged_averages(library: Library) -> float | None:
-    """Return the relative error of the variance merged from 4 devices without sync.
+    """Return the error of the variance that is merged from 4 devices without sync.
 
-    Flax's examples take the mean of the devices' averages before evaluation.
+    It is relative. Flax's examples take the mean of the devices' averages.
     """
     if library.linen is None:
         return None
-    import jax.numpy as jnp
-
-    import bn_jax
-
     rng = np.random.default_rng(3)
     rows = rng.normal(size=(4, 500, 3)) + rng.normal(scale=2, size=(4, 1, 3))
     states = bn_jax.BatchNormState(jnp.asarray(rows.mean(1)), jnp.asarray(rows.var(1)))
-    ours = library.package == "bn_jax"
-    var = bn_jax.merge_states(states).var if ours else states.var.mean(0)
+    is_ours = library.linen is OURS
+    var = bn_jax.merge_states(states).var if is_ours else states.var.mean(0)
     return float(np.abs(np.asarray(var) / rows.reshape(-1, 3).var(0) - 1).max())
 
 
@@ -343,59 +347,47 @@ def main(argv: Sequence[str]) -> None:
 
 
 def compare(workdir: Path) -> None:
-    """Measure all libraries, print and write what came out."""
-    from bn_jax.runs import results
-
-    errors = {name: measure_all(name) for name in LIBRARIES}
+    """Measure all libraries; print and write their errors."""
+    errors = {}
+    for name, library in LIBRARIES.items():
+        print(f"{name} ...", flush=True)
+        errors[name] = measure(library)
     table = markdown(errors)
     print(f"\n{table}")
     (workdir / "table.md").write_text(table)
+    modules = sorted({library.module for library in LIBRARIES.values()})
     summary = {
         "errors": errors,
-        "versions": versions(),
+        "versions": timing.versions(modules),
         "environment": results.environment(),
     }
     results.write_json(workdir / results.RESULTS, summary)
     print(f"written to {workdir}: table.md, {results.RESULTS}")
 
 
-def measure_all(name: str) -> dict[str, str]:
+def measure(library: Library) -> dict[str, str]:
     """Return a library's error in each check, as text."""
-    library = LIBRARIES[name]
-    if importlib.util.find_spec(library.package) is None:
+    if importlib.util.find_spec(library.module) is None:
         return dict.fromkeys(CHECKS, "-")
-    print(f"{name} ...", flush=True)
     return {check: as_text(error, library) for check, (_, error) in CHECKS.items()}
 
 
 def as_text(error: Callable[[Library], float | None], library: Library) -> str:
-    """Return the error in two digits, "-" for no such feature, or "refuses"."""
+    """Return the error in two digits, "-" for a missing feature, or "refuses"."""
     try:
         value = error(library)
     except ValueError as refusal:
-        print(f"  refuses: {str(refusal)[:100]}")
+        print(f"  refuses: {str(refusal)[:100]}", flush=True)
         return "refuses"
     return "-" if value is None else f"{value:.1e}"
 
 
-def markdown(errors: dict[str, dict[str, str]]) -> str:
+def markdown(errors: Mapping[str, Mapping[str, str]]) -> str:
     """Return the errors as a table, a row a check and a column a library."""
-    lines = [f"| error of | {' | '.join(errors)} |", "|---" * (len(errors) + 1) + "|"]
+    rows = [["error of", *errors]]
     for check, (title, _) in CHECKS.items():
-        cells = " | ".join(of_library[check] for of_library in errors.values())
-        lines.append(f"| {title} | {cells} |")
-    return "\n".join(lines) + "\n"
-
-
-def versions() -> dict[str, str]:
-    """Return the installed versions of the libraries."""
-    names = {"haiku": "dm-haiku"}
-    packages = {library.package for library in LIBRARIES.values()}
-    return {
-        package: importlib.metadata.version(names.get(package, package))
-        for package in sorted(packages)
-        if importlib.util.find_spec(package) is not None
-    }
+        rows.append([title, *(of_library[check] for of_library in errors.values())])
+    return timing.table(rows)
 
 
 if __name__ == "__main__":

@@ -188,7 +188,9 @@ class NnxModel:
 
 def _made(factory: Factory, rngs: nnx.Rngs) -> nnx.Module:
     """Return the module that a factory makes."""
-    by_keyword = "rngs" in inspect.signature(factory).parameters
+    # The signature of an NNX class is that of its metaclass.
+    called: Any = factory.__init__ if isinstance(factory, type) else factory
+    by_keyword = "rngs" in inspect.signature(called).parameters
     module = factory(rngs=rngs) if by_keyword else factory(rngs)
     if not isinstance(module, nnx.Module):
         raise TypeError(

@@ -78,7 +78,7 @@ class Trainer:
       stream: whether training images are streamed to the devices, which then need not
         hold all of them.
       checkpoint_steps: `train` pauses at each multiple of it.
-      wrap_step: makes of the training step one that does more.
+      make_train_step: called as `step.make_train_step`, for a step that does more.
 
     Raises:
       ConfigError: if the config does not fit the data, the model or the devices.
@@ -93,7 +93,7 @@ class Trainer:
         placement: parallel.Placement | None = None,
         stream: bool = False,
         checkpoint_steps: int | None = None,
-        wrap_step: Callable[[step_lib.TrainStep], step_lib.TrainStep] = lambda s: s,
+        make_train_step: Callable[..., step_lib.TrainStep] = step_lib.make_train_step,
     ) -> None:
         if model is not None:
             config = own_models.named(config, model)
@@ -122,18 +122,19 @@ class Trainer:
         optimizer = make_optimizer(config, steps_per_epoch=self.steps_per_epoch)
         self._steps = parallel.make_steps(
             placement,
-            wrap_step(
-                task.make_step(
-                    config,
-                    trained,
-                    optimizer,
-                    axis_name=parallel.DATA if placement.uses_axis else None,
-                )
+            task.make_step(
+                config,
+                trained,
+                optimizer,
+                axis_name=parallel.DATA if placement.uses_axis else None,
+                make_train_step=make_train_step,
             ),
         )
         self._evaluate = self._evaluator(data.test)
         self._validate = data.validation and self._evaluator(data.validation)
         variables = self.network.init(init_key)
+        if config.accumulate > 1 and config.accumulate_stats == "once":
+            step_lib.check_merges(variables["batch_stats"])
         state = init_state(variables, optimizer, averages=config.average_weights > 0)
         state = jax.tree.map(np.asarray, state)
         self.restore(

@@ -14,6 +14,8 @@ from flax import struct
 from jax import Array
 
 from bn_jax import models
+from bn_jax.training.augment import Unchanged
+from bn_jax.training.inputs import to_unit
 
 
 class TrainState(struct.PyTreeNode):
@@ -39,16 +41,16 @@ class Network:
     Attributes:
       model: called as `model.apply(variables, images, train=..., ...)`.
       image_shape: `[H, W, C]` of the images that the model sees.
-      num_classes: number of outputs that it should have.
+      num_classes: number of outputs that it should have; None for any.
       scale: turns images of bytes into the numbers that the model takes.
       centre: cuts images of the data set to `image_shape` where nothing is random.
     """
 
     model: Any
     image_shape: tuple[int, ...]
-    num_classes: int
-    scale: Callable[[Array], Array]
-    centre: Callable[[Array], Array]
+    num_classes: int | None = None
+    scale: Callable[[Array], Array] = to_unit
+    centre: Callable[[Array], Array] = Unchanged().centre
 
     def check_fits(self) -> None:
         """Refuse a model that does not fit the images or the classes.

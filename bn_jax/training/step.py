@@ -11,9 +11,11 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from flax import traverse_util
 from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 
+from bn_jax.fields import ConfigError
 from bn_jax.functional import debiased_momentum
 from bn_jax.training.augment import Augmentation, Unchanged
 from bn_jax.training.losses import losses
@@ -184,6 +186,24 @@ def make_train_step(
     return train_step
 
 
+def check_merges(batch_stats: Any) -> None:
+    """Refuse statistics that `accumulate_stats="once"` cannot merge.
+
+    Raises:
+      ConfigError: if a layer keeps others than a mean and a variance.
+    """
+    kept: dict[tuple[str, ...], set[str]] = {}
+    for *layer, name in traverse_util.flatten_dict(batch_stats):
+        kept.setdefault(tuple(layer), set()).add(name)
+    for path, names in kept.items():
+        if names != {"mean", "var"}:
+            raise ConfigError(
+                f"accumulate_stats='once' with the norm {'/'.join(path)}, which keeps "
+                f"{', '.join(sorted(names))}; it merges means and variances alone: "
+                "give 'each'"
+            )
+
+
 def _moved_once(old: Any, moved: Any, move: Callable[[Any], Any]) -> Any:
     r"""Return averages moved by the moments of all micro-batches at once.
 
@@ -196,23 +216,14 @@ def _moved_once(old: Any, moved: Any, move: Callable[[Any], Any]) -> Any:
       moved: those that each micro-batch made of them, with a leading axis.
       move: what the first micro-batch makes of averages: its derivative by them is m.
 
-    Raises:
-      ValueError: when traced, if a layer holds other statistics.
     """
     ones = jax.tree.map(jnp.ones_like, old)
     _, momentum = jax.jvp(move, (old,), (ones,))
 
     def is_layer(node: Any) -> bool:
-        return isinstance(node, dict) and not any(
-            isinstance(child, dict) for child in node.values()
-        )
+        return isinstance(node, dict) and "mean" in node
 
     def of_layer(moved: dict[str, Array], momentum: dict[str, Array]) -> Any:
-        if moved.keys() != {"mean", "var"}:
-            raise ValueError(
-                f"accumulate_stats='once' with a norm that keeps {', '.join(moved)}; "
-                "it merges means and variances alone: give 'each'"
-            )
         weight = 1 - momentum["mean"]
         between = jnp.var(moved["mean"], axis=0) / jnp.where(weight > 0, weight, 1)
         return {"mean": moved["mean"].mean(0), "var": moved["var"].mean(0) + between}

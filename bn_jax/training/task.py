@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -152,9 +152,10 @@ def make_step(
     optimizer: optax.GradientTransformation,
     *,
     axis_name: str | None = None,
+    make_train_step: Callable[..., step_lib.TrainStep] = step_lib.make_train_step,
 ) -> step_lib.TrainStep:
     """Return the training step that `config` names; see `step.make_train_step`."""
-    return step_lib.make_train_step(
+    return make_train_step(
         network,
         optimizer,
         axis_name=axis_name,

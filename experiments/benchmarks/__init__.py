@@ -1,1 +1,5 @@
-"""Timings, side by side in one call: what is fast, and how cost grows."""
+"""Benchmarks: how fast we are beside other libraries, and how cost grows.
+
+`benchmark` says how one is described and runs it; each other file with a `BENCHMARK` is
+a command, `python -m experiments.benchmarks.NAME`.
+"""

@@ -1,7 +1,8 @@
 """Batch norm alone, forward and backward in training, as each library calls it.
 
 Every call computes y and the gradients of x, gamma and beta for a given gradient of y.
-Their clock is in `experiments.benchmarks.batch_norm`.
+`experiments.benchmarks.batch_norm` times them. Libraries that need not be installed are
+imported by the functions that use them.
 """
 
 from __future__ import annotations
@@ -9,13 +10,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import linen, nnx
+from jax import lax
+
+import bn_jax
 
 MOMENTUM, EPSILON = 0.9, 1e-5
 
 
 class Case(NamedTuple):
-    """One call's arguments."""
+    """The arguments of a call."""
 
     x: np.ndarray  # shape [N, H, W, C], float32
     dy: np.ndarray  # gradient of y; likewise
@@ -24,7 +31,7 @@ class Case(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What is compared with the reference."""
+    """The results that are compared with the reference."""
 
     y: np.ndarray  # shape [N, H, W, C]
     dx: np.ndarray  # likewise
@@ -33,13 +40,13 @@ class Result(NamedTuple):
 
 
 class Call(NamedTuple):
-    """An arm at one shape."""
+    """A library's batch norm at one shape."""
 
-    run: Callable[[], Any]  # once, until the result is there
+    run: Callable[[], Any]  # calls it once and waits for the result
     result: Callable[[], Result]
 
 
-# Of (params, state, x): (y, new state), in JAX; params and state are the library's.
+# (params, state, x) -> (y, new state), in JAX; params and state are the library's.
 Apply = Callable[[Any, Any, Any], tuple[Any, Any]]
 
 
@@ -49,11 +56,11 @@ class Layer(NamedTuple):
     apply: Apply
     params: Any  # the library's own tree
     state: Any  # likewise
-    gamma_beta: Callable[[Any], tuple[Any, Any]]  # of a tree like params
+    gamma_beta: Callable[[Any], tuple[Any, Any]]  # picks them from a tree like params
 
 
 def make_case(shape: Sequence[int]) -> Case:
-    """Return arguments of a shape, the same in every process."""
+    """Return random arguments for x of a shape; they are the same in every process."""
     rng = np.random.default_rng(0)
     features = shape[-1]
     return Case(
@@ -65,7 +72,7 @@ def make_case(shape: Sequence[int]) -> Case:
 
 
 def reference(case: Case) -> Result:
-    r"""Return the results in float64, by the formulas.
+    r"""Compute the results in float64.
 
     $$\hat x = (x - \mu) / \sqrt{\sigma^2 + \epsilon}, \quad
       d\gamma = \sum dy\,\hat x, \quad d\beta = \sum dy, \quad
@@ -83,7 +90,7 @@ def reference(case: Case) -> Result:
 
 
 def errors(result: Result, true: Result) -> dict[str, float]:
-    """Return the greatest error of each part, relative to its greatest value."""
+    """Return the greatest error of each result, relative to its greatest value."""
     return {
         name: float(np.abs(value - right).max() / np.abs(right).max())
         for name, value, right in zip(Result._fields, result, true, strict=True)
@@ -91,8 +98,7 @@ def errors(result: Result, true: Result) -> dict[str, float]:
 
 
 def step_of(layer: Layer) -> Any:
-    """Return `step(params, state, x, dy)`, jitted: forward and backward."""
-    import jax
+    """Return a jitted `step(params, state, x, dy)`, forward and backward."""
 
     @jax.jit
     def step(params: Any, state: Any, x: Any, dy: Any) -> Any:
@@ -107,14 +113,16 @@ def step_of(layer: Layer) -> Any:
 def by_jax(
     make_layer: Callable[[Case], Layer], *, channels_first: bool = False
 ) -> Callable[[Case], Call]:
-    """Return how a JAX library's layer is called: jitted, forward and backward."""
+    """Return a function that sets up a JAX library's layer as one jitted call.
+
+    Args:
+      make_layer: returns the layer for a case.
+      channels_first: whether x is laid out as [C, H, W, N].
+    """
 
     def make(case: Case) -> Call:
-        import jax
-        import jax.numpy as jnp
-
         def laid_out(array: Any) -> Any:
-            # [C, H, W, N], the layout of our LeNet on CPU.
+            # The layout of our LeNet on CPU.
             return array.transpose(3, 1, 2, 0) if channels_first else array
 
         layer = make_layer(case)
@@ -140,7 +148,7 @@ def by_jax(
 
 
 def bn_jax_layer(case: Case, *, feature_axis: int = -1) -> Layer:
-    import bn_jax
+    """Return our function."""
 
     def apply(params: Any, state: Any, x: Any) -> Any:
         return bn_jax.batch_norm(
@@ -159,9 +167,7 @@ def bn_jax_layer(case: Case, *, feature_axis: int = -1) -> Layer:
 
 
 def one_pass_layer(case: Case) -> Layer:
-    """Return the textbook form whose variance loses its digits at a large mean."""
-    import jax.numpy as jnp
-    from jax import lax
+    """Return the textbook form, whose variance loses digits where the mean is large."""
 
     def apply(params: Any, state: Any, x: Any) -> Any:
         gamma, beta = params
@@ -180,15 +186,9 @@ def one_pass_layer(case: Case) -> Layer:
     return Layer(apply, (case.gamma, case.beta), state, lambda params: params)
 
 
-def linen_layer(case: Case, *, module: str) -> Layer:
-    import importlib
-
-    import jax
-    import jax.numpy as jnp
-
-    layer = importlib.import_module(module).BatchNorm(
-        use_running_average=False, momentum=MOMENTUM, epsilon=EPSILON
-    )
+def linen_layer(case: Case, *, module: Callable[..., linen.Module]) -> Layer:
+    """Return the batch norm of a Linen module, such as `flax.linen.BatchNorm`."""
+    layer = module(use_running_average=False, momentum=MOMENTUM, epsilon=EPSILON)
 
     def apply(params: Any, state: Any, x: Any) -> Any:
         variables = {"params": params, "batch_stats": state}
@@ -201,13 +201,9 @@ def linen_layer(case: Case, *, module: str) -> Layer:
     return Layer(apply, params, state, lambda p: (p["scale"], p["bias"]))
 
 
-def nnx_layer(case: Case, *, module: str) -> Layer:
-    import importlib
-
-    import jax.numpy as jnp
-    from flax import nnx
-
-    layer = importlib.import_module(module).BatchNorm(
+def nnx_layer(case: Case, *, module: Callable[..., Any]) -> Layer:
+    """Return the batch norm of an NNX module, such as `flax.nnx.BatchNorm`."""
+    layer = module(
         len(case.gamma),
         use_running_average=False,
         momentum=MOMENTUM,
@@ -229,9 +225,8 @@ def nnx_layer(case: Case, *, module: str) -> Layer:
 
 
 def haiku_layer(case: Case) -> Layer:
+    """Return Haiku's module."""
     import haiku as hk
-    import jax
-    import jax.numpy as jnp
 
     model = hk.without_apply_rng(
         hk.transform_with_state(
@@ -254,6 +249,7 @@ def haiku_layer(case: Case) -> Layer:
 
 
 def keras_layer(case: Case) -> Layer:
+    """Return Keras's layer, on JAX."""
     from keras import layers
 
     layer = layers.BatchNormalization(momentum=MOMENTUM, epsilon=EPSILON)
@@ -272,7 +268,7 @@ def keras_layer(case: Case) -> Layer:
 
 
 def torch_call(case: Case, *, channels_last: bool) -> Call:
-    """Call PyTorch's layer, channels first in shape whatever the memory format."""
+    """Set up PyTorch's layer; its shapes are channels first in either memory format."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -307,13 +303,10 @@ def torch_call(case: Case, *, channels_last: bool) -> Call:
 
 
 def bandwidth_call(case: Case) -> Call:
-    """Read x once and write an array of its size once."""
-    import jax
-    import jax.numpy as jnp
-
+    """Set up a program that reads x once and writes an array of its size once."""
     x = jnp.asarray(case.x)
     scaled = jax.jit(lambda x: 1.5 * x)
     return Call(
         run=lambda: scaled(x).block_until_ready(),
-        result=lambda: reference(case),  # it has none to check
+        result=lambda: reference(case),  # there is nothing to check
     )

@@ -1,31 +1,37 @@
 r"""How does the time of a training step grow with what one can make larger?
 
 With the batch (LeNet), the width (an MLP of four layers), the depth (MLPs of width 128
-and CIFAR-style ResNets) and the number of members of a sweep (LeNet): each with batch
-norm and without, and with the slope on log-log axes: 1 is in proportion. How exact
-statistics grow with the number of examples is in experiments.benchmarks.population.
+and CIFAR-style ResNets) and the members of a sweep (LeNet), each with batch norm and
+without. The slope is that on log-log axes: 1 is in proportion. How exact statistics
+grow with the number of examples is in experiments.benchmarks.population.
 
   python -m experiments.benchmarks.growth --workdir=runs/growth            10 minutes
   python -m experiments.benchmarks.growth --workdir=runs/growth-try --smoke  2 minutes
 
-Each line of the figure is a process of its own on one device, and they are timed in
-turns. A measurement is a compiled loop of steps, at least as many as took 0.1 s in the
-first, on images of the embedded sample; compilation is not in it. The folder receives
-results.json, table.md and growth.png.
+Each line of the figure has a process on one device. A measurement is a compiled loop of
+steps on images of the embedded sample, about as many as take 0.1 s; compilation is not
+in it.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from absl import flags
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
 
-from bn_jax.training import config as config_lib
-from experiments import launch
-from experiments.benchmarks import timing
+from bn_jax import data as data_lib
+from bn_jax import fields, linen, plots
+from bn_jax.models import lenet, mlp, resnet
+from bn_jax.training import state as state_lib
+from bn_jax.training import step as step_lib
+from experiments.benchmarks import benchmark, timing, training
 
 BATCH_SIZE = 256  # where the batch is not what grows
 RESNET_BATCH_SIZE = 64
@@ -37,106 +43,74 @@ MAX_STEPS = 200  # of one measurement
 class Axis(NamedTuple):
     """What grows."""
 
-    label: str
+    title: str
     sizes: Sequence[int]
-    model: str
 
 
 AXES = {
-    "batch": Axis("examples a batch", (16, 64, 256, 1024, 4096), "LeNet"),
-    "width": Axis("width", (64, 128, 256, 512, 1024), "MLP"),
-    "depth": Axis("layers", (2, 4, 8, 16, 32), "MLP"),
-    "resnet_depth": Axis("layers", (8, 14, 20, 32), "ResNet"),
-    "members": Axis("members of a sweep", (1, 2, 4, 8, 16), "LeNet"),
+    "batch": Axis("LeNet: examples a batch", (16, 64, 256, 1024, 4096)),
+    "width": Axis("MLP: width", (64, 128, 256, 512, 1024)),
+    "depth": Axis("MLP: layers", (2, 4, 8, 16, 32)),
+    "resnet_depth": Axis("ResNet: layers", (8, 14, 20, 32)),
+    "members": Axis("LeNet: members of a sweep", (1, 2, 4, 8, 16)),
 }
 NORMS = {"batch_norm": "batch norm", "none": "none"}
 
 
-def arm_names() -> list[str]:
-    """Return the names of the arms: an axis and a norm."""
-    return [f"{axis}/{norm}" for axis in AXES for norm in NORMS]
+@dataclasses.dataclass(frozen=True)
+class Design(benchmark.Design):
+    """How far each axis goes."""
 
-
-def define_flags() -> None:
-    launch.define_workdir_flag()
-    flags.DEFINE_integer("rounds", 5, "Of each arm.", lower_bound=1)
-    flags.DEFINE_integer(
-        "num_sizes", 5, "How many sizes of each axis, from the least.", lower_bound=2
+    rounds: int = fields.option_of(benchmark.Design, "rounds", 5)
+    num_sizes: int = fields.option(
+        5,
+        "How many sizes of each axis, from the least.",
+        valid=fields.Range("a number at least 2", lambda v: v >= 2),
     )
-    flags.DEFINE_boolean("smoke", False, "2 sizes and 1 round, unless given.")
-    flags.DEFINE_string("arm", None, "Time this arm when told to; used by the program.")
 
 
-def main(argv: Sequence[str]) -> None:
-    launch.check_no_arguments(argv)
-    smoke = {"rounds": 1, "num_sizes": 2} if flags.FLAGS.smoke else {}
-    rounds, num_sizes = (launch.given_or(n, smoke) for n in ("rounds", "num_sizes"))
-    if flags.FLAGS.arm is not None:
-        time_arm(*flags.FLAGS.arm.split("/"), num_sizes=num_sizes)
-        return
-    config = {"rounds": rounds, "num_sizes": num_sizes}
-    with launch.experiment("growth", config, repeat=False) as to:
-        _, measured = timing.interleaved(
-            "experiments.benchmarks.growth",
-            dict.fromkeys(arm_names(), {}),
-            rounds=rounds,
-            arguments=[f"--num_sizes={num_sizes}"],
-        )
-        write(to, measured)
-
-
-def time_arm(axis: str, norm: str, *, num_sizes: int) -> None:
-    """Set an arm up, and time a step at each size whenever told to."""
-    calls = {size: make_call(axis, norm, size) for size in AXES[axis].sizes[:num_sizes]}
-    timing.serve({}, lambda: {str(size): call() for size, call in calls.items()})
+def set_up(design: Design, *, axis: str, norm: str) -> benchmark.Ready:
+    """Set up one axis with one norm."""
+    sizes = AXES[axis].sizes[: design.num_sizes]
+    calls = {str(size): make_call(axis, norm, size) for size in sizes}
+    return benchmark.Ready(lambda: {size: call() for size, call in calls.items()})
 
 
 def make_call(axis: str, norm: str, size: int) -> Callable[[], float]:
-    """Return what measures the seconds of a step."""
+    """Return a function that measures the seconds of a step."""
     if axis == "members":
         return sweep_call(norm, size)
-    from bn_jax import models
-    from bn_jax.models import lenet, mlp, resnet
+    batch_size = {"batch": size, "resnet_depth": RESNET_BATCH_SIZE}
+    return step_call(make_model(axis, norm, size), batch_size.get(axis, BATCH_SIZE))
 
-    constructor = models.norm_by_name(norm, momentum=0.9, epsilon=1e-5)
+
+def make_model(axis: str, norm: str, size: int) -> Any:
+    """Return the model that is trained at a size."""
+    constructor = linen.norm(norm)
     if axis == "batch":
-        return step_call(lenet.LeNet(norm=constructor), size)
+        return lenet.LeNet(norm=constructor)
     if axis == "resnet_depth":
-        return step_call(resnet.ResNet(depth=size, norm=constructor), RESNET_BATCH_SIZE)
+        return resnet.ResNet(depth=size, norm=constructor)
     widths = [MLP_WIDTH] * size if axis == "depth" else [size] * MLP_DEPTH
-    return step_call(mlp.MLP(widths=tuple(widths), norm=constructor), BATCH_SIZE)
+    return mlp.MLP(widths=tuple(widths), norm=constructor)
 
 
 def step_call(model: Any, batch_size: int) -> Callable[[], float]:
-    """Return what measures a step of plain SGD, in a compiled loop of some."""
-    import functools
-
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-    import optax
-
-    from bn_jax import data as data_lib
-    from bn_jax.training import state as state_lib
-    from bn_jax.training import step as step_lib
-
+    """Return a function that measures a step of plain SGD, in a compiled loop."""
     train = data_lib.load("sample").train
-    # A rate at which no model diverges, which would end the loop.
+    # At this rate no model diverges, which would end the loop early.
     optimizer = optax.sgd(1e-3)
-    variables = state_lib.init_variables(
-        model, jax.random.key(0), train.images.shape[1:]
-    )
-    state = state_lib.init_state(variables, optimizer)
+    network = state_lib.Network(model, train.images.shape[1:])
+    state = state_lib.init_state(network.init(jax.random.key(0)), optimizer)
     shape = (MAX_STEPS, batch_size)
     order = np.random.default_rng(0).integers(0, len(train.labels), shape)
     data = step_lib.Batch(jnp.asarray(train.images), jnp.asarray(train.labels))
     source = step_lib.Stored(data, jnp.asarray(order))
+    train_step = step_lib.make_train_step(
+        network, optimizer, dropout_key=jax.random.key(1)
+    )
     run = jax.jit(
-        functools.partial(
-            step_lib.run_steps,
-            step_lib.make_train_step(model, optimizer),
-            max_steps=MAX_STEPS,
-        )
+        functools.partial(step_lib.run_steps, train_step, max_steps=MAX_STEPS)
     )
 
     def seconds(num_steps: int) -> float:
@@ -154,81 +128,83 @@ def step_call(model: Any, batch_size: int) -> Callable[[], float]:
 
 
 def sweep_call(norm: str, num_members: int) -> Callable[[], float]:
-    """Return what measures a step of all members, in an epoch of the sample."""
-    from bn_jax import data as data_lib
-    from bn_jax.training.sweep import Sweep
-
-    configs = [
-        config_lib.TrainConfig(
-            dataset="sample", norm=norm, learning_rate=0.1, seed=seed, epochs=10**6
-        )
+    """Return a function that measures a step of all members of a sweep."""
+    members = [
+        {"norm": norm, "learning_rate": 0.1, "seed": seed}
         for seed in range(num_members)
     ]
-    sweep = Sweep(configs, data_lib.load("sample"))
-    # Evaluation at an epoch's end is not in the sweep's clock.
-    epochs = sweep.train()
-    next(epochs)
+    _, epoch = training.sweep_epochs(members, data_lib.load("sample"))
+    epoch()  # compiles
 
     def seconds() -> float:
-        before, step = sweep.progress().seconds, sweep.step
-        next(number for number in epochs if number is not None)
-        return (sweep.progress().seconds - before) / (sweep.step - step)
+        taken, steps = epoch()
+        return taken / steps
 
     return seconds
 
 
-def write(folder: Path, measured: Mapping[str, Sequence[timing.Measurement]]) -> None:
-    """Print and write how the time of a step grows."""
-    from bn_jax import plots
-    from bn_jax.runs import results
+ARMS = {
+    f"{axis}/{norm}": benchmark.Arm(
+        f"{AXES[axis].title}, {title}",
+        functools.partial(set_up, axis=axis, norm=norm),
+    )
+    for axis in AXES
+    for norm, title in NORMS.items()
+}
 
+
+def report(measured: benchmark.Measured) -> benchmark.Report:
+    """Report how the time of a step grows."""
     seconds = {
         arm: {int(size): [row[size] for row in rows] for size in rows[0]}
-        for arm, rows in measured.items()
+        for arm, rows in measured.rows.items()
     }
-    medians = {
-        arm: {size: timing.summarize(values) for size, values in by_size.items()}
+    summaries = {
+        arm: {size: timing.summarize(times) for size, times in by_size.items()}
         for arm, by_size in seconds.items()
     }
-    slopes = {
-        arm: timing.slope(list(of_arm), [summary.median for summary in of_arm.values()])
-        for arm, of_arm in medians.items()
-    }
-    last = {
-        arm: timing.slope(list(of_arm)[-2:], [s.median for s in of_arm.values()][-2:])
-        for arm, of_arm in medians.items()
-    }
+
+    def slopes(first: int) -> dict[str, float]:
+        """Return each arm's slope, over the sizes from the first one given."""
+        return {
+            arm: timing.slope(
+                list(by_size)[first:], [s.median for s in by_size.values()][first:]
+            )
+            for arm, by_size in summaries.items()
+        }
+
+    whole, last = slopes(0), slopes(-2)
     rows = [["what grows", "norm", "ms a step, by size", "slope", "at the last two"]]
     panels = {}
     for name, axis in AXES.items():
-        title = f"{axis.model}: {axis.label}"
-        panels[title] = {NORMS[norm]: medians[f"{name}/{norm}"] for norm in NORMS}
-        for norm in NORMS:
-            of_arm = medians[f"{name}/{norm}"]
-            cells = ", ".join(f"{n}: {s.median * 1e3:.3g}" for n, s in of_arm.items())
-            arm = f"{name}/{norm}"
-            rows.append(
-                [title, NORMS[norm], cells, f"{slopes[arm]:.2f}", f"{last[arm]:.2f}"]
+        by_norm = {title: f"{name}/{norm}" for norm, title in NORMS.items()}
+        panels[axis.title] = {title: summaries[arm] for title, arm in by_norm.items()}
+        for title, arm in by_norm.items():
+            cells = ", ".join(
+                f"{size}: {s.median * 1e3:.3g}" for size, s in summaries[arm].items()
             )
-    text = timing.table(rows)
-    (folder / "table.md").write_text(text)
-    n = len(next(iter(measured.values())))
-    plots.growth(
-        panels,
-        "s a step",
-        f"n = {n} rounds; band: least to greatest",
-        folder / "growth.png",
+            rows.append(
+                [axis.title, title, cells, f"{whole[arm]:.2f}", f"{last[arm]:.2f}"]
+            )
+    return benchmark.Report(
+        tables=[rows],
+        results={
+            "seconds_a_step": seconds,
+            "slope": whole,
+            "slope_of_the_last_two": last,
+        },
+        figures={"growth": benchmark.Figure(plots.growth, panels, "s a step")},
     )
-    summary = {
-        "seconds_a_step": seconds,
-        "slope": slopes,
-        "slope_of_the_last_two": last,
-        "environment": results.environment(),
-    }
-    results.write_json(folder / results.RESULTS, summary)
-    print(text)
-    print(f"written to {folder}: table.md, {results.RESULTS}, growth.png; n = {n}")
 
+
+BENCHMARK = benchmark.Benchmark(
+    "growth",
+    Design,
+    ARMS,
+    report,
+    smoke={"rounds": 1, "num_sizes": 2},
+    needed=ARMS,
+)
 
 if __name__ == "__main__":
-    launch.start(main, define_flags)
+    benchmark.start(BENCHMARK)

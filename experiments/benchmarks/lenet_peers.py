@@ -1,7 +1,8 @@
 """The chapter's LeNet with batch norm in other libraries, as their users train it.
 
-Each peer starts from our parameters, and trains by SGD with all of its library's own
-parts. Its clock is in `experiments.benchmarks.lenet`.
+Each peer starts from our parameters, and trains by SGD with its library's own parts.
+`experiments.benchmarks.lenet` times them. PyTorch and Keras need not be installed, so
+the functions that use them import them.
 """
 
 from __future__ import annotations
@@ -13,7 +14,11 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
+from flax import linen, traverse_util
 
 LEARNING_RATE, MOMENTUM, EPSILON = 1.0, 0.9, 1e-5
 WIDTHS = (6, 16, 120, 84, 10)
@@ -27,11 +32,11 @@ class Start(NamedTuple):
     images: np.ndarray  # shape [N, 28, 28, 1], uint8
     labels: np.ndarray  # shape [N], int32
     params: dict[str, np.ndarray]  # ours, by path: "conv1/kernel"
-    order: np.ndarray  # the examples of the first epoch's steps, [steps, batch], int32
+    order: np.ndarray  # examples of each step of the first epoch, [steps, batch], int32
 
 
 class Means(NamedTuple):
-    """Over the steps of an epoch."""
+    """Means over the steps of an epoch."""
 
     loss: float
     accuracy: float
@@ -40,8 +45,8 @@ class Means(NamedTuple):
 class Peer(NamedTuple):
     """A model of another library, ready to train."""
 
-    replay: Callable[[np.ndarray], list[float]]  # of an order of examples: its losses
-    epoch: Callable[[], Means]  # one more, in a new order
+    replay: Callable[[np.ndarray], list[float]]  # trains in an order; returns losses
+    epoch: Callable[[], Means]  # trains an epoch in a new order
     about: Mapping[str, Any] = {}
 
 
@@ -50,15 +55,15 @@ def torch_peer(start: Start, *, from_scratch: bool, may_compile: bool) -> Peer:
 
     Args:
       start: where to start.
-      from_scratch: whether batch norm is the chapter's, of elementary operations.
-      may_compile: whether `torch.compile` is tried, too.
+      from_scratch: whether batch norm is the chapter's, made of elementary operations.
+      may_compile: whether to try `torch.compile`, too.
     """
     import torch
 
     torch.backends.cudnn.allow_tf32 = False  # float32 is float32 in every arm
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    # Not by permute: with one channel that is contiguous and yet channels last, and
-    # a convolution passes the latter on, to a far slower batch norm.
+    # Not by permute: with one channel its result counts as channels last, too. A
+    # convolution would pass that on to batch norm, which is far slower then.
     n, h, w, channels = start.images.shape
     images = torch.tensor(start.images, device=device).reshape(n, channels, h, w)
     labels = torch.tensor(start.labels, device=device, dtype=torch.int64)
@@ -110,7 +115,7 @@ def torch_peer(start: Start, *, from_scratch: bool, may_compile: bool) -> Peer:
     )
     best = min(trial, key=trial.__getitem__)
     net, train = made[best]
-    load_into_torch(net, start.params)  # what the trial trained is forgotten
+    load_into_torch(net, start.params)  # the trial has trained it
 
     def epoch() -> Means:
         order = torch.randperm(len(labels), device=device)
@@ -137,7 +142,7 @@ def least_seconds(
 ) -> dict[str, float]:
     """Return the least time of each call.
 
-    They take turns: a machine that slows down slows all of them.
+    The calls take turns, so that a machine that slows down slows all of them.
     """
     seconds = dict.fromkeys(calls, math.inf)
     for _ in range(repeats):
@@ -149,7 +154,7 @@ def least_seconds(
 
 
 def torch_lenet(from_scratch: bool) -> Any:
-    """Return the chapter's network, concise or with its batch norm from scratch."""
+    """Return the chapter's network, with PyTorch's batch norm or one from scratch."""
     from torch import nn
 
     norm_2d: Any = nn.BatchNorm2d
@@ -178,7 +183,7 @@ def torch_lenet(from_scratch: bool) -> Any:
 
 
 def scratch_norm() -> Any:
-    """Return batch norm as a class of elementary PyTorch operations."""
+    """Return a class of batch norm, made of elementary PyTorch operations."""
     import torch
     from torch import nn
 
@@ -210,9 +215,9 @@ def scratch_norm() -> Any:
 def torch_params(params: Mapping[str, np.ndarray]) -> list[np.ndarray]:
     """Return our parameters as PyTorch has them, in its order.
 
-    Kernels [H, W, in, out] become [out, in, H, W], those of dense layers [in, out]
-    become [out, in]. The first dense layer's inputs, pixels before channels in ours,
-    are channels before pixels there.
+    Kernels [H, W, in, out] become [out, in, H, W]; those of dense layers, [in, out],
+    become [out, in]. The inputs of the first dense layer are ordered by pixel, then by
+    channel in ours, and by channel, then by pixel there.
     """
     listed = []
     for layer in (*LAYERS, "dense3"):
@@ -234,7 +239,7 @@ def torch_params(params: Mapping[str, np.ndarray]) -> list[np.ndarray]:
 
 
 def load_into_torch(net: Any, params: Mapping[str, np.ndarray]) -> None:
-    """Give a PyTorch network our parameters; its moving averages stay."""
+    """Copy our parameters into a PyTorch network; its moving averages stay."""
     import torch
 
     with torch.no_grad():
@@ -243,33 +248,32 @@ def load_into_torch(net: Any, params: Mapping[str, np.ndarray]) -> None:
 
 
 def flax_peer(start: Start) -> Peer:
-    """Set up Flax as its examples do: NHWC, a loop over a jitted, donating step."""
-    import jax
-    import jax.numpy as jnp
-    import optax
-    from flax import linen as nn
-    from flax import traverse_util
+    """Set up Flax as its examples do: NHWC, a loop over a jitted step that donates."""
 
-    class LeNet(nn.Module):
-        @nn.compact
+    class LeNet(linen.Module):
+        @linen.compact
         def __call__(self, x: Any, train: bool) -> Any:
             norm = functools.partial(
-                nn.BatchNorm,
+                linen.BatchNorm,
                 use_running_average=not train,
                 momentum=MOMENTUM,
                 epsilon=EPSILON,
             )
-            x = nn.sigmoid(norm(name="norm1")(self.conv(1)(x)))
-            x = nn.avg_pool(x, (2, 2), (2, 2))
-            x = nn.sigmoid(norm(name="norm2")(self.conv(2)(x)))
-            x = nn.avg_pool(x, (2, 2), (2, 2))
+            x = linen.sigmoid(norm(name="norm1")(self.conv(1)(x)))
+            x = linen.avg_pool(x, (2, 2), (2, 2))
+            x = linen.sigmoid(norm(name="norm2")(self.conv(2)(x)))
+            x = linen.avg_pool(x, (2, 2), (2, 2))
             x = x.reshape(len(x), -1)
-            x = nn.sigmoid(norm(name="norm3")(nn.Dense(WIDTHS[2], name="dense1")(x)))
-            x = nn.sigmoid(norm(name="norm4")(nn.Dense(WIDTHS[3], name="dense2")(x)))
-            return nn.Dense(WIDTHS[4], name="dense3")(x)
+            x = linen.sigmoid(
+                norm(name="norm3")(linen.Dense(WIDTHS[2], name="dense1")(x))
+            )
+            x = linen.sigmoid(
+                norm(name="norm4")(linen.Dense(WIDTHS[3], name="dense2")(x))
+            )
+            return linen.Dense(WIDTHS[4], name="dense3")(x)
 
         def conv(self, i: int) -> Any:
-            return nn.Conv(WIDTHS[i - 1], (5, 5), padding="VALID", name=f"conv{i}")
+            return linen.Conv(WIDTHS[i - 1], (5, 5), padding="VALID", name=f"conv{i}")
 
     model, optimizer = LeNet(), optax.sgd(LEARNING_RATE)
     images, labels = jnp.asarray(start.images), jnp.asarray(start.labels)
@@ -367,7 +371,7 @@ def keras_peer(start: Start) -> Peer:
     def replay(order: np.ndarray) -> list[float]:
         losses = []
         for rows in order:
-            model.reset_metrics()  # else it returns the mean of all steps so far
+            model.reset_metrics()  # otherwise it returns the mean of all steps so far
             x, y = start.images[rows], start.labels[rows]
             losses.append(float(model.train_on_batch(x, y)[0]))
         return losses

@@ -1,37 +1,38 @@
 r"""How long from the command to the first trained epoch, and how much memory?
 
   python -m experiments.benchmarks.start_up --workdir=runs/start-up          4 minutes
-  python -m experiments.benchmarks.start_up --workdir=runs/start-try --smoke a minute
+  python -m experiments.benchmarks.start_up --workdir=runs/start-try --smoke 2 minutes
 
-Every measurement is a new process, in turns, after a round that warms the system's file
-cache: `import bn_jax`; `experiments.lenet --help`; the main job with an empty cache of
-compiled programs, cold, and again with what that left, warm. Times are on the wall from
-the start of the process, for a first epoch until its line is on stdout (so the test
-images are evaluated, too). The job runs two epochs, and its peak memory is what the
-system counts for that process alone, as resident. Where PyTorch is installed, a plain
-script that trains the same network for an epoch stands beside it: it reads the training
-images from a NumPy file, and evaluates nothing. First the warm and the cold job must
-have the same losses. The folder receives results.json, table.md and start_up.png.
+Every measurement is a new process, in turns: `import bn_jax`; `experiments.lenet
+--help`; the main job with an empty cache of compiled programs (cold), and again with
+what the first job left there (warm). A first round, which is not counted, warms the
+system's file cache. Times are on the wall from the start of the process; a first epoch
+ends when its line is on stdout, so it includes evaluation on the test images. The job
+runs two epochs. Peak memory is the resident memory that the system counts for that
+process alone. Where PyTorch is installed, a plain script trains the same network for an
+epoch: it reads the training images from a NumPy file, and evaluates nothing. Before the
+times are reported, the warm and the cold job must have the same losses.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from absl import flags
-from tqdm import tqdm
 
+from bn_jax import fields, plots
+from bn_jax.runs import results
 from experiments import launch
-from experiments.benchmarks import timing
+from experiments.benchmarks import benchmark, timing
 
 FIRST_EPOCH = "epoch 1/"
 EPOCHS = 2
@@ -65,8 +66,8 @@ print("{FIRST_EPOCH}1  loss", sum(losses) / len(losses))
 """
 
 
-# A process begins with the memory of the one that starts it in its peak, so a small one
-# (10 ms) starts each; it writes what the system counted.
+# The peak of a process includes the memory of the one that started it. So a small
+# process (10 ms) starts each, and writes what the system counted.
 LAUNCHER = """
 import os, sys
 pid = os.posix_spawn(sys.argv[2], sys.argv[2:], os.environ)
@@ -81,7 +82,7 @@ class Ran(NamedTuple):
     """What a process took."""
 
     seconds: float  # until it ended
-    first_line_seconds: float  # until the line that was waited for; NaN without one
+    first_line_seconds: float  # until the awaited line; NaN if none was awaited
     peak_bytes: int
 
 
@@ -90,7 +91,7 @@ class Quantity(NamedTuple):
 
     title: str
     unit: str
-    scale: float = 1.0  # of a measurement, in that unit
+    scale: float = 1.0  # measurements times this are in that unit
 
 
 QUANTITIES = {
@@ -109,95 +110,15 @@ QUANTITIES = {
 }
 
 
-def define_flags() -> None:
-    launch.define_data_flags()
-    launch.define_workdir_flag()
-    flags.DEFINE_string("dataset", "auto", "As in experiments.lenet.")
-    flags.DEFINE_integer("rounds", 5, "Processes of each kind.", lower_bound=1)
-    flags.DEFINE_boolean("smoke", False, "The sample and 1 round, unless given.")
-
-
-def main(argv: Sequence[str]) -> None:
-    launch.check_no_arguments(argv)
-    smoke = {"dataset": "sample", "rounds": 1} if flags.FLAGS.smoke else {}
-    dataset, rounds = (launch.given_or(name, smoke) for name in ("dataset", "rounds"))
-    skipped = timing.missing({"torch": ["torch"]})
-    for name, reason in skipped.items():
-        print(f"left out: {name} ({reason})", flush=True)
-    data = launch.load_data(dataset)
-    warm_up = 0 if flags.FLAGS.smoke else 1
-    with (
-        launch.experiment(
-            "start_up", {"dataset": dataset, "rounds": rounds}, repeat=False
-        ) as folder,
-        tempfile.TemporaryDirectory() as temporary,
-    ):
-        torch_data = None
-        if not skipped:
-            torch_data = Path(temporary) / "train.npz"
-            np.savez(torch_data, **data.train._asdict())
-        measured = [
-            measure(dataset, torch_data)
-            for _ in tqdm(range(warm_up + rounds), disable=None, leave=False)
-        ]
-        write(folder, measured[warm_up:], skipped, data.source)
-
-
-def measure(dataset: str, torch_data: Path | None) -> timing.Measurement:
-    """Run each process once, PyTorch's where there is data for it."""
-    taken = {
-        "import_seconds": run(["-c", "import bn_jax"]).seconds,
-        "help_seconds": run(["-m", "experiments.lenet", "--help"]).seconds,
-    }
-    with tempfile.TemporaryDirectory() as temporary:
-        for name in ("cold", "warm"):  # the first leaves the cache to the second
-            workdir = Path(temporary) / name
-            ran = run(
-                [
-                    *("-m", "experiments.lenet", f"--workdir={workdir}"),
-                    *(f"--dataset={dataset}", f"--epochs={EPOCHS}"),
-                    f"--cache_dir={Path(temporary) / 'cache'}",
-                    *launch.data_arguments(),
-                ],
-                wait_for=FIRST_EPOCH,
-            )
-            taken |= {
-                f"first_epoch_seconds_{name}": ran.first_line_seconds,
-                f"job_seconds_{name}": ran.seconds,
-                f"peak_bytes_{name}": ran.peak_bytes,
-                **_results(workdir, name),
-            }
-    if torch_data is not None:
-        ran = run(["-c", TORCH_SCRIPT, str(torch_data)], wait_for=FIRST_EPOCH)
-        taken["first_epoch_seconds_torch"] = ran.first_line_seconds
-        taken["peak_bytes_torch"] = ran.peak_bytes
-    return taken
-
-
-def _results(workdir: Path, name: str) -> timing.Measurement:
-    """Return what a job wrote about itself."""
-    from bn_jax.runs import results
-
-    written = results.read_json(workdir / results.RESULTS)
-    return {
-        f"compile_seconds_{name}": written["compile_seconds"],
-        f"loss_{name}": written["train_loss"],
-    }
-
-
-def run(
-    arguments: Sequence[str],
-    *,
-    wait_for: str | None = None,
-) -> Ran:
+def run(arguments: Sequence[str], *, wait_for: str | None = None) -> Ran:
     """Run Python in a process of its own.
 
     Args:
       arguments: of the interpreter.
-      wait_for: beginning of a line of its output.
+      wait_for: beginning of a line of output whose time counts.
 
     Raises:
-      ArmError: if it fails, or no line begins so.
+      ArmError: if the process fails, or prints no such line.
     """
     first = float("nan")
     with tempfile.NamedTemporaryFile("r") as counted:
@@ -226,8 +147,86 @@ def run(
     return Ran(seconds, first, peak * unit)
 
 
+def first_import(design: Design) -> benchmark.Ready:
+    """Measure `import bn_jax`."""
+    del design
+    return benchmark.Ready(
+        lambda: {"import_seconds": run(["-c", "import bn_jax"]).seconds}
+    )
+
+
+def show_help(design: Design) -> benchmark.Ready:
+    """Measure --help of the main job."""
+    del design
+    return benchmark.Ready(
+        lambda: {"help_seconds": run(["-m", "experiments.lenet", "--help"]).seconds}
+    )
+
+
+def job(design: Design) -> benchmark.Ready:
+    """Measure the main job, cold and then warm."""
+
+    def measure() -> timing.Measurement:
+        taken: timing.Measurement = {}
+        with tempfile.TemporaryDirectory() as folder:
+            for name in ("cold", "warm"):  # the first leaves the cache to the second
+                workdir = Path(folder) / name
+                ran = run(
+                    [
+                        *("-m", "experiments.lenet", f"--workdir={workdir}"),
+                        *(f"--dataset={design.dataset}", f"--epochs={EPOCHS}"),
+                        f"--cache_dir={Path(folder) / 'cache'}",
+                        *launch.data_arguments(),
+                    ],
+                    wait_for=FIRST_EPOCH,
+                )
+                written = results.read_object(workdir / results.RESULTS)
+                taken |= {
+                    f"first_epoch_seconds_{name}": ran.first_line_seconds,
+                    f"job_seconds_{name}": ran.seconds,
+                    f"peak_bytes_{name}": ran.peak_bytes,
+                    f"compile_seconds_{name}": written["compile_seconds"],
+                    f"loss_{name}": written["train_loss"],
+                }
+        return taken
+
+    return benchmark.Ready(measure)
+
+
+def torch(design: Design) -> benchmark.Ready:
+    """Measure a script of PyTorch's."""
+    train = design.load().train
+
+    def measure() -> timing.Measurement:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "train.npz"
+            np.savez(path, images=train.images, labels=train.labels)
+            ran = run(["-c", TORCH_SCRIPT, str(path)], wait_for=FIRST_EPOCH)
+        return {
+            "first_epoch_seconds_torch": ran.first_line_seconds,
+            "peak_bytes_torch": ran.peak_bytes,
+        }
+
+    return benchmark.Ready(measure)
+
+
+ARMS = {
+    "import": benchmark.Arm("import bn_jax", first_import),
+    "help": benchmark.Arm("experiments.lenet --help", show_help),
+    "job": benchmark.Arm("the main job", job),
+    "torch": benchmark.Arm("PyTorch", torch, ["torch"]),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Design(benchmark.DataDesign):
+    """How often, on what data."""
+
+    rounds: int = fields.option_of(benchmark.Design, "rounds", 5)
+
+
 def check_losses(measured: Sequence[timing.Measurement]) -> None:
-    """Refuse jobs whose cached program does not train as the compiled one.
+    """Check that a program from the cache trains as one that was compiled.
 
     Raises:
       FloatingPointError: if losses differ.
@@ -237,59 +236,51 @@ def check_losses(measured: Sequence[timing.Measurement]) -> None:
         raise FloatingPointError(f"jobs of one config ended with the losses {losses}")
 
 
-def write(
-    folder: Path,
-    measured: Sequence[timing.Measurement],
-    skipped: Mapping[str, str],
-    source: str,
-) -> None:
-    """Check that jobs agree; print and write what they took."""
-    from bn_jax import plots
-    from bn_jax.runs import results
-
-    check_losses(measured)
-    present = {k: q for k, q in QUANTITIES.items() if k in measured[0]}
-    values: dict[str, list[float]] = {
-        name: [row[name] * quantity.scale for row in measured]
+def report(measured: benchmark.Measured) -> benchmark.Report:
+    """Report all quantities, and first epochs to PyTorch's."""
+    # A round of all arms in one row.
+    rounds = [
+        {name: value for row in rows for name, value in row.items()}
+        for rows in zip(*measured.rows.values(), strict=True)
+    ]
+    check_losses(rounds)
+    present = {k: q for k, q in QUANTITIES.items() if k in rounds[0]}
+    values = {
+        name: [row[name] * quantity.scale for row in rounds]
         for name, quantity in present.items()
     }
     summaries = {name: timing.summarize(of) for name, of in values.items()}
-    ratios: dict[str, Any] = {}
+    ratios = {}
     if "first_epoch_seconds_torch" in values:
-        for name in ("cold", "warm"):
-            ratios[name] = timing.ratios(
+        ratios = {
+            name: timing.ratios(
                 values[f"first_epoch_seconds_{name}"],
                 values["first_epoch_seconds_torch"],
             )
+            for name in ("cold", "warm")
+        }
     rows = [["", "median (least-greatest)"]]
     for name, ratio in ratios.items():
         rows.append([f"first epoch, {name}, to PyTorch", timing.interval(ratio)])
     for name, quantity in present.items():
         cell = f"{timing.interval(summaries[name])} {quantity.unit}"
         rows.append([quantity.title, cell])
-    text = timing.table(rows)
-    (folder / "table.md").write_text(text)
-    n = len(measured)
-    plots.bars(
-        {f"{q.title} [{q.unit}]": summaries[name] for name, q in present.items()},
-        "s, GB",
-        f"n = {n} rounds; lines: least to greatest",
-        folder / "start_up.png",
+    bars = {f"{q.title} [{q.unit}]": summaries[name] for name, q in present.items()}
+    return benchmark.Report(
+        tables=[rows],
+        results={"ratio_to_torch": ratios, "summaries": summaries, "measured": rounds},
+        figures={"start_up": benchmark.Figure(plots.bars, bars, "s, GB")},
     )
-    summary = {
-        "ratio_to_torch": {name: ratio._asdict() for name, ratio in ratios.items()},
-        "summaries": {name: s._asdict() for name, s in summaries.items()},
-        "measured": list(measured),
-        "skipped": skipped,
-        "data_source": source,
-        "versions": timing.versions(["torch"]),
-        "environment": results.environment(),
-    }
-    results.write_json(folder / results.RESULTS, summary)
-    print(text)
-    print(f"n = {n} rounds; written to {folder}: table.md, {results.RESULTS}, ")
-    print("  start_up.png")
 
+
+BENCHMARK = benchmark.Benchmark(
+    "start_up",
+    Design,
+    ARMS,
+    report,
+    smoke={"dataset": "sample", "rounds": 1},
+    needed=("import", "help", "job"),
+)
 
 if __name__ == "__main__":
-    launch.start(main, define_flags)
+    benchmark.start(BENCHMARK)

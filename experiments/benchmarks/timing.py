@@ -1,22 +1,22 @@
-"""Arms that are timed in turns, each in a process of its own.
+"""Times of several arms: measured in turns, summarized and set side by side.
 
-An arm's process sets itself up once (its number of devices and threads, its library)
-and then measures whenever it is told to, so that rounds of all arms interleave and a
-machine that slows down slows all of them.
+Each arm is a process of its own. It sets itself up once (devices, threads, library) and
+then measures whenever it is told to, so that a machine that slows down slows all arms.
+What the arms of a benchmark are, and what is written, is in
+`experiments.benchmarks.benchmark`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import importlib.util
 import json
 import math
 import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
@@ -25,9 +25,12 @@ from bn_jax.runs.results import RunError
 
 Measurement = dict[str, float]
 
+# Modules whose package has another name.
+_PACKAGES = {"haiku": "dm-haiku"}
+
 
 class Summary(NamedTuple):
-    """Of one quantity over the rounds."""
+    """One quantity over the rounds."""
 
     median: float
     min: float
@@ -36,69 +39,82 @@ class Summary(NamedTuple):
 
 
 def summarize(values: Sequence[float]) -> Summary:
-    """Return median, spread and number of values."""
+    """Return median, least and greatest value, and the number of values."""
     return Summary(statistics.median(values), min(values), max(values), len(values))
 
 
 def ratios(values: Sequence[float], reference: Sequence[float]) -> Summary:
-    """Return the ratios of two arms, round by round, summarized."""
+    """Divide two arms' values round by round, and summarize the ratios."""
     return summarize([v / r for v, r in zip(values, reference, strict=True)])
 
 
+def ratios_to(
+    reference: str, values: Mapping[str, Sequence[float]]
+) -> dict[str, Summary]:
+    """Return the ratio of each arm to the arm `reference`."""
+    return {arm: ratios(of_arm, values[reference]) for arm, of_arm in values.items()}
+
+
 def slope(x: Sequence[float], y: Sequence[float]) -> float:
-    r"""Return the slope of log y against log x by least squares: p of $y = c x^p$."""
+    r"""Return the exponent p of $y = c x^p$, by least squares on logarithms."""
     log_x, log_y = [[math.log(v) for v in values] for values in (x, y)]
     return statistics.linear_regression(log_x, log_y).slope
 
 
-def largest_differences(
-    series: Mapping[str, Sequence[float]], reference: Sequence[float]
+def check_agreement(
+    series: Mapping[str, Sequence[float]],
+    reference: str,
+    *,
+    tolerance: float,
+    what: str,
 ) -> dict[str, float]:
-    """Return how far each series is from the reference, at its worst value.
-
-    NaN, of a series that has one, counts as infinitely far.
-    """
-    return {
-        name: max(
-            math.inf if math.isnan(a - b) else abs(a - b)
-            for a, b in zip(values, reference, strict=True)
-        )
-        for name, values in series.items()
-    }
-
-
-def missing(needed: Mapping[str, Sequence[str]]) -> dict[str, str]:
-    """Return which arms cannot run here, with the reason.
+    """Compare what the arms computed with what one of them did.
 
     Args:
-      needed: names of the modules that each arm imports.
+      series: numbers by arm, such as the losses of the first steps.
+      reference: the arm to compare with.
+      tolerance: the greatest difference allowed.
+      what: names the numbers in the error.
+
+    Returns:
+      The greatest difference of each arm; infinite where a number is NaN.
+
+    Raises:
+      FloatingPointError: if a difference is greater than the tolerance.
     """
-    reasons = {}
-    for arm, modules in needed.items():
-        absent = [m for m in modules if importlib.util.find_spec(m) is None]
-        if absent:
-            reasons[arm] = f"{', '.join(absent)} is not installed"
-    return reasons
+    apart = {
+        arm: max(
+            math.inf if math.isnan(a - b) else abs(a - b)
+            for a, b in zip(values, series[reference], strict=True)
+        )
+        for arm, values in series.items()
+    }
+    if max(apart.values()) > tolerance:
+        raise FloatingPointError(
+            f"{what} differ from those of {reference} by {apart}; the arms do not "
+            "compute the same, so their times say nothing"
+        )
+    return apart
 
 
-def versions(packages: Sequence[str]) -> dict[str, str]:
-    """Return the versions of those packages that are installed."""
+def versions(modules: Iterable[str]) -> dict[str, str]:
+    """Return the versions of those modules whose package is installed."""
     found = {}
-    for package in packages:
+    for module in modules:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
+            found[module] = importlib.metadata.version(_PACKAGES.get(module, module))
     return found
 
 
 class ArmError(RunError):
-    """An arm that failed; what it wrote is on stderr."""
+    """An arm failed; its process has written the reason to stderr."""
 
 
-class _Arm:
+class _Process:
     """The process of one arm."""
 
-    def __init__(self, name: str, command: Sequence[str], env: Mapping[str, str]):
-        self.name = name
+    def __init__(self, arm: str, command: Sequence[str], env: Mapping[str, str]):
+        self._arm = arm
         self._process = subprocess.Popen(
             command,
             env={**os.environ, **env},
@@ -108,26 +124,26 @@ class _Arm:
         )
 
     def read(self) -> Any:
-        """Return the next line of JSON that the process prints."""
+        """Wait for a line of JSON, and return what it says."""
         assert self._process.stdout is not None
         for line in self._process.stdout:
             if line.startswith("{"):
                 return json.loads(line)
-        raise ArmError(f"arm {self.name} ended with status {self._process.wait()}")
+        raise ArmError(f"arm {self._arm} ended with status {self._process.wait()}")
 
     def measure(self) -> Measurement:
-        """Have it measure once."""
+        """Have the process measure once."""
         assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # reading says how it ended
+        with contextlib.suppress(BrokenPipeError):  # `read` reports how it ended
             self._process.stdin.write("go\n")
             self._process.stdin.flush()
         measurement: Measurement = self.read()
         return measurement
 
     def stop(self) -> None:
-        """End the process."""
+        """Kill the process."""
         self._process.kill()
-        with contextlib.suppress(BrokenPipeError):  # of a "go" that was not read
+        with contextlib.suppress(BrokenPipeError):  # a "go" was left unread
             self._process.communicate()
 
 
@@ -138,22 +154,22 @@ def interleaved(
     rounds: int,
     arguments: Sequence[str] = (),
 ) -> tuple[dict[str, Any], dict[str, list[Measurement]]]:
-    """Time the arms of a benchmark in turns.
+    """Measure the arms in turns, after a round that warms them up.
 
     Args:
-      module: run as `python -m module --arm=NAME`, where it calls `serve`.
-      arms: environment variables of each arm, by name.
-      rounds: measurements of each arm, after one that warms it up.
+      module: run as `python -m module --arm=NAME`; it must call `serve`.
+      arms: environment variables of each arm's process, by the arm's name.
+      rounds: number of measurements of each arm.
       arguments: further flags for all arms.
 
     Returns:
-      What each arm said of itself at the start, and its measurements.
+      What each arm said about itself at the start, and its measurements.
 
     Raises:
       ArmError: if an arm fails.
     """
     with contextlib.ExitStack() as stack:
-        started = {}
+        processes: dict[str, _Process] = {}
         bar = stack.enter_context(
             tqdm(total=len(arms) * (rounds + 2), disable=None, leave=False)
         )
@@ -161,15 +177,15 @@ def interleaved(
         for name, env in arms.items():  # one after another: they share the cores
             bar.set_postfix_str(f"starting {name}")
             command = [sys.executable, "-m", module, f"--arm={name}", *arguments]
-            started[name] = _Arm(name, command, env)
-            stack.callback(started[name].stop)
-            about[name] = started[name].read()
+            processes[name] = _Process(name, command, env)
+            stack.callback(processes[name].stop)
+            about[name] = processes[name].read()
             bar.update()
         measured: dict[str, list[Measurement]] = {name: [] for name in arms}
         for round_ in range(rounds + 1):
-            for name, arm in started.items():
+            for name, process in processes.items():
                 bar.set_postfix_str(name)
-                measurement = arm.measure()
+                measurement = process.measure()
                 if round_:
                     measured[name].append(measurement)
                 bar.update()
@@ -177,10 +193,10 @@ def interleaved(
 
 
 def serve(about: Mapping[str, Any], measure: Callable[[], Measurement]) -> None:
-    """Measure whenever the parent process says so, until it is gone.
+    """Measure each time the parent process asks, until it ends.
 
     Args:
-      about: what the parent should know first, such as a loss to compare.
+      about: what the parent should know first, such as losses to compare.
       measure: takes one measurement.
     """
     print(json.dumps(about), flush=True)
@@ -188,21 +204,14 @@ def serve(about: Mapping[str, Any], measure: Callable[[], Measurement]) -> None:
         print(json.dumps(measure()), flush=True)
 
 
-def values(
-    measured: Mapping[str, Sequence[Measurement]], name: str
-) -> dict[str, list[float]]:
-    """Return one quantity of each arm's measurements."""
-    return {arm: [m[name] for m in rows] for arm, rows in measured.items()}
-
-
-def table(rows: Iterator[Sequence[str]] | Sequence[Sequence[str]]) -> str:
-    """Return rows, the first a header, as a table in Markdown."""
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Format rows as a table in Markdown; the first row is the header."""
     header, *body = rows
     lines = ["| " + " | ".join(row) + " |" for row in (header, *body)]
     return "\n".join([lines[0], "|" + "---|" * len(header), *lines[1:]]) + "\n"
 
 
 def interval(summary: Summary, digits: int = 3) -> str:
-    """Return a summary as "median (min-max)"."""
+    """Format a summary as "median (min-max)"."""
     median, low, high = (f"{v:.{digits}g}" for v in summary[:3])
     return f"{median} ({low}-{high})"

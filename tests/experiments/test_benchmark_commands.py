@@ -1,10 +1,21 @@
+import importlib
+import pkgutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-BENCHMARKS = "batch_norm growth lenet population profile scaling start_up sweep".split()
+from experiments import benchmarks
+
+ROOT = Path(__file__).parents[2]
+MODULES = [
+    importlib.import_module(f"experiments.benchmarks.{found.name}")
+    for found in pkgutil.iter_modules(benchmarks.__path__)
+]
+BENCHMARKS = {
+    module.BENCHMARK.name: module for module in MODULES if hasattr(module, "BENCHMARK")
+}
 
 
 def ran(name, *arguments):
@@ -12,30 +23,52 @@ def ran(name, *arguments):
         [sys.executable, "-m", f"experiments.benchmarks.{name}", *arguments],
         capture_output=True,
         text=True,
-        cwd=Path(__file__).parents[2],
+        cwd=ROOT,
     )
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
-def test_benchmark_explains_itself(name):
-    run = ran(name, "--help")
-    assert f"python -m experiments.benchmarks.{name} --workdir=" in run.stdout
-    for flag in ("workdir", "rounds", "smoke"):
+def test_benchmark_is_described(name):
+    module, described = BENCHMARKS[name], BENCHMARKS[name].BENCHMARK
+    command = f"python -m experiments.benchmarks.{name}"
+    assert module.__name__ == f"experiments.benchmarks.{name}"
+    assert module.__doc__.splitlines()[0].endswith("?")
+    assert f"{command} --workdir=" in module.__doc__
+    assert command in (ROOT / "README.md").read_text()
+    smoke = described.design(**described.smoke)
+    assert smoke.rounds < described.design().rounds
+    assert set(described.needed) <= set(described.arms)
+    titles = [arm.title for arm in described.arms.values()]
+    assert len(set(titles)) == len(titles)
+
+
+def test_benchmark_has_a_flag_for_each_option():
+    run = ran("lenet", "--help")
+    assert "How fast does LeNet" in run.stdout
+    assert "--steps=" not in run.stdout
+    for flag in (
+        *("arms", "batch_size", "data_dir", "dataset", "idx_dir", "rounds", "smoke"),
+        *("steps", "torch_compile", "workdir"),
+    ):
         assert f"--{flag}:" in run.stdout or f"--[no]{flag}:" in run.stdout
 
 
-@pytest.mark.parametrize("name", BENCHMARKS)
-def test_earlier_measurements_are_kept(name, tmp_path):
+def test_earlier_measurements_are_kept(tmp_path):
     (tmp_path / "results.json").write_text("{}")
-    refused = ran(name, f"--workdir={tmp_path}", "--smoke")
+    refused = ran("sweep", f"--workdir={tmp_path}", "--smoke")
     assert refused.returncode == 1
     assert f"error: {tmp_path} holds results, which would be lost" in refused.stderr
     assert (tmp_path / "results.json").read_text() == "{}"
     assert {path.name for path in tmp_path.iterdir()} == {"results.json", ".lock"}
 
 
-def test_sizes_that_are_none_are_named_before_anything_is_measured(tmp_path):
-    refused = ran("population", f"--workdir={tmp_path / 'new'}", "--sizes=1e3")
+def test_bad_options_are_named_before_anything_is_measured(tmp_path):
+    refused = ran(
+        "population", f"--workdir={tmp_path / 'new'}", "--sizes=0", "--rounds=0"
+    )
     assert refused.returncode == 1
-    assert refused.stderr == "error: sizes=['1e3']; expected such as 1000,4000\n"
+    assert refused.stderr == (
+        "error: rounds=0; expected a number at least 1; sizes=(0,); expected of each "
+        "value a number at least 1\n"
+    )
     assert not (tmp_path / "new").exists()

@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from bn_jax import data as data_lib
+from bn_jax.fields import ConfigError
 from bn_jax.runs import results as results_lib
 from experiments.benchmarks import (
     batch_norm,
     batch_norm_calls,
+    benchmark,
     growth,
     lenet,
     lenet_peers,
@@ -58,7 +61,9 @@ def test_arms_are_measured_in_turns_after_a_round_that_warms_them_up(made_up):
         arguments=[clock],
     )
     # The rounds are at 1, 2; 3, 4; 5, 6; the first is left out.
-    assert timing.values(measured, "at") == {"a": [3, 5], "b": [4, 6]}
+    measured = benchmark.Measured({}, about, measured)
+    assert measured.values("at") == {"a": [3, 5], "b": [4, 6]}
+    assert measured.rounds == 2
     assert [about[arm]["env"] for arm in "ab"] == ["", "yes"]
 
 
@@ -98,10 +103,20 @@ def test_slope_is_least_squares_on_logarithms():
     assert timing.slope([1, 2, 4], [1, 1, 8]) == pytest.approx(1.5)
 
 
-def test_differences_are_the_largest_and_nan_is_infinite():
-    series = {"a": [1.0, 2.0], "b": [1.5, 1.75], "c": [1.0, math.nan]}
-    apart = timing.largest_differences(series, [1.0, 2.0])
-    assert apart == {"a": 0.0, "b": 0.5, "c": math.inf}
+def test_agreement_is_the_largest_difference():
+    losses = {"torch": [2.0, 1.0], "ours": [2.0, 1.0005]}
+    apart = timing.check_agreement(losses, "ours", tolerance=1e-3, what="losses")
+    assert apart == {"torch": pytest.approx(5e-4), "ours": 0.0}
+
+
+@pytest.mark.parametrize("loss,difference", [(1.5005, "0.5"), (math.nan, "inf")])
+def test_arms_that_compute_differently_are_refused(loss, difference):
+    losses = {"flax": [2.0, loss], "ours": [2.0, 1.0005]}
+    with pytest.raises(FloatingPointError) as refused:
+        timing.check_agreement(losses, "ours", tolerance=1e-3, what="losses")
+    assert f"losses differ from those of ours by {{'flax': {difference}" in str(
+        refused.value
+    )
 
 
 def test_table_and_interval_read_as_they_should():
@@ -109,37 +124,101 @@ def test_table_and_interval_read_as_they_should():
     assert timing.table(rows) == "| arm | ratio |\n|---|---|\n| a | 2 (1-4) |\n"
 
 
-def test_arm_of_a_missing_library_is_left_out_with_the_reason():
-    needed = {"a": ["math"], "b": [], "c": ["math", "no_such_library"]}
-    assert timing.missing(needed) == {"c": "no_such_library is not installed"}
-
-
 def test_versions_are_of_what_is_installed():
-    assert timing.versions(["numpy", "no-such-library"]) == {"numpy": np.__version__}
+    assert timing.versions(["numpy", "no_such_library"]) == {"numpy": np.__version__}
 
 
-def test_lenet_refuses_an_unknown_arm_and_reports_a_missing_library(
-    monkeypatch, capsys
-):
-    with pytest.raises(lenet.fields.ConfigError, match="arms=tensorflow; expected"):
-        lenet.choose_arms(["ours", "tensorflow"])
-    missing = {**lenet.ARMS, "torch": lenet.Arm("PyTorch", needs=["no_such_library"])}
-    monkeypatch.setattr(lenet, "ARMS", missing)
-    arms, skipped = lenet.choose_arms(["ours", "torch"])
-    assert list(arms) == ["ours"]
-    assert skipped == {"torch": "no_such_library is not installed"}
-    assert (
-        "left out: torch (no_such_library is not installed)" in capsys.readouterr()[0]
+def made_up_benchmark(*, needed=(), report=None, **needs):
+    """Return a benchmark whose arms need the given modules."""
+    arms = {
+        name: benchmark.Arm(name.upper(), lambda _: None, modules)
+        for name, modules in needs.items()
+    }
+    return benchmark.Benchmark(
+        "made_up", benchmark.Design, arms, report, smoke={}, needed=needed
     )
 
 
-def test_lenet_refuses_arms_that_train_differently():
-    losses = {"torch": [2.0, 1.0], "ours": [2.0, 1.0005]}
-    assert lenet.check_losses(losses)["torch"] == pytest.approx(5e-4)
-    with pytest.raises(FloatingPointError, match="of ours by .*'flax': 0.5"):
-        lenet.check_losses({**losses, "flax": [2.0, 1.5005]})
-    with pytest.raises(FloatingPointError):
-        lenet.check_losses({**losses, "flax": [2.0, math.nan]})
+def test_arm_of_a_missing_library_is_left_out_with_the_reason(capsys):
+    made = made_up_benchmark(a=["math"], b=[], c=["math", "no_such_library"])
+    arms, skipped = benchmark.choose_arms(made, benchmark.Design())
+    assert list(arms) == ["a", "b"]
+    assert skipped == {"c": "no_such_library is not installed"}
+    assert "left out: c (no_such_library is not installed)" in capsys.readouterr().out
+
+
+def test_benchmark_without_the_arms_that_it_needs_is_refused():
+    made = made_up_benchmark(a=[], c=["no_such_library"], needed=["c"])
+    with pytest.raises(ConfigError, match="c cannot be left out, but no_such_library"):
+        benchmark.choose_arms(made, benchmark.Design())
+    made = made_up_benchmark(c=["no_such_library"])
+    with pytest.raises(ConfigError, match=r"no arm is left; pip install"):
+        benchmark.choose_arms(made, benchmark.Design())
+
+
+def test_arms_are_those_asked_for_and_those_needed():
+    design = batch_norm.Design(arms=("one_pass", "ours"))
+    arms, _ = benchmark.choose_arms(batch_norm.BENCHMARK, design)
+    assert list(arms) == [batch_norm.FLOOR, "ours", "one_pass"]
+    with pytest.raises(ConfigError, match="tensorflow.*expected of each value one of"):
+        lenet.Design(arms=("ours", "tensorflow"))
+
+
+def test_comparison_is_written_as_table_figure_and_json(tmp_path, capsys):
+    rows = {"a": [{"s": 4.0}, {"s": 9.0}], "b": [{"s": 2.0}, {"s": 3.0}]}
+    measured = benchmark.Measured({"a": "A", "b": "B"}, {}, rows)
+    compared = benchmark.compare(measured, "s", "b", ratio="to B", value="s")
+    assert compared.values == {"a": [4.0, 9.0], "b": [2.0, 3.0]}
+    assert compared.ratios["a"] == (2.5, 2.0, 3.0, 2)  # 4 / 2 and 9 / 3
+    report = benchmark.Report(
+        [compared.table],
+        {"ratio": compared.ratios, "s": compared.values},
+        {"bars": compared.figure},
+        ["a note"],
+    )
+    benchmark.write(tmp_path, measured.rounds, report, {"skipped": {"c": "why"}})
+    table = (tmp_path / "table.md").read_text()
+    assert table.splitlines()[2] == "| A | 2.5 (2-3) | 6.5 (4-9) |"
+    written = results_lib.read_object(tmp_path / "results.json")
+    assert written["ratio"]["a"] == {"median": 2.5, "min": 2.0, "max": 3.0, "n": 2}
+    assert written["s"] == compared.values
+    assert written["skipped"] == {"c": "why"}
+    assert (tmp_path / "bars.png").stat().st_size > 1_000
+    out = capsys.readouterr().out
+    assert table in out
+    assert "a note\nn = 2 rounds; written to" in out
+
+
+def test_lenet_trains_on_as_many_batches_as_asked():
+    design = lenet.Design(dataset="sample", steps=3, batch_size=8)
+    assert len(sample_of(design).train.labels) == 24
+    with pytest.raises(ConfigError, match="steps=3 of batch_size=5000 take 15000"):
+        sample_of(lenet.Design(dataset="sample", steps=3, batch_size=5_000))
+
+
+def sample_of(design):
+    """Return what a design loads, without flags that say where data lie."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(benchmark.launch, "load_data", data_lib.load)
+        return design.load()
+
+
+def test_lenet_tells_which_variant_of_pytorch_was_timed():
+    row = {"examples_per_second": 10.0, "loss": 1.0, "accuracy": 0.5}
+    measured = benchmark.Measured(
+        {"ours": "ours", "torch": "PyTorch"},
+        {
+            "ours": {"losses": [2.0]},
+            "torch": {"losses": [2.0], "variant": "NCHW, eager"},
+        },
+        {"ours": [{**row, "examples_per_second": 20.0}], "torch": [row]},
+    )
+    report = lenet.report(measured)
+    header, ours, torch = report.tables[0]
+    assert header == ["arm", "examples/s, to PyTorch", "examples/s"]
+    assert ours == ["ours", "2 (2-2)", "20 (20-20)"]
+    assert torch[0] == "PyTorch (NCHW, eager)"
+    assert set(report.results) >= {"ratio_to_torch", "largest_difference_in_loss"}
 
 
 def lenet_params():
@@ -252,7 +331,7 @@ IN_PROCESS = [
 @pytest.mark.parametrize("name", IN_PROCESS)
 def test_batch_norm_arm_computes_the_reference(name):
     case = batch_norm_calls.make_case((4, 3, 2, 5))
-    call = batch_norm.ARMS[name].make(case)
+    call = batch_norm.ARMS[name].set_up.keywords["make"](case)
     errors = batch_norm_calls.errors(call.result(), batch_norm_calls.reference(case))
     assert max(errors.values()) < 1e-5
     assert batch_norm.check_errors({name: {"errors": {"4x3x2x5": errors}}}) < 1e-5
@@ -264,9 +343,8 @@ def test_batch_norm_peer_computes_the_reference(name):
     for module in arm.needs:
         pytest.importorskip(module)
     case = batch_norm_calls.make_case((4, 3, 2, 5))
-    errors = batch_norm_calls.errors(
-        arm.make(case).result(), batch_norm_calls.reference(case)
-    )
+    call = arm.set_up.keywords["make"](case)
+    errors = batch_norm_calls.errors(call.result(), batch_norm_calls.reference(case))
     assert max(errors.values()) < 1e-5
 
 
@@ -306,37 +384,41 @@ def test_times_without_peers_are_compared_to_the_floor_alone():
 
 
 def test_shapes_have_names():
-    assert batch_norm.parse_shape(batch_norm.shape_name((64, 56, 56, 64))) == (
-        64,
-        56,
-        56,
-        64,
-    )
-    for wrong in ("64x56", "axbxcxd", "1x2x3x0", "1x2x3x-4"):
-        with pytest.raises(batch_norm.fields.ConfigError, match="expected such as"):
-            batch_norm.parse_shape(wrong)
+    shape = (64, 56, 56, 64)
+    assert batch_norm.parse_shape(batch_norm.shape_name(shape)) == shape
+
+
+@pytest.mark.parametrize("wrong", ["64x56", "axbxcxd", "1x2x3x0", "1x2x3x-4"])
+def test_shapes_that_are_none_are_refused(wrong):
+    with pytest.raises(ConfigError, match="shapes=.*expected of each value such as"):
+        batch_norm.Design(shapes=("1x2x3x4", wrong))
 
 
 def test_population_sizes_are_at_most_all_examples():
-    assert population.sizes_of(["4000", "1000", "60000"], 6_000) == [
-        1_000,
-        4_000,
-        6_000,
+    assert population.sizes_within([4000, 1000, 60000], 6_000) == [1000, 4000, 6000]
+    assert population.sizes_within([16000, 60000], 6_000) == [6000]
+
+
+def test_population_reports_times_to_an_epoch():
+    first = {"first_layer": [0.5, 1.0], "first_call_seconds": {"1000": 9.0}}
+    measured = benchmark.Measured(
+        {arm: arm_.title for arm, arm_ in population.ARMS.items()},
+        {"epoch": {"num_examples": 4_000}, "layerwise": first, "one_pass": first},
+        {
+            "epoch": [{"seconds": 2.0}],
+            "layerwise": [{"1000": 1.0, "4000": 4.0}],
+            "one_pass": [{"1000": 1.0, "4000": 2.0}],
+        },
+    )
+    report = population.report(measured)
+    assert report.tables[0] == [
+        ["time, to an epoch of 4,000", "N = 1,000", "N = 4,000", "slope"],
+        ["layer by layer", "0.5 (0.5-0.5)", "2 (2-2)", "1.00"],
+        ["in one pass", "0.5 (0.5-0.5)", "1 (1-1)", "0.50"],
     ]
-    assert population.sizes_of(["16000", "60000"], 6_000) == [6_000]
-    with pytest.raises(population.fields.ConfigError, match="expected such as"):
-        population.sizes_of(["1e3"], 6_000)
-
-
-def test_population_refuses_ways_that_measure_differently():
-    about = {
-        "layerwise": {"first_layer": [0.5, 1.0]},
-        "one_pass": {"first_layer": [0.5, 1.000001]},
-    }
-    assert population.check_first_layer(about) == pytest.approx(1e-6)
-    about["one_pass"]["first_layer"][0] = 0.6
-    with pytest.raises(FloatingPointError, match="differ by 0.1"):
-        population.check_first_layer(about)
+    measured.about["one_pass"] = {**first, "first_layer": [0.6, 1.0]}
+    with pytest.raises(FloatingPointError, match="the first layer's statistics differ"):
+        population.report(measured)
 
 
 def test_start_up_reads_line_status_and_memory_of_one_process():
@@ -410,17 +492,24 @@ def test_profile_adds_up_what_a_trace_says():
 
 
 def test_growth_reports_slopes_and_draws(tmp_path):
-    # Times in proportion to the size with batch norm, to its square root without.
+    # With batch norm times are in proportion to the size; without, they no longer grow
+    # after the second. Sizes are in a ratio q each: at log q 0, 1, 2 times are at log
+    # 0, p, p, whose slope is p / 2.
     measured = {}
-    for name, axis in growth.AXES.items():
-        for norm, power in (("batch_norm", 1.0), ("none", 0.5)):
-            row = {str(size): 1e-3 * size**power for size in axis.sizes[:3]}
-            measured[f"{name}/{norm}"] = [row, row]
-    growth.write(tmp_path, measured)
+    for name in growth.AXES:
+        sizes = [16, 64, 256]
+        measured[f"{name}/batch_norm"] = [{str(n): 1e-3 * n for n in sizes}] * 2
+        measured[f"{name}/none"] = [{str(n): 1e-3 * min(n, 64) for n in sizes}] * 2
+    report = growth.report(benchmark.Measured({}, {}, measured))
+    benchmark.write(tmp_path, 2, report, {})
     found = results_lib.read_object(tmp_path / "results.json")
-    assert set(found["slope"]) == set(growth.arm_names())
-    for arm, slope in found["slope"].items():
-        assert slope == pytest.approx(1.0 if arm.endswith("batch_norm") else 0.5)
+    assert set(found["slope"]) == set(growth.ARMS)
+    for name in growth.AXES:
+        whole, last = found["slope"], found["slope_of_the_last_two"]
+        assert whole[f"{name}/batch_norm"] == pytest.approx(1.0)
+        assert last[f"{name}/batch_norm"] == pytest.approx(1.0)
+        assert whole[f"{name}/none"] == pytest.approx(0.5)
+        assert last[f"{name}/none"] == pytest.approx(0.0, abs=1e-12)
     table = (tmp_path / "table.md").read_text()
     assert (
         "| LeNet: examples a batch | batch norm | 16: 16, 64: 64, 256: 256 |" in table

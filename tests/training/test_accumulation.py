@@ -48,9 +48,9 @@ def batch():
 
 def after_steps(batch, num_steps=3, model=None, **options):
     model = model or Small()
-    network = Network(model, (4, 4, 1), lambda x: x / 255, lambda x: x)
+    network = Network(model, (4, 4, 1))
     optimizer = optax.sgd(0.5)
-    variables = model.init(jax.random.key(1), jnp.zeros((1, 4, 4, 1)), train=False)
+    variables = network.init(jax.random.key(1))
     state = init_state(variables, optimizer, averages="average_weights" in options)
     step = jax.jit(
         step_lib.make_train_step(
@@ -72,9 +72,7 @@ def by_parts(batch):
 
 def test_once_is_ghost_batch_norm_on_the_whole_batch(batch):
     """Each part is normalised by itself, and the moments of all move the averages."""
-    accumulated, metrics = after_steps(
-        batch, accumulate=PARTS, accumulate_stats="once"
-    )
+    accumulated, metrics = after_steps(batch, accumulate=PARTS, accumulate_stats="once")
     ghost, expected = after_steps(
         by_parts(batch), model=Small(ghost_batch_size=N // PARTS)
     )
@@ -90,9 +88,7 @@ def test_once_holds_at_the_ends_of_momentum(batch, momentum):
         accumulate=PARTS,
         accumulate_stats="once",
     )
-    ghost, _ = after_steps(
-        by_parts(batch), model=Small(N // PARTS, momentum=momentum)
-    )
+    ghost, _ = after_steps(by_parts(batch), model=Small(N // PARTS, momentum=momentum))
     chex.assert_trees_all_close(
         accumulated[-1].batch_stats, ghost[-1].batch_stats, atol=2e-6
     )
@@ -112,9 +108,7 @@ def test_each_moves_the_averages_by_one_micro_batch_after_another(batch):
     np.testing.assert_allclose(stats["mean"], mean, atol=1e-6)
     np.testing.assert_allclose(stats["var"], var, atol=1e-6)
     # The same gradients as with "once": the averages take no part in them.
-    once, _ = after_steps(
-        batch, num_steps=1, accumulate=PARTS, accumulate_stats="once"
-    )
+    once, _ = after_steps(batch, num_steps=1, accumulate=PARTS, accumulate_stats="once")
     chex.assert_trees_all_close(states[1].params, once[1].params, atol=1e-7)
 
 

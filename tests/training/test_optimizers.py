@@ -137,7 +137,7 @@ def test_weight_decay_is_of_kernels_or_of_all(name, decay):
     without = dataclasses.replace(config, weight_decay=0.0)
     (with_decay,), _ = steps(make_optimizer(config, steps_per_epoch=5), 1)
     (without,), _ = steps(make_optimizer(without, steps_per_epoch=5), 1)
-    # SGD adds 0.2 p to the gradient, AdamW to the update before it is scaled by the rate.
+    # SGD adds 0.2 p to the gradient, AdamW to the update before the rate scales it.
     for layer, params in PARAMS.items():
         for part, p in params.items():
             decays = decay == "all" or part == "kernel"

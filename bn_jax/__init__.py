@@ -1,7 +1,7 @@
 """Batch normalisation in JAX: the pure functions.
 
-The Flax modules are in `bn_jax.linen` and `bn_jax.nnx`, models in `bn_jax.models`, data
-in `bn_jax.data`.
+Every norm by name is in `bn_jax.transforms`. The Flax modules are in `bn_jax.linen` and
+`bn_jax.nnx`, models in `bn_jax.models`, data in `bn_jax.data`.
 """
 
 from bn_jax.functional import (

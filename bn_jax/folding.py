@@ -58,8 +58,8 @@ def fold(predict: Predict, variables: Any, inputs: Array) -> dict[str, Any]:
     """
     params: Flat = dict(traverse_util.flatten_dict(variables.get("params", {})))
     stats: Flat = dict(traverse_util.flatten_dict(variables.get("batch_stats", {})))
-    norms = {path[:-1] for path in stats if path[-1] == "mean"}
-    pairs, faults = _find_pairs(predict, variables, inputs, norms)
+    norms = {path[:-1] for path in stats if path[-1] in ("mean", "var")}
+    pairs, faults = _find_pairs(predict, variables, inputs, norms, set(stats))
     faults += _misfits(pairs, params, stats)
     _refuse(faults)
     _refuse(_used_elsewhere(predict, variables, inputs, pairs))
@@ -133,7 +133,11 @@ def _calls(predict: Predict, variables: Any, inputs: Array) -> list[_Call]:
 
 
 def _find_pairs(
-    predict: Predict, variables: Any, inputs: Array, norms: set[Path]
+    predict: Predict,
+    variables: Any,
+    inputs: Array,
+    norms: set[Path],
+    stats: set[Path],
 ) -> tuple[list[_Pair], list[str]]:
     """Return the norms with the linear layers before them, and what stands against."""
     calls: list[_Call] = []
@@ -150,6 +154,12 @@ def _find_pairs(
     for module, x, _ in calls:
         norm = module.path
         if norm not in norms or any(norm == pair.norm for pair in pairs):
+            continue
+        if {(*norm, "mean"), (*norm, "var")} - stats or module.epsilon is None:
+            faults.append(
+                f"{_name(norm)} does not predict by a mean and a variance, as batch "
+                "norm does"
+            )
             continue
         # Replacing outputs inside nn.jit would leave them in its cache.
         if module.scope.root.path:

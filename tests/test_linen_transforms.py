@@ -11,9 +11,8 @@ from flax import linen as nn
 from flax import serialization
 from reference import normal
 
-from bn_jax import BatchNormState, init
+from bn_jax import BatchNormState
 from bn_jax.linen import BatchNorm
-from bn_jax.variants.renorm import batch_renorm
 
 KEY = jax.random.key(0)
 X = normal((8, 3), mean=2.0, std=3.0)
@@ -171,18 +170,3 @@ def test_given_statistics_normalise_in_place_of_the_others(running):
     y, _ = norm.apply(variables, X, running, statistics=given, mutable=["batch_stats"])
     expected = (X - given.mean) / jnp.sqrt(given.var + 1e-5)
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
-
-
-def test_renorm_limits_make_it_batch_renormalisation():
-    norm = BatchNorm(use_running_average=False)
-    variables = norm.init(KEY, X)
-    y, updates = norm.apply(
-        variables, X, renorm_limits=(1.5, 0.5), mutable=["batch_stats"]
-    )
-    params, state = init(3)
-    expected = batch_renorm(X, params, state, train=True, r_max=1.5, d_max=0.5)
-    stats = BatchNormState(**updates["batch_stats"])
-    chex.assert_trees_all_close((y, stats), expected, rtol=1e-6)
-    ghosts = BatchNorm(use_running_average=False, ghost_batch_size=2)
-    with pytest.raises(ValueError, match="neither ghost batches nor given statistics"):
-        ghosts.apply(variables, X, renorm_limits=(1, 0), mutable=["batch_stats"])

@@ -89,7 +89,7 @@ def test_call_and_set_view_begin_with_flaxs_signature_and_add_keywords_alone():
 def test_attributes_and_variables_are_flaxs(used):
     options = {"use_scale": used, "use_bias": not used, "axis_index_groups": [[0, 1]]}
     mine, flax = (make(m, **options) for m in MODULES)
-    added = {"ghost_batch_size", "batch_axis"}
+    added = {"ghost_batch_size", "batch_axis", "average"}
     names = {n for n in vars(flax) if not n.startswith("_")}
     assert {n for n in vars(mine) if not n.startswith("_")} == names | added
     for name in names:

@@ -1,7 +1,8 @@
 """The calls of batch norm layers in a Flax model, seen from outside.
 
 Layers are found by their collection `batch_stats{mean,var}`: ours, Flax's own, or any
-with attributes `axis` and `epsilon`. Their calls are seen, and may be replaced, through
+with attributes `axis` and `epsilon`. A `bn_jax.linen.Norm` that keeps anything else,
+such as a covariance, is refused. The calls are seen, and may be replaced, through
 `flax.linen.intercept_methods`, which cannot look into Flax's lifted transforms: a layer
 inside `nn.jit`, `nn.remat`, `nn.scan` or `nn.vmap` is refused.
 """
@@ -18,6 +19,7 @@ from flax import linen as nn
 from flax import traverse_util
 from jax import Array
 
+from bn_jax.linen import Norm
 from bn_jax.moments import align_weights
 
 Path = tuple[str, ...]
@@ -36,7 +38,8 @@ def layer_calls(predict: Predict, variables: Any, inputs: Any) -> list[LayerCall
     """Return the calls of batch norm layers in order, without computing anything.
 
     Raises:
-      ValueError: if a layer is inside a lifted transform.
+      ValueError: if a layer is inside a lifted transform, or predicts by other
+        statistics than a mean and a variance.
     """
     calls: list[LayerCall] = []
 
@@ -62,9 +65,9 @@ def layer_calls(predict: Predict, variables: Any, inputs: Any) -> list[LayerCall
 
 
 def _layers(variables: Any) -> set[Path]:
-    """Return the paths of the layers that hold batch statistics."""
+    """Return the paths of the layers that hold a mean and a variance."""
     flat = traverse_util.flatten_dict(variables.get("batch_stats", {}))
-    return {path[:-1] for path in flat if path[-1] == "mean"}
+    return {p[:-1] for p in flat if p[-1] == "mean" and (*p[:-1], "var") in flat}
 
 
 def check_all_called(variables: Any, called: Sequence[Path]) -> None:
@@ -104,7 +107,11 @@ def intercepted(
         context: nn.module.InterceptorContext,
     ) -> Any:
         module: Any = context.module
-        if context.method_name != "__call__" or module.path not in layers:
+        if context.method_name != "__call__":
+            return next_fun(*args, **kwargs)
+        if isinstance(module, Norm):
+            _check_predicts_by_mean_and_var(module)
+        if module.path not in layers:
             return next_fun(*args, **kwargs)
         x = args[0] if args else kwargs["x"]
         x = (given or {}).get(next(numbers), x)
@@ -116,6 +123,17 @@ def intercepted(
 
     with nn.intercept_methods(intercept):
         return predict(variables, inputs)
+
+
+def _check_predicts_by_mean_and_var(module: Norm) -> None:
+    """Refuse a layer that predicts by other statistics than batch norm's."""
+    kept = sorted(module.variables.get("batch_stats", {}))
+    if kept and module.epsilon is None:
+        raise ValueError(
+            f"layer {'/'.join(module.path)}, norm={module.transform.name!r}, predicts "
+            f"by {' and '.join(kept)}; statistics of a data set are measured for norms "
+            "that predict by a mean and a variance, such as batch_norm and renorm"
+        )
 
 
 def _own_weights(module: Any, x: Array, kwargs: Mapping[str, Any]) -> Array | None:

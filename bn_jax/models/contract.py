@@ -92,6 +92,11 @@ def check_fits(
         variables, logits = jax.eval_shape(trace, images)
     except ConfigError:
         raise
+    except ZeroDivisionError as error:  # of an initializer: of a kernel of 0 inputs
+        raise ConfigError(
+            f"{name} does not fit images of {size}: nothing is left of them before "
+            "some layer; give larger images or another model"
+        ) from error
     except (AssertionError, TypeError, ValueError, flax.errors.FlaxError) as error:
         # Of Flax's and JAX's long messages the first line says what is wrong.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -143,11 +148,12 @@ def logits_by_batch(model: Any, variables: Any, images: Array) -> Array:
     Raises:
       ValueError: if the model draws random numbers by other means than dropout layers.
     """
+    logits: Array
     if not isinstance(model, nn.Module):
         logits, _ = model.apply(
             variables, images, train=True, mutable=["batch_stats"], dropout=False
         )
-        return logits  # type: ignore[no-any-return]
+        return logits
 
     def pass_dropout_by(
         next_fun: Callable[..., Any],
@@ -172,4 +178,4 @@ def logits_by_batch(model: Any, variables: Any, images: Array) -> Array:
             "nn.Dropout, so it has no logits by the batch's statistics alone; expected "
             "nn.Dropout layers only"
         ) from error
-    return logits  # type: ignore[no-any-return]
+    return logits

@@ -23,7 +23,7 @@ def make_init(
     Small models are drawn by one compiled program, the same for all keys. XLA compiles
     the random numbers of each kernel in it anew, so that 110 layers would take minutes;
     deep models are drawn kernel by kernel, by programs that kernels of one shape share.
-    The numbers are the same bits.
+    Flax's initializers give the same bits either way.
 
     Args:
       model: as `as_model` returns it, called as `model(images, train=...)`.

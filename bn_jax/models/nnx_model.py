@@ -7,6 +7,7 @@ the variables into a fresh copy of the module, calls it, and returns what change
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -137,11 +138,12 @@ class NnxModel:
             for _, node in nnx.iter_graph(module)
             if isinstance(node, rnglib.RngStream)
         ]
-        for k, stream in enumerate(streams if key is not None else ()):
-            _seed(stream, jax.random.fold_in(key, k))
+        if key is not None:
+            for k, stream in enumerate(streams):
+                _seed(stream, jax.random.fold_in(key, k))
         before = [stream.count.get_value() for stream in streams]
 
-        call: Callable[..., Any] = module  # type: ignore[assignment]
+        call: Callable[..., Any] = module
         outputs = call(images, train=train) if self._takes_train else call(images)
 
         counts = [stream.count.get_value() for stream in streams]
@@ -188,8 +190,11 @@ class NnxModel:
 
 def _made(factory: Factory, rngs: nnx.Rngs) -> nnx.Module:
     """Return the module that a factory makes."""
+    called: Any = factory
+    while isinstance(called, functools.partial):
+        called = called.func
     # The signature of an NNX class is that of its metaclass.
-    called: Any = factory.__init__ if isinstance(factory, type) else factory
+    called = called.__init__ if isinstance(called, type) else called  # type: ignore[misc]
     by_keyword = "rngs" in inspect.signature(called).parameters
     module = factory(rngs=rngs) if by_keyword else factory(rngs)
     if not isinstance(module, nnx.Module):

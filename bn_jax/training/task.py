@@ -164,7 +164,7 @@ def make_step(
         augment_key=_stream_key(config, _AUGMENTATION),
         label_smoothing=config.label_smoothing,
         accumulate=config.accumulate,
-        accumulate_stats=config.accumulate_stats,  # type: ignore[arg-type]
+        accumulate_stats=config.accumulate_stats,
         average_weights=config.average_weights,
     )
 

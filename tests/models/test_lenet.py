@@ -11,7 +11,6 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from reference import jit_unoptimised
 
-from bn_jax import models
 from bn_jax.linen import BatchNorm
 from bn_jax.models.lenet import LeNet
 
@@ -161,8 +160,3 @@ def test_prediction_of_an_image_does_not_depend_on_its_company():
     together = model.apply(variables, IMAGES, train=False)
     alone = model.apply(variables, IMAGES[3:4], train=False)
     np.testing.assert_allclose(alone[0], together[3], atol=1e-5)
-
-
-def test_unknown_norm_is_refused_with_those_that_there_are():
-    with pytest.raises(ValueError, match="norm='layer_norm'.*batch_norm, flax, none"):
-        models.norm_by_name("layer_norm", momentum=0.9, epsilon=1e-5)

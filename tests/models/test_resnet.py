@@ -183,7 +183,7 @@ def test_prediction_of_an_image_does_not_depend_on_its_company():
         ({"depth": 18}, "depth=18; expected 6n"),
         ({"depth": 2}, "depth=2; expected 6n"),
         ({"residual": "rezero"}, "residual='rezero'.*plain.*fixup.*skipinit"),
-        ({"residual": "fixup", "norm": BN}, "replaces the norm.*give norm=None"),
+        ({"residual": "fixup", "norm": BN}, "place of a norm.*give norm=none"),
         ({"layout": "NCHW"}, "layout='NCHW'"),
     ],
 )

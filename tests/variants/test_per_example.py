@@ -8,11 +8,25 @@ from jax.test_util import check_grads
 from reference import normal
 
 from bn_jax import BatchNormParams
-from bn_jax.variants.per_example import group_norm, instance_norm, layer_norm
+from bn_jax.variants import per_example
+from bn_jax.variants.per_example import EmptyState
 
 X = normal((5, 4, 3, 6), mean=1.0, std=2.0)  # [N, H, W, C]
 PARAMS = BatchNormParams(jnp.arange(1.0, 7.0), jnp.arange(-3.0, 3.0))
 NONE = BatchNormParams(None, None)
+EMPTY = EmptyState()
+
+
+def group_norm(x, params, *, train=True, **options):
+    return per_example.group_norm(x, params, EMPTY, train=train, **options)
+
+
+def layer_norm(x, params, *, train=True, **options):
+    return per_example.layer_norm(x, params, EMPTY, train=train, **options)
+
+
+def instance_norm(x, params, *, train=True, **options):
+    return per_example.instance_norm(x, params, EMPTY, train=train, **options)
 
 
 def flax_result(module, x):
@@ -24,7 +38,7 @@ def test_group_norm_is_flaxs(groups):
     module = flax.linen.GroupNorm(num_groups=groups, epsilon=1e-5)
     y, state = group_norm(X, PARAMS, num_groups=groups)
     np.testing.assert_allclose(y, flax_result(module, X), rtol=1e-5, atol=1e-5)
-    assert state == ()
+    assert state is EMPTY
 
 
 def test_layer_norm_is_flaxs_over_all_but_the_batch():

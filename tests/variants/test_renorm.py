@@ -9,11 +9,17 @@ import reference
 from reference import normal
 
 from bn_jax import BatchNormParams, BatchNormState, batch_norm
+from bn_jax.functional import CountedState
 from bn_jax.variants.renorm import batch_renorm, limits
 
 X = normal((16, 3), mean=1.0, std=2.0)
 PARAMS = BatchNormParams(jnp.array([0.5, -1.0, 2.0]), jnp.array([1.0, 0.0, -3.0]))
 STATE = BatchNormState(jnp.array([0.1, 0.2, 0.3]), jnp.array([1.0, 2.0, 3.0]))
+COUNTED = CountedState(*STATE, jnp.float32(3))
+
+
+def averages(state):
+    return BatchNormState(state.mean, state.var)
 
 
 def loss(y):
@@ -21,26 +27,24 @@ def loss(y):
 
 
 def test_without_room_for_a_correction_it_is_batch_norm():
-    renorm = functools.partial(batch_renorm, r_max=1, d_max=0, momentum=0.9)
-    chex.assert_trees_all_close(
-        renorm(X, PARAMS, STATE, train=True),
-        batch_norm(X, PARAMS, STATE, train=True),
-        rtol=1e-6,
-    )
+    renorm = functools.partial(batch_renorm, r_max=1, d_max=0)
+    y, state = renorm(X, PARAMS, COUNTED, train=True)
+    expected = batch_norm(X, PARAMS, STATE, train=True)
+    chex.assert_trees_all_close((y, averages(state)), expected, rtol=1e-6)
     gradients = [
-        jax.grad(lambda x, f=f: loss(f(x, PARAMS, STATE, train=True)[0]))(X)
-        for f in (renorm, batch_norm)
+        jax.grad(lambda x, f=f, s=s: loss(f(x, PARAMS, s, train=True)[0]))(X)
+        for f, s in ((renorm, COUNTED), (batch_norm, STATE))
     ]
     chex.assert_trees_all_close(*gradients, rtol=1e-5)
 
 
 def test_without_limits_training_gives_what_prediction_gives():
-    y, state = batch_renorm(X, PARAMS, STATE, train=True, r_max=1e6, d_max=1e6)
-    predicted, same = batch_renorm(X, PARAMS, STATE, train=False, r_max=1, d_max=0)
+    y, state = batch_renorm(X, PARAMS, COUNTED, train=True, r_max=1e6, d_max=1e6)
+    predicted, same = batch_renorm(X, PARAMS, COUNTED, train=False, r_max=1, d_max=0)
     np.testing.assert_allclose(y, predicted, rtol=1e-4, atol=1e-5)
-    assert same is STATE
-    moved = batch_norm(X, PARAMS, STATE, train=True, momentum=0.99)[1]
-    chex.assert_trees_all_close(state, moved)
+    assert same is COUNTED
+    moved = batch_norm(X, PARAMS, STATE, train=True)[1]
+    chex.assert_trees_all_close(state, CountedState(*moved, 4.0))
 
 
 @pytest.mark.parametrize("scale", [None, PARAMS.scale])
@@ -48,7 +52,7 @@ def test_without_limits_training_gives_what_prediction_gives():
 def test_is_the_papers_formula_between_the_limits(scale, bias):
     r_max, d_max = 1.5, 0.6
     params = BatchNormParams(scale, bias)
-    y, _ = batch_renorm(X, params, STATE, train=True, r_max=r_max, d_max=d_max)
+    y, _ = batch_renorm(X, params, COUNTED, train=True, r_max=r_max, d_max=d_max)
     batch = reference.moments(X)
     sigma = np.sqrt(np.float64(STATE.var) + 1e-5)
     r = np.clip(np.sqrt(batch.var + 1e-5) / sigma, 1 / r_max, r_max)
@@ -62,7 +66,7 @@ def test_is_the_papers_formula_between_the_limits(scale, bias):
 
 def test_no_gradient_flows_through_the_corrections():
     def y(x):
-        return batch_renorm(x, PARAMS, STATE, train=True, r_max=2.0, d_max=2.0)[0]
+        return batch_renorm(x, PARAMS, COUNTED, train=True, r_max=2.0, d_max=2.0)[0]
 
     # With r and d constants, dy / dx is batch norm's with scale gamma r.
     sigma = np.sqrt(np.float64(STATE.var) + 1e-5)
@@ -77,12 +81,12 @@ def test_devices_share_the_corrections(devices):
     x = normal((8, 4, 3), mean=1.0)
     renorm = functools.partial(batch_renorm, train=True, r_max=1.5, d_max=0.5)
     step = jax.pmap(
-        lambda x: renorm(x, PARAMS, STATE, axis_name="d"),
+        lambda x: renorm(x, PARAMS, COUNTED, axis_name="d"),
         axis_name="d",
         devices=devices,
     )
     y, state = jax.device_get(step(x))
-    big_y, big_state = renorm(x.reshape(32, 3), PARAMS, STATE)
+    big_y, big_state = renorm(x.reshape(32, 3), PARAMS, COUNTED)
     chex.assert_trees_all_close(y.reshape(32, 3), big_y, rtol=1e-5, atol=1e-5)
     chex.assert_trees_all_close(
         jax.tree.map(lambda a: a[3], state), big_state, rtol=1e-5
@@ -91,23 +95,23 @@ def test_devices_share_the_corrections(devices):
 
 def test_batch_that_counts_nothing_is_normalised_by_the_averages():
     y, state = batch_renorm(
-        X, PARAMS, STATE, train=True, r_max=3, d_max=5, weights=jnp.zeros(16)
+        X, PARAMS, COUNTED, train=True, r_max=3, d_max=5, weights=jnp.zeros(16)
     )
     predicted, _ = batch_norm(X, PARAMS, STATE, train=False)
-    chex.assert_trees_all_close((y, state), (predicted, STATE))
+    chex.assert_trees_all_close((y, state), (predicted, COUNTED))
 
 
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("update", [None, True, False])
 def test_averages_move_when_told_whatever_normalises(train, update):
-    renorm = functools.partial(batch_renorm, X, PARAMS, STATE, r_max=1.5, d_max=0.6)
+    renorm = functools.partial(batch_renorm, X, PARAMS, COUNTED, r_max=1.5, d_max=0.6)
     y, state = renorm(train=train, update_state=update)
     chex.assert_trees_all_equal(y, renorm(train=train)[0])
     if train if update is None else update:
-        moved = batch_norm(X, PARAMS, STATE, train=True, momentum=0.99)[1]
-        chex.assert_trees_all_close(state, moved)
+        moved = batch_norm(X, PARAMS, STATE, train=True)[1]
+        chex.assert_trees_all_close(state, CountedState(*moved, 4.0))
     else:
-        assert state is STATE
+        assert state is COUNTED
 
 
 def test_schedule_is_the_papers():
@@ -128,8 +132,35 @@ def test_schedule_is_the_papers():
     [
         ({"r_max": 0.5}, "r_max=0.5.*at least 1"),
         ({"d_max": -1}, "d_max=-1.*at least 0"),
+        ({"start": 5, "d_end": 9}, "r_end=0 is before start=5; give the step"),
+        ({"start": 5, "r_end": 9, "d_end": 4}, "d_end=4 is before start=5"),
     ],
 )
 def test_limits_that_cannot_be_are_refused(bad, message):
     with pytest.raises(ValueError, match=message):
-        batch_renorm(X, PARAMS, STATE, train=True, **{"r_max": 1, "d_max": 0, **bad})
+        batch_renorm(X, PARAMS, COUNTED, train=True, **bad)
+
+
+def test_ramp_of_no_length_is_a_step():
+    at = functools.partial(limits, start=3, r_end=3, d_end=3, r_max=2.0, d_max=4.0)
+    chex.assert_trees_all_equal([at(t) for t in (0, 2)], [(1.0, 0.0)] * 2)
+    chex.assert_trees_all_equal([at(t) for t in (3, 4)], [(2.0, 4.0)] * 2)
+
+
+def test_schedule_follows_the_batches_that_were_counted():
+    # From batch norm at step 1 to no correction left out at step 3.
+    schedule = {"start": 1, "r_end": 3, "d_end": 3, "r_max": 3.0, "d_max": 4.0}
+    state = COUNTED._replace(count=jnp.float32(0))
+    for step in range(5):
+        r_max, d_max = limits(step, **schedule)
+        expected = batch_renorm(X, PARAMS, state, train=True, r_max=r_max, d_max=d_max)
+        y, state = batch_renorm(X, PARAMS, state, train=True, **schedule)
+        chex.assert_trees_all_close((y, state), expected, rtol=1e-6)
+        assert state.count == step + 1
+
+
+def test_given_statistics_normalise_without_a_correction():
+    y, state = batch_renorm(X, PARAMS, COUNTED, train=True, statistics=STATE)
+    expected, _ = batch_norm(X, PARAMS, STATE, train=False)
+    chex.assert_trees_all_close(y, expected)
+    assert state.count == 4

@@ -1,0 +1,209 @@
+"""What every model of the table does, and how its options are written."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from reference import jit_unoptimised
+
+from bn_jax import models
+from bn_jax.fields import ConfigError
+from bn_jax.folding import fold
+from bn_jax.linen import BatchNorm
+from bn_jax.measures.layer_calls import layer_calls
+from bn_jax.measures.population import exact_statistics
+from bn_jax.models import layers
+
+IMAGES = jax.random.uniform(jax.random.key(3), (8, 16, 16, 2))
+BN = functools.partial(BatchNorm, momentum=0.9)
+NAMES = ["lenet", "mlp:widths=6x5", "resnet:depth=8,width=2"]
+
+
+def make(name, **given):
+    return models.MODELS.make(name, **{"norm": BN, "num_classes": 3, **given})
+
+
+@functools.cache
+def moved(name):
+    """Variables with no value left at its start, variances positive."""
+    model = make(name)
+    init = jit_unoptimised(functools.partial(model.init, train=False))
+    leaves, tree = jax.tree.flatten(init(jax.random.key(0), IMAGES[:1]))
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    return jax.tree.unflatten(
+        tree,
+        [
+            leaf + 0.3 * jax.random.uniform(key, leaf.shape)
+            for leaf, key in zip(leaves, keys, strict=True)
+        ],
+    )
+
+
+@functools.partial(jit_unoptimised, static_argnums=0)
+def predict(model, variables, x):
+    return model.apply(variables, x, train=False)
+
+
+@functools.partial(jit_unoptimised, static_argnums=0)
+def train(model, variables, x):
+    return model.apply(variables, x, train=True, mutable=["batch_stats"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_model_folds(name):
+    model, variables = make(name), moved(name)
+    apply = functools.partial(model.apply, train=False)
+    folded = fold(apply, variables, IMAGES[:2])
+    plain = predict(make(name, norm=None), {"params": folded}, IMAGES)
+    expected = predict(model, variables, IMAGES)
+    scale = float(jnp.abs(expected).max())
+    np.testing.assert_allclose(plain, expected, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_exact_statistics_are_those_of_one_batch_of_all_examples(name):
+    # After a step of momentum 0 the averages are the batch's statistics.
+    momentum_0 = make(name, norm=functools.partial(BatchNorm, momentum=0.0))
+    variables = moved(name)
+    expected = train(momentum_0, variables, IMAGES)[1]["batch_stats"]
+    apply = functools.partial(make(name).apply, train=False)
+    exact = exact_statistics(apply, variables, IMAGES, batch_size=4)
+    chex.assert_trees_all_close(exact, expected, rtol=1e-4, atol=1e-4)
+    assert (
+        len(layer_calls(apply, variables, IMAGES))
+        == len(jax.tree.leaves(expected)) // 2
+    )
+
+
+@pytest.mark.parametrize("name", ["lenet", "resnet:depth=8,width=2"])
+def test_ghost_batches_are_cut_along_the_examples_in_every_layout(name):
+    variables = moved(name)
+    ghosts = functools.partial(BN, ghost_batch_size=4)
+    halves = [train(make(name), variables, IMAGES[i : i + 4])[0] for i in (0, 4)]
+    scale = max(float(jnp.abs(half).max()) for half in halves)
+    for layout in ("NHWC", "CHWN"):
+        logits, _ = train(make(name, norm=ghosts, layout=layout), variables, IMAGES)
+        np.testing.assert_allclose(
+            logits, jnp.concatenate(halves), rtol=1e-4, atol=1e-4 * scale
+        )
+
+
+@pytest.mark.parametrize("name", [*NAMES, "resnet:depth=8,width=2,residual=fixup"])
+def test_bfloat16_computes_near_float32_and_keeps_float32_at_both_ends(name):
+    norm = None if "fixup" in name else BN
+    full = make(name, norm=norm)
+    half = make(name, norm=norm, dtype=jnp.bfloat16)
+    variables = jit_unoptimised(functools.partial(half.init, train=False))(
+        jax.random.key(0), IMAGES[:1]
+    )
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+    # Fixup's last kernel starts from 0, and so would its logits.
+    variables = jax.tree.map(lambda leaf: leaf + 0.01, variables)
+    (a, stats), (b, _) = train(full, variables, IMAGES), train(half, variables, IMAGES)
+    assert b.dtype == jnp.float32
+    assert 0 < jnp.abs(a - b).max() < 0.2 * jnp.abs(a).max()
+    jaxpr = str(jax.make_jaxpr(functools.partial(predict, half))(variables, IMAGES))
+    assert "bf16[" in jaxpr
+    products = [line for line in jaxpr.splitlines() if "dot_general[" in line]
+    assert products and all(":bf16[" in line for line in products)
+    del stats
+
+
+def test_norms_of_flax_that_know_no_axis_get_features_last():
+    class Scaled(nn.Module):
+        @nn.compact
+        def __call__(self, x, norm, axis, batch_axis):
+            return layers.normalise(
+                x, norm, train=True, axis=axis, batch_axis=batch_axis, name="norm"
+            )
+
+    x = jax.random.normal(jax.random.key(0), (4, 3, 3, 6))
+    for norm in (nn.LayerNorm, functools.partial(nn.GroupNorm, num_groups=2)):
+        expected, _ = Scaled().init_with_output(jax.random.key(0), x, norm, -1, 0)
+        direct, _ = norm().init_with_output(jax.random.key(0), x)
+        np.testing.assert_array_equal(expected, direct)
+        swapped = x.transpose(3, 1, 2, 0)
+        y, _ = Scaled().init_with_output(jax.random.key(0), swapped, norm, 0, 3)
+        np.testing.assert_allclose(y.transpose(3, 1, 2, 0), expected, atol=1e-6)
+    with pytest.raises(TypeError, match="norm='layer'; expected a constructor"):
+        Scaled().init_with_output(jax.random.key(0), x, "layer", -1, 0)
+
+
+def test_digits_choose_the_layers_with_a_norm():
+    def norms(name):
+        shapes = jax.eval_shape(
+            functools.partial(make(name).init, train=False), jax.random.key(0), IMAGES
+        )
+        return sorted(shapes["batch_stats"])
+
+    assert norms("lenet:norm_layers=0101") == ["norm2", "norm4"]
+    assert norms("mlp:widths=4x4x4,norm_layers=110") == ["norm1", "norm2"]
+
+
+def test_traced_switches_of_an_mlp_are_its_digits():
+    name = "mlp:widths=6x5,bias_before_norm=true"
+    variables = moved(name)
+
+    @jit_unoptimised
+    def by_array(switches):
+        model = make(name, norm_layers=switches)
+        return model.apply(variables, IMAGES, train=False)
+
+    for digits in ("10", "01"):
+        switches = jnp.array([digit == "1" for digit in digits])
+        expected = predict(make(f"{name},norm_layers={digits}"), variables, IMAGES)
+        np.testing.assert_allclose(by_array(switches), expected, atol=1e-6)
+
+
+def test_dropout_of_an_mlp_drops_in_training_alone():
+    model, variables = make("mlp:widths=6x5,dropout_rate=0.5"), moved("mlp:widths=6x5")
+    plain = make("mlp:widths=6x5")
+    np.testing.assert_array_equal(
+        predict(model, variables, IMAGES), predict(plain, variables, IMAGES)
+    )
+    dropped, _ = model.apply(
+        variables,
+        IMAGES,
+        train=True,
+        mutable=["batch_stats"],
+        rngs={"dropout": jax.random.key(0)},
+    )
+    assert jnp.abs(dropped - train(plain, variables, IMAGES)[0]).max() > 1e-2
+
+
+@pytest.mark.parametrize("name", layers.ACTIVATIONS)
+def test_activations_have_the_names_that_options_take(name):
+    model = make(f"mlp:widths=4,activation={name}")
+    assert model.activation is layers.ACTIVATIONS[name]
+    assert make("lenet").activation is jax.nn.sigmoid
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("lenet5", "model='lenet5'; expected one of lenet, mlp, resnet"),
+        ("lenet:norm_layers=011", "norm_layers=011; expected four digits"),
+        ("lenet:norm_layers=0112", "norm_layers=0112; expected four digits"),
+        ("lenet:dropout_rate=1", "dropout_rate=1; expected a number in"),
+        ("lenet:first_padding=-1", "first_padding=-1; expected an integer 0 or"),
+        ("lenet:activation=softplus", "activation=softplus; expected one of sigmoid"),
+        ("mlp:widths=5x", "widths=5x; expected values with x between"),
+        ("mlp:widths=5x0", "widths=5x0; expected values with x between.*at least 1"),
+        ("mlp:widths=5x5,norm_layers=111", "norm_layers has 3 digits; expected 2"),
+        ("resnet:depth=18", "depth=18; expected 6n"),
+        ("resnet:width=0", "width=0; expected an integer at least 1"),
+        ("resnet:residual=rezero", "residual=rezero; expected one of plain, fixup"),
+        (
+            "resnet:residual=fixup",
+            "residual=fixup takes the place of a norm.*norm=none",
+        ),
+    ],
+)
+def test_bad_options_are_refused_in_one_line(name, message):
+    with pytest.raises(ConfigError, match=message) as refusal:
+        make(name)
+    assert "\n" not in str(refusal.value)

@@ -1,0 +1,432 @@
+"""Every norm by name fulfils one contract, as a function and as a module."""
+
+import functools
+import re
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax import nnx
+from reference import jit_unoptimised, normal
+
+from bn_jax import batch_norm, folding, transforms
+from bn_jax import linen as linen_lib
+from bn_jax import nnx as nnx_lib
+from bn_jax.fields import ConfigError
+from bn_jax.measures.population import exact_statistics
+from bn_jax.transforms import NORMS, Transform
+
+X = normal((8, 3, 6), mean=1.0, std=2.0)  # [N, positions, C]
+KEY = jax.random.key(0)
+SPECS = (
+    "batch_norm",
+    "batch_norm:average=debiased",
+    "renorm:r_max=1.5,d_max=0.5",
+    "renorm:start=1,r_end=2,d_end=3",
+    "layer",
+    "group:num_groups=3",
+    "instance",
+    "whitening:group_size=2",
+    "whitening:method=iternorm,max_group_size=4",
+    "quantile:num_quantiles=8",
+    "center",
+    "scale",
+    "dyt",
+    "derf",
+)
+SHARED = [spec for spec in SPECS if "axis_name" in NORMS.make(spec).takes]
+STATEFUL = SHARED
+
+
+def test_each_name_is_tested():
+    assert {s.partition(":")[0] for s in SPECS} == set(NORMS) - {"flax", "none"}
+
+
+def random_params(params):
+    """Return parameters that are neither 0 nor 1, so that none can be forgotten."""
+    leaves, structure = jax.tree.flatten(params)
+    values = [normal(leaf.shape, mean=1.0, seed=i) for i, leaf in enumerate(leaves)]
+    return jax.tree.unflatten(structure, values)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_shapes_dtypes_and_the_states_structure_are_kept(spec):
+    transform = NORMS.make(spec)
+    for dtype in (jnp.float32, jnp.bfloat16):
+        params, state = transform.init(6, dtype)
+        assert all(leaf.dtype == dtype for leaf in jax.tree.leaves(params))
+        assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state))
+
+        def step(state, x, params=params):
+            y, state = transform.apply(x, params, state, train=True)
+            return state, y
+
+        batches = jax.ShapeDtypeStruct((2, *X.shape), dtype)
+        last, ys = jax.eval_shape(functools.partial(jax.lax.scan, step), state, batches)
+        chex.assert_trees_all_equal_shapes_and_dtypes(last, state)
+        assert (ys.shape, ys.dtype) == (batches.shape, dtype)
+    y, same = transform.apply(X, *transform.init(6), train=False)
+    assert (y.shape, y.dtype) == (X.shape, X.dtype)
+    chex.assert_trees_all_equal(same, transform.init(6)[1])
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_linen_nnx_and_the_function_give_the_same(spec):
+    transform = NORMS.make(spec)
+    first, initial = transform.init(6)
+    params = random_params(first)
+
+    def by_function(x):
+        y, state = transform.apply(x, params, initial, train=True)
+        predicted, _ = transform.apply(x, params, state, train=False)
+        return y, state._asdict(), predicted
+
+    def by_linen(x):
+        layer = linen_lib.norm(spec)()
+        variables = {"params": params._asdict(), "batch_stats": initial._asdict()}
+        y, moved = layer.apply(variables, x, False, mutable=["batch_stats"])
+        stats = moved.get("batch_stats", {})
+        predicted = layer.apply({**variables, "batch_stats": stats}, x, True)
+        return y, dict(stats), predicted
+
+    def by_nnx(x):
+        layer = nnx_lib.norm(spec)(6, rngs=nnx.Rngs(0))
+        for name, value in params._asdict().items():
+            getattr(layer, name).set_value(value)
+        y = layer(x)
+        stats = nnx.to_pure_dict(nnx.state(layer, nnx.BatchStat))
+        return y, stats, layer(x, use_running_average=True)
+
+    expected, *others = jit_unoptimised(
+        lambda x: (by_function(x), by_linen(x), by_nnx(x))
+    )(X)
+    for other in others:
+        chex.assert_trees_all_close(other, expected, rtol=1e-5, atol=1e-6)
+    created = linen_lib.norm(spec)(use_running_average=True).init(KEY, X)
+    chex.assert_trees_all_equal(created.get("params", {}), first._asdict())
+    chex.assert_trees_all_equal(created.get("batch_stats", {}), initial._asdict())
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_layout_ensembles_and_traced_options_change_no_number(spec):
+    transform = NORMS.make(spec)
+    first, state = transform.init(6)
+    params = random_params(first)
+    name = spec.partition(":")[0]
+    values = {
+        "momentum": 0.75,
+        "epsilon": 0.125,
+        **{key: 1.25 for key in ("r_max", "d_max", "alpha", "shift")},
+    }
+    traceable = {
+        key: values[key] for key, o in NORMS.options(name).items() if o.is_traceable
+    }
+    assert {"momentum", "epsilon"} & set(NORMS.options(name)) <= set(traceable)
+
+    def module(x, options):
+        layer = linen_lib.norm(spec, options=options)(use_running_average=False)
+        variables = layer.init(KEY, x)
+        return layer.apply(variables, x, mutable=["batch_stats"])
+
+    @jit_unoptimised
+    def run(x, traced):
+        y, moved = transform.apply(x, params, state, train=True)
+        channels_first = transform.apply(
+            jnp.transpose(x, (2, 1, 0)),
+            params,
+            state,
+            train=True,
+            feature_axis=0,
+            batch_axis=2,
+        )
+        members = jax.vmap(lambda x: transform.apply(x, params, state, train=True))(
+            jnp.stack([x, 2 * x])
+        )
+        return (
+            (y, moved),
+            (jnp.transpose(channels_first[0], (2, 1, 0)), channels_first[1]),
+            jax.tree.map(lambda a: a[0], members),
+            module(x, traced),
+            module(x, traceable),
+        )
+
+    plain, transposed, member, traced, static = run(X, traceable)
+    chex.assert_trees_all_close(transposed, plain, rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_close(member, plain, rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_close(traced, static, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_scale_and_bias_may_be_left_out(spec):
+    text = spec + (":" if ":" not in spec else ",") + "use_scale=false,use_bias=false"
+    layer = linen_lib.norm(text)(use_running_average=True)
+    shapes = jax.eval_shape(layer.init, KEY, X)
+    assert not {"scale", "bias"} & shapes.get("params", {}).keys()
+    without = nnx_lib.norm(text)(6, rngs=nnx.Rngs(0))
+    assert without.scale is None and without.bias is None
+
+
+@pytest.mark.parametrize("spec", SHARED)
+def test_eight_devices_share_the_statistics_of_the_big_batch(spec, devices):
+    layer = linen_lib.norm(spec, axis_name="d")(use_running_average=False)
+    variables = layer.init(KEY, X)  # needs no axis
+    _, initial = NORMS.make(spec).init(6)
+    chex.assert_trees_all_equal(variables["batch_stats"], initial._asdict())
+    with pytest.raises(ValueError, match="axis_name='d' is not bound"):
+        layer.apply(variables, X, mutable=["batch_stats"])
+
+    step = functools.partial(layer.apply, variables, mutable=["batch_stats"])
+    shards = X.reshape(8, 1, 3, 6)
+    y, moved = jax.device_get(jax.pmap(step, axis_name="d", devices=devices)(shards))
+    alone = linen_lib.norm(spec)(use_running_average=False)
+    expected = alone.apply(variables, X, mutable=["batch_stats"])
+    got = y.reshape(X.shape), jax.tree.map(lambda a: a[5], moved)
+    chex.assert_trees_all_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("spec", [s for s in SPECS if s not in SHARED])
+def test_axis_names_and_ghost_batches_change_nothing_without_a_batch(spec):
+    layer = linen_lib.norm(spec, axis_name="nowhere", ghost_batch_size=3)()
+    alone = linen_lib.norm(spec)()
+    variables = alone.init(KEY, X)
+    np.testing.assert_array_equal(layer.apply(variables, X), alone.apply(variables, X))
+
+
+@pytest.mark.parametrize("spec", STATEFUL)
+def test_averages_move_apart_from_what_normalises(spec):
+    layer = linen_lib.norm(spec)()
+    variables = layer.init(KEY, X, use_running_average=True)
+    run = functools.partial(layer.apply, variables, X, mutable=["batch_stats"])
+    trained, moved = run(use_running_average=False)
+    frozen, kept = run(use_running_average=False, update_average=False)
+    predicted, also_moved = run(use_running_average=True, update_average=True)
+    chex.assert_trees_all_equal(frozen, trained)
+    chex.assert_trees_all_equal(kept["batch_stats"], variables["batch_stats"])
+    chex.assert_trees_all_close(also_moved, moved, rtol=1e-6)
+    chex.assert_trees_all_equal(predicted, run(use_running_average=True)[0])
+
+
+@pytest.mark.parametrize("make", [linen_lib.norm, nnx_lib.norm])
+@pytest.mark.parametrize(
+    ("spec", "attributes", "message"),
+    [
+        ("batch_nrom", {}, r"norm='batch_nrom'; expected one of .*mean batch_norm"),
+        ("layer", {"options": {"momentum": 0.5}}, "no option 'momentum'; layer takes"),
+        ("scale", {"options": {"momentum": 1.5}}, r"momentum=1.5; expected.*\[0, 1\]"),
+        ("whitening:method=svd", {}, "method=svd; expected one of zca, pca"),
+        (
+            "whitening:group_size=4,max_group_size=8",
+            {},
+            "max_group_size=8 with group_size=4; give one",
+        ),
+        ("renorm:start=5", {}, "r_end=0 is before start=5"),
+        (
+            "quantile",
+            {"ghost_batch_size": 4},
+            "takes no ghost_batch_size.*leave it out",
+        ),
+        ("whitening", {"axis_index_groups": [[0]], "axis_name": "d"}, "axis_index_gr"),
+        ("flax", {"ghost_batch_size": 4}, "'flax' takes no ghost_batch_size"),
+        (transforms.center(), {"options": {"momentum": 0.5}}, "options momentum for a"),
+    ],
+)
+def test_what_a_norm_does_not_take_is_refused_in_one_line(
+    make, spec, attributes, message
+):
+    with pytest.raises(ConfigError, match=message) as refusal:
+        make(spec, **attributes)
+    assert "\n" not in str(refusal.value)
+
+
+def test_layers_refuse_what_their_transform_does_not_take():
+    layer = linen_lib.Norm(transforms.layer())
+    variables = layer.init(KEY, X)
+    with pytest.raises(ValueError, match="'layer' takes no weights.*shape .8, 1"):
+        layer.apply(variables, X, weights=jnp.ones((8, 1)))
+    with pytest.raises(ValueError, match=r"num_features=\(3, 6\).*one integer"):
+        linen_lib.norm("whitening")(axis=(1, 2)).init(KEY, X, True)
+    with pytest.raises(ValueError, match="use_running_average"):
+        linen_lib.norm("center")().init(KEY, X)
+    with pytest.raises(ValueError, match="given nowhere"):
+        nnx_lib.norm("center")(6, use_running_average=None)(X)
+
+
+def test_weights_reach_the_transforms_that_take_them():
+    weights = jnp.arange(8.0)[:, None] % 3
+    for spec in ("center", "scale", "renorm"):
+        layer = linen_lib.norm(spec)(use_running_average=False)
+        variables = layer.init(KEY, X)
+        run = functools.partial(layer.apply, variables, mutable=["batch_stats"])
+        _, moved = run(X, weights=weights)
+        rows = np.repeat(np.arange(8), np.arange(8) % 3)
+        _, repeated = run(X[rows])
+        chex.assert_trees_all_close(moved, repeated, rtol=1e-5, atol=1e-6)
+
+
+def test_one_example_at_a_time_shares_its_norm_along_an_axis():
+    x = X[:, 0]
+    for spec in ("center", "renorm"):
+        each = linen_lib.norm(spec, axis_name="n")(use_running_average=False)
+        variables = each.init(KEY, x[0])
+        step = functools.partial(each.apply, variables, mutable=["batch_stats"])
+        y, moved = jit_unoptimised(jax.vmap(step, axis_name="n"))(x)
+        whole = linen_lib.norm(spec)(use_running_average=False)
+        expected = whole.apply(variables, x, mutable=["batch_stats"])
+        got = y, jax.tree.map(lambda a: a[0], moved)
+        chex.assert_trees_all_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_batch_norm_by_name_is_the_drop_in_layer_with_momentum_a_tenth():
+    made = linen_lib.norm("batch_norm:epsilon=0.25", options={"use_bias": False})
+    layer = made(use_running_average=False, axis=0, batch_axis=2, name="norm1")
+    assert isinstance(layer, linen_lib.BatchNorm)
+    assert (layer.momentum, layer.epsilon, layer.use_bias) == (0.9, 0.25, False)
+    flax = linen_lib.norm("flax:use_fast_variance=false")(axis=1, batch_axis=0)
+    assert flax == nn.BatchNorm(momentum=0.9, axis=1, use_fast_variance=False)
+    assert linen_lib.norm("none") is None and nnx_lib.norm("none") is None
+    in_nnx = nnx_lib.norm("batch_norm:average=cumulative")(6, rngs=nnx.Rngs(0))
+    assert isinstance(in_nnx, nnx_lib.BatchNorm)
+    in_nnx(X)
+    in_nnx(3 * X)
+    assert in_nnx.count[...] == 2
+    np.testing.assert_allclose(in_nnx.mean[...], 2 * X.mean((0, 1)), rtol=1e-5)
+
+
+def test_norms_that_predict_by_a_mean_and_a_variance_are_told_by_name():
+    told = {spec for spec in (*SPECS, "flax", "none") if transforms.is_batch_norm(spec)}
+    assert told == {s for s in SPECS if s[:6] in ("batch_", "renorm")} | {"flax"}
+
+
+def test_layers_of_one_name_are_equal():
+    # So that what is compiled for one, as a static argument, serves the other.
+    one, other = (linen_lib.norm("whitening")(axis=0) for _ in range(2))
+    assert one == other and hash(one) == hash(other)
+
+
+@pytest.mark.parametrize(("features", "size"), [(6, 6), (16, 16), (84, 14), (13, 13)])
+def test_groups_are_of_the_greatest_divisor_up_to_the_largest_size(features, size):
+    _, state = NORMS.make("whitening:max_group_size=16").init(features)
+    assert state.covariance.shape == (features // size, size, size)
+
+
+@pytest.mark.parametrize("make", [linen_lib.norm, nnx_lib.norm])
+def test_a_step_leaves_the_callers_numpy_variables_as_they_are(make):
+    for spec in ("batch_norm:average=cumulative", "renorm"):
+        if make is linen_lib.norm:
+            layer = make(spec)(use_running_average=False)
+            variables = jax.tree.map(np.array, layer.init(KEY, X))
+            step = functools.partial(layer.apply, mutable=["batch_stats"])
+        else:
+            graphdef, state = nnx.split(make(spec)(6, rngs=nnx.Rngs(0)))
+            variables = jax.tree.map(np.array, state)
+
+            def step(state, x, graphdef=graphdef):
+                nnx.merge(graphdef, state)(x)
+
+        arrays = jax.tree.leaves(variables)
+        before = list(map(np.copy, arrays))
+        step(variables, X)
+        chex.assert_trees_all_equal(arrays, before)
+
+
+class TwoNorms(nn.Module):
+    """A dense layer and two norms, for what looks at models from outside."""
+
+    spec: str
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.Dense(6, name="dense")(x)
+        for i in (1, 2):
+            norm = linen_lib.norm(self.spec)
+            x = norm(use_running_average=not train, name=f"norm{i}")(x)
+            x = nn.Dense(6, name=f"dense{i}")(x)
+        return x
+
+
+@pytest.mark.parametrize("spec", ["batch_norm", "renorm", "quantile", "group"])
+def test_tabulate_shows_layers_and_no_helpers(spec):
+    table = TwoNorms(spec).tabulate(
+        KEY, X, show_repeated=True, compute_flops=True, console_kwargs={"width": 240}
+    )
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", table)
+    paths = {line.split("│")[1].strip() for line in plain.splitlines() if "│" in line}
+    assert paths - {""} == {"dense", "norm1", "norm2", "dense1", "dense2"}
+
+
+def predict(variables, x, spec):
+    return TwoNorms(spec).apply(variables, x)
+
+
+def test_exact_statistics_of_renorm_are_batch_norms():
+    variables = TwoNorms("batch_norm").init(KEY, X)
+    expected, got = (
+        exact_statistics(
+            functools.partial(predict, spec=spec),
+            TwoNorms(spec).init(KEY, X),
+            X,
+            batch_size=8,
+        )
+        for spec in ("batch_norm", "renorm")
+    )
+    assert variables["batch_stats"].keys() == got.keys()
+    for layer, stats in got.items():
+        assert stats.pop("count") == 0  # no batch was averaged
+        chex.assert_trees_all_close(stats, expected[layer], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("spec", "kept"),
+    [
+        ("center", "mean"),
+        ("scale", "var"),
+        ("whitening", "covariance and mean"),
+        ("quantile", "knots"),
+    ],
+)
+def test_exact_statistics_and_folding_refuse_other_statistics_in_words(spec, kept):
+    variables = TwoNorms(spec).init(KEY, X)
+    of_spec = functools.partial(predict, spec=spec)
+    with pytest.raises(ValueError, match=f"norm1, norm='{spec}', predicts by {kept};"):
+        exact_statistics(of_spec, variables, X, batch_size=8)
+    if spec != "quantile":
+        with pytest.raises(ValueError, match="norm1 does not predict by a mean and a"):
+            folding.fold(of_spec, variables, X)
+
+
+def test_statistics_beside_norms_are_none_of_ours_to_refuse():
+    class Spectral(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            layer = nn.SpectralNorm(nn.Dense(6))
+            x = layer(x, update_stats=False)
+            return linen_lib.BatchNorm(use_running_average=True, name="norm")(x)
+
+    variables = Spectral().init(KEY, X)
+    model = Spectral()
+    got = exact_statistics(model.apply, variables, X, batch_size=8)
+    assert not np.allclose(got["norm"]["var"], 1)
+
+
+def test_a_transform_of_the_users_own_makes_layers():
+    def apply(x, params, state, *, train, feature_axis=-1, batch_axis=0):
+        del train, feature_axis, batch_axis
+        return x * params.scale + params.bias, state
+
+    mine = Transform(transforms.center().init, apply, name="affine")
+    layer = linen_lib.norm(mine)(use_running_average=False)
+    y, variables = layer.init_with_output(KEY, X)
+    np.testing.assert_array_equal(y, X)
+    assert variables["params"].keys() == {"scale", "bias"}
+    np.testing.assert_array_equal(nnx_lib.norm(mine)(6)(X), X)
+
+
+def test_names_agree_with_batch_norms_own_defaults():
+    y, state = NORMS.make("batch_norm").apply(
+        X, *NORMS.make("batch_norm").init(6), train=True
+    )
+    expected = batch_norm(X, *transforms.batch_norm().init(6), train=True, momentum=0.9)
+    chex.assert_trees_all_equal((y, state), expected)

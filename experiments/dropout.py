@@ -52,12 +52,7 @@ class Design(study.Design):
     seeds: int = fields.option_of(study.Design, "seeds", 5)
     learning_rate: float = fields.option_of(TrainConfig, "learning_rate")
     dropout_rates: tuple[float, ...] = fields.option(
-        (0.1, 0.3, 0.5),
-        "Without norm; one claim is on .5.",
-        valid=fields.BELOW_1,
-    )
-    dropout_rate_with_norm: float = fields.option(
-        0.5, "Before a norm, and after the last.", valid=fields.BELOW_1
+        (0.1, 0.3, 0.5), "Without norm; one claim is on .5.", valid=fields.BELOW_1
     )
     few_examples: int = fields.option(
         3_000, "How many images are few.", valid=fields.AT_LEAST_1
@@ -73,23 +68,17 @@ class Design(study.Design):
 
 def arms(design: Design) -> study.Arms:
     """Return each combination of norm and dropout, on all images and on few."""
-
-    def dropout(rate: float, at: str = "dense") -> dict[str, str]:
-        return {"model": f"lenet:dropout_rate={rate},dropout_at={at}"}
-
-    few = {
-        "train_examples": design.few_examples,
-        "epochs": design.longer * design.epochs,
-    }
+    epochs = design.longer * design.epochs
+    few = {"train_examples": design.few_examples, "epochs": epochs}
     kinds: dict[str, dict[str, Any]] = {
         "none": {"norm": "none"},
         **{
-            f"dropout_{100 * rate:g}": {"norm": "none", **dropout(rate)}
-            for rate in sorted(design.dropout_rates)
+            f"dropout_{100 * p:g}": {"norm": "none", "model": f"lenet:dropout_rate={p}"}
+            for p in sorted(design.dropout_rates)
         },
         "batch_norm": {},
-        "norm_dropout_before": dropout(design.dropout_rate_with_norm),
-        "norm_dropout_after": dropout(design.dropout_rate_with_norm, at="last"),
+        "norm_dropout_before": {"model": "lenet:dropout_rate=0.5"},
+        "norm_dropout_after": {"model": "lenet:dropout_rate=0.5,dropout_at=last"},
     }
     return {
         f"{size}-{kind}": [{**of_size, **of_kind}]
@@ -98,16 +87,22 @@ def arms(design: Design) -> study.Arms:
     }
 
 
+TITLES = {
+    "none": "neither",
+    "batch_norm": "batch norm",
+    "norm_dropout_before": "batch norm, dropout .5 before a norm",
+    "norm_dropout_after": "batch norm, dropout .5 after the last",
+}
+
+
+def dropout_of(row: Row) -> str:
+    rate = value_of(row["config"], "model.dropout_rate")
+    return f"dropout {rate:g}".replace(" 0.", " .")
+
+
 def title(row: Row) -> str:
     """Return a title of a run's arm, whatever the number of images."""
-    rate = value_of(row["config"], "model.dropout_rate")
-    dropout = f"dropout {rate:g}".replace(" 0.", " .")
-    return {
-        "none": "neither",
-        "batch_norm": "batch norm",
-        "norm_dropout_before": f"batch norm, {dropout} before a norm",
-        "norm_dropout_after": f"batch norm, {dropout} after the last",
-    }.get(row["arm"].partition("-")[2], dropout)
+    return TITLES.get(row["arm"].partition("-")[2], dropout_of(row))
 
 
 # By exact statistics where there are any, and without dropout.
@@ -186,11 +181,8 @@ def curves(runs: Runs) -> Any:
     """Return a panel for each dropout, with norm and without."""
     panels: dict[str, dict[str, str]] = {}
     for arm, rows in runs.items():
-        words = (
-            title(rows[0]).removeprefix("batch norm, ").removesuffix("before a norm")
-        )
-        panel = words.strip() if "dropout" in arm else "no dropout"
-        panel += " norm" if arm.endswith("after") else ""
+        panel = dropout_of(rows[0]) if "dropout" in arm else "no dropout"
+        panel += " after the last norm" if arm.endswith("after") else ""
         panels.setdefault(panel, {})[rows[0]["config"]["norm"]] = arm
     return {panel: accuracy_curves(by_norm) for panel, by_norm in panels.items()}
 
@@ -243,6 +235,12 @@ def variance_ratios(runs: Runs) -> Any:
     return panels
 
 
+def epoch_at_85(row: Row) -> int | None:
+    """Return the epoch in which the training accuracy, with dropout, reached .85."""
+    accuracies = enumerate(row["train_accuracy"], start=1)
+    return next((epoch for epoch, a in accuracies if a and a >= 0.85), None)
+
+
 STUDY = study.Study(
     name="dropout",
     place=6,
@@ -261,20 +259,8 @@ STUDY = study.Study(
     },
     train=True,
     summary=lambda runs: {
-        # The epoch in which each run's training accuracy, with dropout, reached .85.
         "first_epoch_at_85": {
-            arm: [
-                next(
-                    (
-                        i
-                        for i, a in enumerate(row["train_accuracy"], 1)
-                        if a and a >= 0.85
-                    ),
-                    None,
-                )
-                for row in rows
-            ]
-            for arm, rows in runs.items()
+            arm: [*map(epoch_at_85, rows)] for arm, rows in runs.items()
         }
     },
     smoke={

@@ -35,7 +35,7 @@ from bn_jax.training.config import value_of
 from experiments import scores, study
 from experiments.claims import Claim
 from experiments.estimate import magnitude, mean, paired
-from experiments.figures import figure, spreads
+from experiments.figures import Draw, figure, spreads
 from experiments.scores import Row
 
 # The chapter's with sigmoids, and with ReLUs as in its later chapters.
@@ -124,7 +124,7 @@ def claims_on(activation: str) -> tuple[Claim, ...]:
     )
 
 
-def scores_with(activation: str):
+def scores_with(activation: str) -> Draw:
     return figure(
         "estimates",
         spreads(

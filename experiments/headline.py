@@ -25,7 +25,6 @@ as good in most seeds, and far worse in a few.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +54,7 @@ SCORES = {
     "loss": scores.loss,
     "train_accuracy": scores.train_accuracy,
     "test_accuracy": scores.moving_test_accuracy,
-    "test_accuracy_exact": scores.final("test_accuracy_exact", "test_accuracy"),
+    "test_accuracy_exact": scores.test_accuracy,
 }
 # Mean and standard deviation over re-runs of the notebooks (d2l-zh in PyTorch, n = 49
 # with batch norm and 130 without), of the first convolution over PyTorch's re-runs.
@@ -78,11 +77,9 @@ def first_norm(row: Row, variables: Any, data: ImageData) -> Row:
     """Return gamma and beta of the first layer, where it has a norm."""
     del row, data
     norm = variables["params"].get("norm1")
-    return (
-        {}
-        if norm is None
-        else {"gamma": norm["scale"].tolist(), "beta": norm["bias"].tolist()}
-    )
+    if norm is None:
+        return {}
+    return {"gamma": norm["scale"].tolist(), "beta": norm["bias"].tolist()}
 
 
 def learned(name: str, row: Row) -> list[float]:
@@ -181,24 +178,11 @@ def draw_curves(runs: Runs, path: Path) -> None:
     plots.arms_by_epoch(runs.rows, titles(runs), PUBLISHED, path)
 
 
-def summarize(values: Sequence[float]) -> dict[str, float | int | None]:
-    """Return mean, standard deviation, least, greatest and n."""
-    return {
-        "mean": statistics.mean(values),
-        "sd": statistics.stdev(values) if len(values) > 1 else None,
-        "min": min(values),
-        "max": max(values),
-        "n": len(values),
-    }
-
-
 def summary(runs: Runs) -> Row:
     """Return the scores of each arm, and how ours and Flax's differ."""
     found: Row = {
         "scores": {
-            arm: {
-                name: summarize([*map(score, rows)]) for name, score in SCORES.items()
-            }
+            arm: {name: scores.summarize(score, rows) for name, score in SCORES.items()}
             for arm, rows in runs.items()
         }
     }

@@ -96,13 +96,13 @@ def longest(norm: str, rate: float) -> Any:
 def workable(runs: Runs, norm: str, least: float) -> list[list[float]]:
     """Return by seed the rates at which a run reaches an accuracy, in order of size."""
     by_rate = {rate: runs.find(longest(norm, rate)) for rate in rates_of(runs)}
+    learns = {
+        rate: [scores.train_accuracy(row) >= least for row in rows]
+        for rate, rows in by_rate.items()
+    }
     return [
-        [
-            rate
-            for rate, rows in by_rate.items()
-            if scores.train_accuracy(rows[i]) >= least
-        ]
-        for i in range(min(map(len, by_rate.values())))
+        [rate for rate, works in zip(learns, of_seed, strict=True) if works]
+        for of_seed in zip(*learns.values(), strict=True)
     ]
 
 
@@ -126,12 +126,11 @@ def wider_bands(runs: Runs, least: float) -> intervals.Interval:
     found = [workable(runs, norm, least) for norm in NORMS]
     if not any(map(any, found)):  # nothing to compare
         return UNKNOWN
-    return intervals.of_difference(
-        *(
-            [math.log10(r[-1] / r[0]) + 0.5 if r else 0.0 for r in rates]
-            for rates in found
-        )
+    with_norm, without = (
+        [math.log10(rates[-1] / rates[0]) + 0.5 if rates else 0.0 for rates in of_seeds]
+        for of_seeds in found
     )
+    return intervals.of_difference(with_norm, without)
 
 
 def claims_with(least: float, bar: str) -> tuple[Claim, Claim]:

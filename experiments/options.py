@@ -32,10 +32,7 @@ change less than seeds differ by.
 
 from __future__ import annotations
 
-import dataclasses
-
-from bn_jax import fields
-from bn_jax.training.config import TrainConfig, value_of
+from bn_jax.training.config import value_of
 from experiments import scores, study
 from experiments.claims import LOSS_DIFFERENCE, THE_SIGN, TWO_DEVIATIONS, Claim
 from experiments.estimate import Statistic, largest_difference, mean, paired, spread
@@ -53,17 +50,29 @@ NORMS = {
         "Flax's layer, variance in two passes",
     ),
 }
-LIBRARIES = {
-    (0.9, 1e-5): "chapter, PyTorch",
-    (0.99, 1e-5): "Flax",
-    (0.99, 1e-3): "Keras",
+# Momentum and epsilon, all in one sweep, and whose defaults they are.
+NUMBERS = {
+    (0.0, 1e-5): "",
+    (0.5, 1e-5): "",
+    (0.9, 1e-5): " (chapter, PyTorch)",
+    (0.99, 1e-5): " (Flax)",
+    (0.999, 1e-5): "",
+    (0.9, 1e-12): "",
+    (0.9, 1e-3): "",
+    (0.99, 1e-3): " (Keras)",
+}
+ARMS = {
+    "numbers": [
+        {"norm": f"batch_norm:momentum={momentum},epsilon={epsilon}"}
+        for momentum, epsilon in NUMBERS
+    ],
+    **{arm: [{"norm": norm}] for arm, (norm, _) in NORMS.items()},
 }
 
 
 def title(momentum: float, epsilon: float) -> str:
-    whose = LIBRARIES.get((momentum, epsilon))
-    suffix = f" ({whose})" if whose else ""
-    return f"momentum {momentum:g}, epsilon {epsilon:g}{suffix}"
+    whose = NUMBERS[momentum, epsilon]
+    return f"momentum {momentum:g}, epsilon {epsilon:g}{whose}"
 
 
 CHAPTER, FLAX = title(0.9, 1e-5), title(0.99, 1e-5)
@@ -71,33 +80,6 @@ SLOWEST, LARGE = title(0.999, 1e-5), title(0.9, 1e-3)
 NEITHER, FAST, TWO_PASSES = (
     NORMS[arm][1] for arm in ("neither", "fast_variance", "two_pass_variance")
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Design(study.Design):
-    """Momenta, epsilons and other options."""
-
-    epochs: int = fields.option_of(TrainConfig, "epochs", 3)
-    learning_rate: float = fields.option_of(TrainConfig, "learning_rate")
-    momenta: tuple[float, ...] = fields.option(
-        (0.0, 0.5, 0.9, 0.99, 0.999),
-        "At the chapter's epsilon, 1e-5. The libraries' defaults are always trained.",
-        valid=fields.SHARE,
-    )
-    epsilons: tuple[float, ...] = fields.option(
-        (1e-12, 1e-5, 1e-3), "At the chapter's momentum, .9.", valid=fields.POSITIVE
-    )
-
-
-def arms(design: Design) -> study.Arms:
-    """Return all momenta and epsilons as one sweep, and the other options."""
-    pairs = [(momentum, 1e-5) for momentum in design.momenta]
-    pairs += [(0.9, epsilon) for epsilon in design.epsilons]
-    numbers = [
-        {"norm": f"batch_norm:momentum={momentum},epsilon={epsilon}"}
-        for momentum, epsilon in dict.fromkeys((*pairs, *LIBRARIES))
-    ]
-    return {"numbers": numbers, **{arm: [{"norm": NORMS[arm][0]}] for arm in NORMS}}
 
 
 def numbers_of(row: Row) -> tuple[float, float]:
@@ -198,8 +180,8 @@ ACCURACIES = {
 STUDY = study.Study(
     name="options",
     place=8,
-    design=Design,
-    arms=arms,
+    design=study.design(epochs=3, learning_rate=1.0),
+    arms=ARMS,
     choice=option_of,
     claims=CLAIMS,
     figures={

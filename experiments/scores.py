@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 Row = dict[str, Any]  # a run, as a line of runs.jsonl
@@ -79,6 +80,18 @@ def final(*names: str) -> Score:
         return guessing(name) if value is None else value
 
     return score
+
+
+def summarize(score: Score, rows: Sequence[Row]) -> Row:
+    """Return mean, standard deviation, least and greatest value of a score, and n."""
+    values = [score(row) for row in rows]
+    return {
+        "mean": statistics.mean(values),
+        "sd": statistics.stdev(values) if len(values) > 1 else None,
+        "min": min(values),
+        "max": max(values),
+        "n": len(values),
+    }
 
 
 loss = final("loss")  # of training, nats, a mean over the last epoch

@@ -1,6 +1,7 @@
 """Gives every test 8 CPU devices, and single tests float64 or a tiny run."""
 
 import dataclasses
+import gc
 import os
 import tempfile
 
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from bn_jax import data as data_lib
-from bn_jax.training import loop
+from bn_jax.training import loop, memory
 from bn_jax.training.config import TrainConfig
 
 NUM_DEVICES = 8
@@ -33,6 +34,15 @@ def devices():
     devices = jax.devices("cpu")
     assert len(devices) == NUM_DEVICES, f"{len(devices)} CPU devices, expected 8"
     return devices
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_programs_are_dropped():
+    """Drop a file's compiled programs at its end, which would fill the memory."""
+    yield
+    jax.clear_caches()
+    gc.collect()
+    memory.return_freed()
 
 
 @pytest.fixture

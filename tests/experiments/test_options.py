@@ -5,7 +5,7 @@ from bn_jax.training.config import TrainConfig
 from bn_jax.training.task import Task, make_network
 from experiments import options
 
-DESIGN = options.Design(epochs=3, seeds=3, dataset="sample")
+DESIGN = options.STUDY.design(epochs=3, seeds=3, dataset="sample")
 ARMS = {
     arm: DESIGN.configs(choices)
     for arm, choices in options.STUDY.arms_of(DESIGN).items()

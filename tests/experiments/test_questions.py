@@ -381,13 +381,12 @@ def test_features_are_those_before_the_norm_of_the_first_dense_layer():
         ),
         (
             options,
+            {"arms": ("no_bias", "two_pass_variance")},
+            "norm",
             {
-                "momenta": (0.25,),
-                "epsilons": (0.5,),
-                "arms": ("numbers", "two_pass_variance"),
+                "no_bias": ["batch_norm:use_bias=false"],
+                "two_pass_variance": ["flax:use_fast_variance=false"],
             },
-            "norm.momentum",
-            {"numbers": [0.25, 0.9, 0.9, 0.99, 0.99], "two_pass_variance": [0.9]},
         ),
         (
             transforms,

@@ -1,0 +1,33 @@
+"""Figures of results. No other package imports matplotlib."""
+
+from bn_jax.plots.panels import (
+    bar_panels,
+    bars,
+    by_choice,
+    distributions,
+    estimates,
+    growth,
+    matrices,
+    small_multiples,
+)
+from bn_jax.plots.runs import (
+    arms_by_epoch,
+    curves,
+    gamma_beta,
+    members_by_epoch,
+)
+
+__all__ = [
+    "arms_by_epoch",
+    "bar_panels",
+    "bars",
+    "by_choice",
+    "curves",
+    "distributions",
+    "estimates",
+    "gamma_beta",
+    "growth",
+    "matrices",
+    "members_by_epoch",
+    "small_multiples",
+]

@@ -1,0 +1,284 @@
+"""Figures of panels: dicts of what is drawn, by title of the panel."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
+
+from bn_jax.plots import style
+from bn_jax.plots.style import ARM_COLOURS, ARM_LINES, BLUE, COLOURS, GREY, ORANGE
+
+
+def bars(
+    summaries: Mapping[str, Sequence[float]], label: str, note: str, path: Path
+) -> None:
+    """Draw a bar for each median, with a line from the least to the greatest value.
+
+    Args:
+      summaries: (median, least, greatest, ...) by title; in the order of drawing.
+      label: of the axis, with its unit.
+      note: a line above.
+      path: of the image to write.
+    """
+    figure = style.figure(7, 0.8 + 0.35 * len(summaries))
+    axes = figure.subplots()
+    _bars(axes, summaries, label)
+    axes.invert_yaxis()
+    axes.set_title(note, fontsize=8, color=GREY)
+    style.save(figure, path)
+
+
+def bar_panels(
+    panels: Mapping[str, Mapping[str, Sequence[float]]],
+    label: str,
+    note: str,
+    path: Path,
+) -> None:
+    """Draw the same bars in several panels, as `bars` does in one.
+
+    Args:
+      panels: for each panel's title, (median, least, greatest, ...) by bar; the bars
+        of all panels have the same titles.
+      label: of the axes, with its unit.
+      note: a line above.
+      path: of the image to write.
+    """
+    num_bars = max(map(len, panels.values()))
+    size = (2.5 + 2.5 * len(panels), 1.2 + 0.3 * num_bars)
+    figure = style.figure(*size, note)
+    grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)
+    for axes, (title, summaries) in zip(grid[0], panels.items(), strict=True):
+        _bars(axes, summaries, label)
+        axes.set_title(title, fontsize=9)
+    grid[0][0].invert_yaxis()  # of all: they share it
+    style.save(figure, path)
+
+
+def growth(
+    panels: Mapping[str, Mapping[str, Mapping[float, Sequence[float]]]],
+    y_label: str,
+    note: str,
+    path: Path,
+) -> None:
+    """Draw how a cost grows, on logarithmic axes: medians, from least to greatest.
+
+    Args:
+      panels: for each panel's x label and each line's title, (median, least, greatest,
+        ...) by size.
+      y_label: of the cost, with its unit.
+      note: a line above.
+      path: of the image to write.
+    """
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    width, height = 1 + 3.4 * columns, 0.4 + 3.2 * rows
+    if len(panels) == 1:
+        width, height = 5, 3.6
+    figure = style.figure(width, height, note)
+    grid = style.in_columns(figure, len(panels), columns)
+    for axes, (x_label, series) in zip(grid.flat, panels.items(), strict=False):
+        looks = zip(itertools.cycle(ARM_COLOURS), itertools.cycle(ARM_LINES))
+        for (title, by_size), (colour, (dashes, width)) in zip(
+            series.items(), looks, strict=False
+        ):
+            colour = COLOURS.get(title, colour)
+            look = {"color": colour, "lw": width, "label": title, "marker": "."}
+            _line(axes, by_size, dashes, **look)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        sizes = list(by_size)
+        if len(sizes) <= 6:  # few enough to be written out
+            axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
+            axes.set_xticks([], minor=True)
+        style.finish(axes, x_label, y_label if axes in grid[:, 0] else "")
+    grid[0][0].legend(fontsize=8, frameon=False)
+    style.save(figure, path)
+
+
+def by_choice(
+    panels: Mapping[str, Mapping[str, Mapping[float, Sequence[float]]]],
+    titles: Mapping[str, str],
+    x_label: str,
+    note: str,
+    path: Path,
+) -> None:
+    """Draw what comes of a choice, such as a rate, on a logarithmic axis.
+
+    Args:
+      panels: for each panel's y label and each arm, (value, low, high, ...) by choice.
+      titles: legend by arm.
+      x_label: of the choices.
+      note: a line above.
+      path: of the image to write.
+    """
+    figure = style.figure(1 + 3.7 * len(panels), 3.6, note)
+    grid = figure.subplots(1, len(panels), squeeze=False)
+    for axes, (y_label, arms) in zip(grid[0], panels.items(), strict=True):
+        for i, (arm, by_value) in enumerate(arms.items()):
+            colour = COLOURS.get(arm, ARM_COLOURS[i % len(ARM_COLOURS)])
+            _line(axes, by_value, ".-", color=colour, label=titles[arm])
+        axes.set_xscale("log")
+        style.finish(axes, x_label, y_label)
+    grid[0][0].legend(fontsize=8, frameon=False)
+    style.save(figure, path)
+
+
+def estimates(
+    panels: Mapping[str, Mapping[str, Sequence[float]]],
+    note: str,
+    path: Path,
+    *,
+    reference: float | None = None,
+) -> None:
+    """Draw a dot for each estimate, with a line over its interval.
+
+    Args:
+      panels: for each panel's x label, (value, low, high, ...) by title; all panels
+        have the same titles.
+      note: a line above.
+      path: of the image to write.
+      reference: a value to mark, such as 0 of a difference.
+    """
+    num_rows = max(map(len, panels.values()))
+    size = (2.5 + 3 * len(panels), 1.2 + 0.27 * num_rows)
+    figure = style.figure(*size, note)
+    grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)
+    for axes, (x_label, rows) in zip(grid[0], panels.items(), strict=True):
+        if reference is not None:
+            axes.axvline(reference, color=GREY, linewidth=0.8, linestyle=":")
+        for position, (value, low, high, *_) in enumerate(rows.values()):
+            axes.plot([low, high], [position] * 2, color=BLUE, linewidth=2, alpha=0.5)
+            axes.plot(value, position, "o", color=BLUE, markersize=4)
+        style.rows(axes, rows)
+        axes.set_xlabel(x_label)
+        axes.grid(axis="x", linewidth=0.4, color="#dddddd")
+    grid[0][0].invert_yaxis()  # of all: they share it
+    style.save(figure, path)
+
+
+def small_multiples(
+    panels: Mapping[str, Mapping[str, Sequence[Sequence[float | None]]]],
+    titles: Mapping[str, str],
+    y_label: str,
+    note: str,
+    path: Path,
+    *,
+    columns: int = 4,
+) -> None:
+    """Draw curves by epoch in many small panels with the same axes.
+
+    Lines are means over runs, bands reach from the least to the greatest; an epoch
+    that a run did not reach is left out of both.
+
+    Args:
+      panels: for each panel's title and each line, a list by epoch for each run. A line
+        is an arm, or "ARM test" for its test curve, which is dashed.
+      titles: legend by line.
+      y_label: of all panels.
+      note: a line above.
+      path: of the image to write.
+      columns: panels side by side.
+    """
+    rows = -(-len(panels) // columns)
+    figure = style.figure(2.1 * columns, 0.6 + 1.7 * rows, note)
+    grid = style.in_columns(figure, len(panels), columns, sharex=True, sharey=True)
+    for axes, (title, lines) in zip(grid.flat, panels.items(), strict=False):
+        for line, runs in lines.items():
+            arm, _, kind = line.partition(" ")
+            epochs, mean, low, high = style.by_epoch(runs)
+            dashes, colour = "--" if kind else "-", COLOURS[arm]
+            axes.fill_between(epochs, low, high, color=colour, alpha=0.15, lw=0)
+            axes.plot(
+                epochs, mean, dashes, color=colour, label=titles[line], marker="."
+            )
+        axes.set_title(title, fontsize=8)
+        style.finish(axes, "", "")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.tick_params(labelsize=8)
+    for axes in grid[-1]:
+        axes.set_xlabel("epoch", fontsize=9)
+    figure.supylabel(y_label, fontsize=9)
+    style.legend_below(figure, columns=2)
+    style.save(figure, path)
+
+
+def distributions(
+    panels: Mapping[str, Mapping[str, Sequence[float]]],
+    titles: Mapping[str, str],
+    references: Sequence[tuple[float, float]],
+    note: str,
+    path: Path,
+) -> None:
+    """Draw each value as a dot, in order of size, a row an arm.
+
+    Args:
+      panels: values by arm, for each panel's x label.
+      titles: of the arms.
+      references: (mean, standard deviation) for each panel, in grey.
+      note: a line above.
+      path: of the image to write.
+    """
+    rows = max(map(len, panels.values()))
+    figure = style.figure(8, 1.4 + 0.7 * rows, note)
+    grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)
+    for axes, (x_label, arms), (mean, sd) in zip(
+        grid[0], panels.items(), references, strict=True
+    ):
+        axes.axvspan(mean - sd, mean + sd, color=GREY, alpha=0.15, lw=0)
+        axes.axvline(mean, color=GREY, linewidth=1)
+        for position, (arm, values) in enumerate(arms.items()):
+            places = style.spread_out(values, position, 0.6)
+            axes.plot(sorted(values), places, ".", color=COLOURS[arm], markersize=4)
+        style.rows(axes, [titles[arm] for arm in arms])
+        axes.set_xlabel(x_label)
+    grid[0][0].invert_yaxis()  # of all: they share it
+    style.save(figure, path)
+
+
+def matrices(
+    panels: Mapping[str, Sequence[Sequence[float]]], note: str, path: Path
+) -> None:
+    """Draw matrices as colours from -1 to 1, one panel each.
+
+    Args:
+      panels: rows of each matrix, by title.
+      note: a line above.
+      path: of the image to write.
+    """
+    columns = min(6, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = style.figure(1.7 * columns, 0.5 + 1.75 * rows, note)
+    grid = figure.subplots(rows, columns, squeeze=False)
+    image = None
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for axes, (title, matrix) in zip(grid.flat, panels.items(), strict=False):
+        # Orange and purple are told apart with any colour vision, and from white.
+        image = axes.imshow(matrix, cmap="PuOr", vmin=-1, vmax=1)
+        axes.set_title(title, fontsize=7)
+    if image is not None:
+        figure.colorbar(image, ax=grid, shrink=0.6, label="covariance")
+    style.save(figure, path)
+
+
+def _bars(axes: Axes, summaries: Mapping[str, Sequence[float]], label: str) -> None:
+    for position, (median, low, high, *_) in enumerate(summaries.values()):
+        axes.barh(position, median, color=BLUE, height=0.6)
+        axes.plot([low, high], [position] * 2, color=ORANGE, linewidth=2)
+        axes.text(high, position, f" {median:.3g}", va="center", fontsize=8)
+    style.rows(axes, summaries)
+    axes.set_xlabel(label)
+
+
+def _line(
+    axes: Axes, points: Mapping[float, Sequence[float]], dashes: str, **look: Any
+) -> None:
+    """Draw (middle, low, high, ...) by x as a line with a band."""
+    middle, low, high = list(zip(*points.values(), strict=True))[:3]
+    axes.fill_between(list(points), low, high, color=look["color"], alpha=0.2, lw=0)
+    axes.plot(list(points), middle, dashes, **look)

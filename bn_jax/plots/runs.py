@@ -20,7 +20,8 @@ def curves(
 
     Args:
       metrics: rows of metrics.jsonl.
-      results: of results.json; its exact-statistics accuracy is marked at the end.
+      results: of results.json; its exact-statistics accuracy is marked at the end, if
+        there is one.
       path: of the image to write.
     """
     figure = style.figure(6, 3.8)
@@ -33,14 +34,15 @@ def curves(
     ):
         values = [row[name] for row in metrics]
         axes.plot(epochs, values, dashes, color=colour, label=label, marker=".")
-    axes.plot(
-        epochs[-1],
-        results["test_accuracy_exact"],
-        "*",
-        color=ORANGE,
-        markersize=11,
-        label="test accuracy (exact statistics)",
-    )
+    if results["test_accuracy_exact"] is not None:
+        axes.plot(
+            epochs[-1],
+            results["test_accuracy_exact"],
+            "*",
+            color=ORANGE,
+            markersize=11,
+            label="test accuracy (exact statistics)",
+        )
     style.finish(axes, "epoch", "loss, accuracy")
     axes.set_ylim(0, max(1, 1.05 * max(row["loss"] for row in metrics)))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

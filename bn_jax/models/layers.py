@@ -282,6 +282,16 @@ def avg_pool_2x2(x: Array, layout: Layout) -> Array:
     return x.mean((h + 1, h + 3))
 
 
+def compiled(initializer: initializers.Initializer) -> initializers.Initializer:
+    """Return an initializer that is one program for each shape.
+
+    So the many kernels of a deep model share a few programs; see
+    `bn_jax.models.make_init`.
+    """
+    jitted: initializers.Initializer = jax.jit(initializer, static_argnums=(1, 2))
+    return jitted
+
+
 class Conv(nn.Module):
     """Convolution in a chosen layout, by default without padding and with stride 1.
 

@@ -62,6 +62,9 @@ def mlp(
     )
 
 
+XAVIER = layers.compiled(initializers.xavier_uniform())
+
+
 class MLP(nn.Module):
     """Hidden dense layers, each with an activation and perhaps a norm, and a last one.
 
@@ -93,7 +96,7 @@ class MLP(nn.Module):
     norm_after_activation: bool = False
     bias_before_norm: bool = False
     dropout_rate: float = 0.0
-    kernel_init: initializers.Initializer = initializers.xavier_uniform()
+    kernel_init: initializers.Initializer = XAVIER
     num_classes: int = 10
     dtype: Any = None
 

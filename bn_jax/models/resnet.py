@@ -23,13 +23,22 @@ Residual = Literal["plain", "fixup", "skipinit"]
 DEPTHS = fields.Range(
     "6n + 2, with n at least 1: 8, 14, 20, ...", lambda v: v >= 8 and v % 6 == 2
 )
-HE = initializers.he_normal()
+HE = layers.compiled(initializers.he_normal())
 
 # Its windows are centred on the pixels that `shortcut` keeps; "SAME" would centre them
 # one pixel off where the stride is 2 and the size even.
 conv3x3 = functools.partial(
     layers.Conv, kernel_size=(3, 3), padding=((1, 1), (1, 1)), kernel_init=HE
 )
+
+
+@functools.cache
+def _scaled_he(num_blocks: int) -> initializers.Initializer:
+    """Return Fixup's initializer of the first kernel of a block."""
+    # He's variance is 2 / fan_in; L^(-1 / (2m - 2)) = L^(-1/2) at m = 2 layers.
+    return layers.compiled(
+        initializers.variance_scaling(2 / num_blocks, "fan_in", "truncated_normal")
+    )
 
 
 def resnet(
@@ -160,10 +169,6 @@ class FixupBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """Return activations in the layout of `x`."""
-        # He's variance is 2 / fan_in; L^(-1 / (2m - 2)) = L^(-1/2) at m = 2 layers.
-        scaled_he = initializers.variance_scaling(
-            2 / self.num_blocks, "fan_in", "truncated_normal"
-        )
         conv = functools.partial(
             conv3x3,
             self.features,
@@ -172,7 +177,9 @@ class FixupBlock(nn.Module):
             dtype=self.dtype,
         )
         x = x + scalar(self, "bias1", x.dtype)
-        y = conv(strides=self.stride, kernel_init=scaled_he, name="conv1")(x)
+        y = conv(
+            strides=self.stride, kernel_init=_scaled_he(self.num_blocks), name="conv1"
+        )(x)
         y = jax.nn.relu(y + scalar(self, "bias2", y.dtype))
         y = y + scalar(self, "bias3", y.dtype)
         y = conv(kernel_init=initializers.zeros, name="conv2")(y)

@@ -194,8 +194,10 @@ def _made(factory: Factory, rngs: nnx.Rngs) -> nnx.Module:
     while isinstance(called, functools.partial):
         called = called.func
     # The signature of an NNX class is that of its metaclass.
-    called = called.__init__ if isinstance(called, type) else called  # type: ignore[misc]
-    by_keyword = "rngs" in inspect.signature(called).parameters
+    target: Any = called
+    if isinstance(called, type):
+        target = target.__init__
+    by_keyword = "rngs" in inspect.signature(target).parameters
     try:
         module = factory(rngs=rngs) if by_keyword else factory(rngs)
     except (AttributeError, TypeError) as error:

@@ -310,7 +310,7 @@ class Sweep:
 
     def _config(self) -> TrainConfig:
         """Return the config of the first member; the others differ in values alone."""
-        first = jax.tree.map(lambda leaf: leaf[0], self._values)
+        first = jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), self._values)
         return self._base.with_traced(first)
 
     def _network(self) -> Network:
@@ -320,7 +320,7 @@ class Sweep:
         """Return the variables of a member, its numbers among them."""
         variables = self._map.get(self._state).variables
         own: dict[str, Any] = jax.tree.map(lambda leaf: leaf[i], variables)
-        swept = jax.tree.map(lambda leaf: leaf[i], self._values)
+        swept = jax.tree.map(lambda leaf: jnp.asarray(leaf[i]), self._values)
         return {**own, "swept": swept}
 
     def _has_exact_statistics(self) -> bool:

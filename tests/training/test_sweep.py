@@ -18,16 +18,17 @@ from bn_jax.training.sweep import Sweep
 
 
 def difference(single, sweep, i):
-    """Largest difference of a run's parameters and statistics to those of member i."""
-    of_run = single.state().variables
-    differences = jax.tree.map(
-        lambda leaf, of_members: np.max(
-            np.abs(leaf - of_members[i]) / (1 + np.abs(leaf))
-        ),
-        of_run,
-        sweep.progress().state.variables,
+    """Largest difference of a run's parameters and statistics to those of member i.
+
+    The member may have norms that are passed by, and that the run has not.
+    """
+    of_sweep = dict(
+        jax.tree_util.tree_leaves_with_path(sweep.progress().state.variables)
     )
-    return max(jax.tree.leaves(differences))
+    return max(
+        np.max(np.abs(leaf - of_sweep[path][i]) / (1 + np.abs(leaf)))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(single.state().variables)
+    )
 
 
 SPECS = [

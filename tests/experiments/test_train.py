@@ -153,7 +153,10 @@ def test_own_colour_images_with_validation_and_averaged_weights(command, images)
         (["--sweep=norm=layer|grup"], r"did you mean group\?.* \(in a sweep of norm\)"),
         (["--sweep=model=mlp|lenet"], "LeNet does not fit images of 8 x 8 x 3"),
         (["--sweep=norm.axis=1,2"], "has no option 'axis'"),
-        (["--sweep=model.norm_layers=11,1"], "norm_layers"),
+        (
+            ["--model=mlp:widths=8x8,bias_before_norm=true", ONE_DIGIT],
+            "norm_layers has 1 digits; expected 2",
+        ),
     ],
 )
 def test_what_does_not_fit_ends_in_a_line_and_leaves_no_folder(

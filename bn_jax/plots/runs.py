@@ -96,7 +96,7 @@ def members_by_epoch(
             axes.plot(epochs, values, ".-", color=colour, label=labels[i], lw=1)
         style.finish(axes, "epoch", label)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if len(rows) <= 12:
+    if 1 < len(rows) <= 12:
         figure.axes[0].legend(fontsize=7, frameon=False)
     figure.axes[1].set_title(f"{len(rows)} members", fontsize=8, color=GREY)
     style.save(figure, path)

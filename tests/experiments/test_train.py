@@ -118,6 +118,9 @@ def test_own_colour_images_with_validation_and_averaged_weights(command, images)
     assert "the same numbers as in run/results.json" in again
 
 
+SECOND_FAILS = "model.norm_layers=11,1"  # of two members that share a program
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -153,7 +156,10 @@ def test_own_colour_images_with_validation_and_averaged_weights(command, images)
         (["--sweep=norm=layer|grup"], r"did you mean group\?.* \(in a sweep of norm\)"),
         (["--sweep=model=mlp|lenet"], "LeNet does not fit images of 8 x 8 x 3"),
         (["--sweep=norm.axis=1,2"], "has no option 'axis'"),
-        (["--sweep=model.norm_layers=11,1"], "norm_layers"),
+        (
+            ["--model=mlp:widths=8x8,bias_before_norm=true", f"--sweep={SECOND_FAILS}"],
+            "norm_layers has 1 digits; expected 2",
+        ),
     ],
 )
 def test_what_does_not_fit_ends_in_a_line_and_leaves_no_folder(

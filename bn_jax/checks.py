@@ -38,7 +38,7 @@ def check_batch_norm(
     Weights are checked where they are aligned, and momentum where it is applied.
 
     Args:
-      x: as for `batch_norm`, and so are all others but `weighted`.
+      x: see `batch_norm`, and so are all others but `weighted`.
       params: see `x`.
       state: see `x`.
       train: see `x`.

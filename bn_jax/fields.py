@@ -75,7 +75,7 @@ def check(config: Any) -> None:
 
 
 def _fault(field: dataclasses.Field[Any], value: Any) -> str | None:
-    """Return what is wrong with a field's value, or None."""
+    """Describe the fault of a field's value, or return None."""
     expected = None
     if not isinstance(field.default, tuple):
         expected = _expected(field, field.default, value)
@@ -89,7 +89,7 @@ def _fault(field: dataclasses.Field[Any], value: Any) -> str | None:
 
 
 def _expected(field: dataclasses.Field[Any], default: Any, value: Any) -> str | None:
-    """Return what a value should have been, or None where it is that."""
+    """Describe the values that are valid, or return None if this one is."""
     choices, valid = field.metadata["choices"], field.metadata["valid"]
     kind = type(default)
     if choices is not None and value not in choices:

@@ -197,7 +197,7 @@ def _find_pairs(
 
 
 def _misfits(pairs: list[_Pair], params: Flat, stats: Flat) -> list[str]:
-    """Return what is against the pairs in their parameters and statistics."""
+    """List the reasons why the pairs cannot be folded."""
     faults = [
         f"{_name(linear)} is followed by several norms"
         for linear, count in Counter(pair.linear for pair in pairs).items()
@@ -270,7 +270,7 @@ def _used_elsewhere(
 
 
 def _affine(pair: _Pair, params: Flat, stats: Flat) -> tuple[Array, Array, Array]:
-    """Return what a norm multiplies by, the new bias, and the size of its terms."""
+    """Return the factor of a norm, the new bias, and the size of its terms."""
     b = params.get((*pair.linear, "bias"), jnp.zeros(()))
     mean, var = stats[(*pair.norm, "mean")], stats[(*pair.norm, "var")]
     multiplier = jax.lax.rsqrt(var + pair.epsilon)

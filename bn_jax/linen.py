@@ -119,12 +119,12 @@ class Norm(nn.Module):
         """Normalise `x`.
 
         Args:
-          x: as for `BatchNorm`.
+          x: see `BatchNorm`.
           use_running_average: as the attribute; given in one place, not in both.
-          mask: as for `BatchNorm`.
-          weights: as for `BatchNorm`.
-          update_average: as for `BatchNorm`.
-          statistics: as for `BatchNorm`.
+          mask: see `BatchNorm`.
+          weights: see `BatchNorm`.
+          update_average: see `BatchNorm`.
+          statistics: see `BatchNorm`.
 
         Returns:
           Array of x's shape, in `dtype`.
@@ -283,7 +283,7 @@ def _apply(
     Args:
       module: whose attributes are those of `Norm` but `transform`.
       transform: what is applied.
-      x: as for `Norm`, and so are all others but the last.
+      x: see `Norm`, and so are all others but the last.
       use_running_average: see `x`.
       mask: see `x`.
       weights: see `x`.

@@ -239,7 +239,7 @@ class Table(Generic[T]):
         return self.written(named.name, {**named.options, **options})
 
     def make(self, text: str, **given: Any) -> T:
-        """Return what a text names.
+        """Make the thing that a text names.
 
         Args:
           text: a name with its options.

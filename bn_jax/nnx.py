@@ -148,12 +148,12 @@ class Norm(nnx.Module):
         """Normalise `x`.
 
         Args:
-          x: as for `BatchNorm`.
+          x: see `BatchNorm`.
           use_running_average: goes before the attribute.
-          mask: as for `BatchNorm`.
-          weights: as for `BatchNorm`.
-          update_average: as for `BatchNorm`.
-          statistics: as for `BatchNorm`.
+          mask: see `BatchNorm`.
+          weights: see `BatchNorm`.
+          update_average: see `BatchNorm`.
+          statistics: see `BatchNorm`.
 
         Returns:
           Array of x's shape, in `dtype`.
@@ -395,13 +395,13 @@ def _apply(
     Args:
       module: whose attributes are those of `Norm` but `transform`.
       transform: what is applied.
-      x: as for `Norm`, and so are all others but the last.
+      x: see `Norm`, and so are all others but the last.
       use_running_average: see `x`.
       mask: see `x`.
       weights: see `x`.
       update_average: see `x`.
       statistics: see `x`.
-      promote_dtype: as for `BatchNorm`.
+      promote_dtype: see `BatchNorm`.
     """
 
     def of_module(like: Any) -> Any:

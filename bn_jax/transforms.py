@@ -220,12 +220,12 @@ class Layer(NamedTuple):
 def layer_of(
     spec: str | Transform, options: Mapping[str, Any], attributes: Mapping[str, Any]
 ) -> Layer:
-    """Return what a layer is made of.
+    """Return the parts of a layer.
 
     Args:
       spec: a name of `NORMS` with its options, or a transform.
       options: values that go before those in `spec`, perhaps traced.
-      attributes: of the layer. None is the same as none given.
+      attributes: of the layer. None leaves one out.
 
     Raises:
       ConfigError: if there is no such name or option, a value is out of range, or the
@@ -252,7 +252,7 @@ def layer_of(
 
 @functools.cache
 def _named(spec: str) -> Transform | FlaxBatchNorm | None:
-    """Return what a text names: the same object each time, so that layers are equal."""
+    """Make the norm that a text names, once, so that equal texts give equal layers."""
     return NORMS.make(spec)
 
 

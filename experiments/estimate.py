@@ -127,7 +127,7 @@ def magnitude(statistic: Statistic) -> Statistic:
 def best(
     score: Score, among: Callable[[Any], bool], *, lowest: bool = False
 ) -> Callable[[Runs], Choice]:
-    """Return what finds the trained choice with the highest mean score.
+    """Return a function that finds the trained choice with the highest mean score.
 
     It is chosen on the same runs that it is then judged by, which favours it.
 

@@ -88,7 +88,7 @@ def rates_of(runs: Runs) -> list[float]:
 
 
 def longest(norm: str, rate: float) -> Any:
-    """Return what finds the longest runs at a rate."""
+    """Return a function that finds the longest runs at a rate."""
     long = (f"{norm}-long", rate)
     return lambda runs: long if long in runs else (norm, rate)
 

@@ -164,7 +164,7 @@ CLAIMS = (
 
 
 def summary(runs: Runs) -> Row:
-    """Return how far our layer, too, is from Flax's in two passes: by rounding."""
+    """Return how far our losses are from those of Flax's two-pass variance."""
     differences = {
         name: first_steps_differ(option, TWO_PASSES)(runs).value
         for name, option in (("fast_variance", FAST), ("ours", CHAPTER))

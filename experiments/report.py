@@ -40,7 +40,7 @@ def recorded() -> dict[str, Any]:
 
 
 def question(name: str) -> str:
-    """Return what a study asks: the first line of its docstring."""
+    """Return the question of a study: the first line of its docstring."""
     doc = studies()[name].__doc__
     assert doc is not None
     return doc.strip().splitlines()[0]

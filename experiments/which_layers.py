@@ -72,7 +72,7 @@ CLAIMS = (
 
 
 def effect(i: int) -> Statistic:
-    """Return what the norm of layer `i` changes in the loss."""
+    """Return the change of the loss by the norm of layer `i`."""
     pairs = [(s, f"{s[:i]}0{s[i + 1 :]}") for s in SUBSETS if s[i] == "1"]
     return mean_effect(scores.loss, pairs)
 

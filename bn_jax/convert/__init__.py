@@ -29,7 +29,8 @@ What each library averages, for a layer to go on training as it did:
     `update_average(state, unbiased(measure(x)), momentum=...)`.
   - Train on bn_jax's average. `biased_average(state, values_per_feature=n)` is what it
     would hold had every batch had n values: predictions change by a factor of up to
-    $\sqrt{n / (n - 1)}$. Training commutes with this, while n stays the same:
+    $\sqrt{n / (n - 1)}$. While n stays the same, it does not matter
+    whether a layer is trained before or after the conversion:
     `unbiased_average` gives PyTorch's state again after any number of steps.
 """
 

@@ -87,7 +87,7 @@ def unbiased_average(
 
     Args:
       state: with bn_jax's average of biased variances.
-      values_per_feature: as for `biased_average`.
+      values_per_feature: see `biased_average`.
 
     Raises:
       ValueError: if there are fewer than 2 values.

@@ -62,7 +62,7 @@ def from_keras(entries: Entries, *, like: Like | None = None) -> BatchNormLayer:
     Args:
       entries: gamma, beta, moving_mean and moving_variance:
         `{w.name: w.numpy() for w in layer.weights}`.
-      like: as for `from_torch`.
+      like: see `from_torch`.
 
     Raises:
       ValueError: if entries are missing, extra or misshapen; all are named.
@@ -88,7 +88,7 @@ def from_flax(entries: Entries, *, like: Like | None = None) -> BatchNormLayer:
     Args:
       entries: `{"params": {scale, bias}, "batch_stats": {mean, var}}`, with `count` in
         the latter where bn_jax.linen.BatchNorm keeps one.
-      like: as for `from_torch`.
+      like: see `from_torch`.
 
     Raises:
       ValueError: if entries are missing, extra or misshapen; all are named.
@@ -117,7 +117,7 @@ def from_nnx(entries: Entries, *, like: Like | None = None) -> BatchNormLayer:
 
     Args:
       entries: scale, bias, mean and var: `nnx.state(layer)`.
-      like: as for `from_torch`.
+      like: see `from_torch`.
 
     Raises:
       ValueError: if entries are missing, extra or misshapen; all are named.
@@ -148,7 +148,7 @@ def from_haiku(
       state: of the same: counter, hidden and average under `name/~/mean_ema` and
         `name/~/var_ema`. The average is what Haiku predicts by, and what is taken.
       name: of the module; other modules are left alone.
-      like: as for `from_torch`.
+      like: see `from_torch`.
 
     Raises:
       ValueError: if entries are missing, extra or misshapen; all are named.
@@ -223,7 +223,7 @@ def from_equinox(
       mode: of the layer.
       momentum: weight of the OLD average, of the layer; for mode "batch", which keeps
         the average times 1 - momentum**counter.
-      like: as for `from_torch`.
+      like: see `from_torch`.
 
     Raises:
       ValueError: if entries are missing, extra or misshapen, which are all named; or

@@ -43,7 +43,7 @@ def layers_from(
       names: from each layer's name there to its name in the result, or to None to leave
         it out. Levels of nested names are joined by "/": "Block_0/BatchNorm_0".
       like: from names in the result to what `from_torch` takes as `like`.
-      momentum: as for `from_equinox`; for equinox_batch alone.
+      momentum: see `from_equinox`; for equinox_batch alone.
 
     Raises:
       ValueError: if entries of the named layers are missing or misshapen, or there are
@@ -84,11 +84,11 @@ def layers_into(
     """Return a copy of a model's state with all batch norm layers replaced.
 
     Args:
-      library: as for `layers_from`.
+      library: see `layers_from`.
       entries: of the model, such as its initial state, as for `layers_from`. They say
         which shapes are expected, and whether there are scale and bias.
       layers: by the names that `names` maps to.
-      names: as for `layers_from`: from the layer's name in `entries` to that in
+      names: see `layers_from`: from the layer's name in `entries` to that in
         `layers`, or to None to leave it as it is.
       momentum: weight of the OLD average, of the layers; for haiku and equinox_batch
         alone.

@@ -123,8 +123,8 @@ def prepare(
     Args:
         name: One of `DATASETS` that can be prepared, not "auto", "sample" or an npz
             file.
-        data_dir: As for `load`.
-        data_files: As for `load`; by default the files of Debian's package for
+        data_dir: See `load`.
+        data_files: See `load`; by default the files of Debian's package for
             Fashion-MNIST, else TFDS's download.
 
     Returns:

@@ -51,7 +51,7 @@ def gap(
     """Compare batch, running and exact statistics, by layer and in what they cost.
 
     Args:
-      predict: as for `exact_statistics`; gives logits `[N, classes]`.
+      predict: see `exact_statistics`; gives logits `[N, classes]`.
       variables: of the model, with the running averages.
       inputs: to evaluate on, shape `[N, ...]`.
       labels: of `inputs`, shape `[N]`, integers.

@@ -119,7 +119,7 @@ def refusal(predict: Predict, variables: Any, example: ArrayLike) -> str | None:
     """Return why `exact_statistics` would refuse a model, or None if it takes it.
 
     Args:
-      predict: as for `exact_statistics`.
+      predict: see `exact_statistics`.
       variables: of the model.
       example: one input, shape `[1, ...]`.
     """
@@ -138,7 +138,7 @@ def batch_moments(
     """Apply a model with each layer normalising by this batch.
 
     Args:
-      predict: as for `exact_statistics`.
+      predict: see `exact_statistics`.
       variables: of the model.
       inputs: one batch, shape `[N, ...]`.
 
@@ -229,11 +229,11 @@ def _pooled_moments(
     """Return the moments of what calls are given over the data set.
 
     Args:
-      predict: as for `exact_statistics`.
-      variables: as for `exact_statistics`.
-      inputs: as for `exact_statistics`.
-      weights: as for `exact_statistics`.
-      batch_size: as for `exact_statistics`.
+      predict: see `exact_statistics`.
+      variables: see `exact_statistics`.
+      inputs: see `exact_statistics`.
+      weights: see `exact_statistics`.
+      batch_size: see `exact_statistics`.
       number: of the call that is measured; None measures all, each call normalising by
         its own batch.
       kept: what the call before was given, as the last pass returned it, or None.
@@ -343,7 +343,7 @@ def _apply_and_measure(
 
 
 def _normalized(module: Any, variables: Any, x: Array, moments: Moments) -> Array:
-    """Return what a layer's call in training mode returns."""
+    """Normalise by the moments, as the layer does in training mode."""
     own: Mapping[str, Any] = variables.get("params", {})
     for name in module.path:
         own = own.get(name, {})

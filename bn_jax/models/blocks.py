@@ -69,7 +69,7 @@ def conv2d_by_blocks(
 def _convolve(
     x: Array, kernel: Array, *, strides: Pair, padding: tuple[Pair, Pair]
 ) -> Array:
-    """Return what `conv2d_by_blocks` does, of one device's part of the batch."""
+    """Convolve one device's part of the batch; see `conv2d_by_blocks`."""
     kh, kw, c_in, c_out = kernel.shape
     _, h, w, n = x.shape
     (stride_h, stride_w), ((above, below), (left, right)) = strides, padding
@@ -179,7 +179,7 @@ def _patches_jvp(
 
 
 def _patches_by_taps(x: Array, blocks: _Blocks) -> Array:
-    """Return what `_patches` does.
+    """Take the patches tap by tap: the result of `_patches`.
 
     All slices run along whole folds, whatever the stride, and leave the batch
     contiguous, which autodiff's transpose keeps; that of a strided slice is slow.

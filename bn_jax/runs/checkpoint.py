@@ -205,7 +205,7 @@ class Checkpoints:
         Args:
           step: of the checkpoint.
           arrays: all those of the state.
-          like: as for `latest`.
+          like: see `latest`.
 
         Raises:
           RunError: if arrays are missing, unknown or of another shape.
@@ -286,7 +286,7 @@ def to_bytes(progress: Progress | None) -> bytes:
 
 
 def from_bytes(data: bytes, like: TrainState) -> Progress | None:
-    """Return what `to_bytes` was given."""
+    """Read progress from the bytes that `to_bytes` made."""
     if not data:
         return None
     fields = serialization.msgpack_restore(data)
@@ -319,7 +319,7 @@ def _empty(state: TrainState) -> dict[str, Any]:
 def _misfits(
     arrays: Mapping[str, np.ndarray], like: Mapping[str, np.ndarray]
 ) -> list[str]:
-    """Return what is missing, extra or of another shape or dtype in a checkpoint."""
+    """List arrays of a checkpoint that are missing, unknown or of another shape."""
 
     def shape(name: str, array: np.ndarray) -> tuple[int, ...]:
         return array.shape[1:] if name.startswith("batch_stats/") else array.shape

@@ -186,7 +186,7 @@ def any_process(flag: bool) -> bool:
 
 
 def on_primary(function: Callable[[], bytes]) -> bytes:
-    """Return what `function` returns on the primary, on all processes.
+    """Call `function` on the primary, and send its result to all processes.
 
     Raises:
       DistributedError: on the others, if it raised there.

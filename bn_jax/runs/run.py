@@ -138,11 +138,11 @@ def train_or_load(
     """Read the finished run in `workdir`; train it there, or resume it, otherwise.
 
     Args:
-      config: as for `train`.
-      data: as for `train`.
-      model: as for `train`.
-      workdir: as for `train`.
-      options: as for `train`.
+      config: see `train`.
+      data: see `train`.
+      model: see `train`.
+      workdir: see `train`.
+      options: see `train`.
 
     Returns:
       The run; None on processes other than the primary, where it was read.
@@ -296,7 +296,7 @@ class _Files:
 
 
 def _summary(trainer: loop.Trainer, score: Score, variables: Any) -> dict[str, Any]:
-    """Return what results.json holds."""
+    """Return the contents of results.json."""
     last = trainer.history[-1]
     row = last.to_row()
     seconds = sum(report.seconds for report in trainer.history)

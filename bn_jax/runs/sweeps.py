@@ -46,8 +46,8 @@ def sweep(
         `Sweep.rows`), results.json, the members' variables, stacked, and sweep.png.
       model: the user's own, as for `run.train`.
       options: how to carry it out; by default on one device.
-      exact: as for `Sweep.rows`.
-      train: as for `Sweep.rows`.
+      exact: see `Sweep.rows`.
+      train: see `Sweep.rows`.
 
     Returns:
       The rows. Those of a finished sweep are read.
@@ -236,7 +236,7 @@ def _devices(options: RunOptions, num_members: int) -> list[jax.Device]:
 
 
 def _common(configs: Sequence[TrainConfig]) -> dict[str, Any]:
-    """Return what configs share, and lists of what they differ in."""
+    """Return the fields that configs share, and lists of those that differ."""
     common: dict[str, Any] = {}
     for field in dataclasses.fields(TrainConfig):
         values = [getattr(config, field.name) for config in configs]
@@ -245,7 +245,7 @@ def _common(configs: Sequence[TrainConfig]) -> dict[str, Any]:
 
 
 def _labels(configs: Sequence[TrainConfig]) -> list[str]:
-    """Return what tells each member from the others."""
+    """Return a label of each member: the fields in which members differ."""
     names = members.differing(configs)
     return [", ".join(f"{n}={c.value(n)}" for n in names) for c in configs]
 

@@ -318,7 +318,7 @@ def value_of(config: Mapping[str, Any], name: str) -> Any:
 
 
 def traceable(config: TrainConfig) -> dict[str, Any]:
-    """Return what a compiled program can take as an argument, by name: numbers.
+    """Return the numbers that a compiled program can take as arguments, by name.
 
     Returns:
       The values of `config`: learning rate, seed, and the options of named fields that

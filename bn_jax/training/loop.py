@@ -54,7 +54,7 @@ class EpochReport(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """All that a run has become: training goes on from it as if it never stopped."""
+    """A run so far; training resumes from it as if it had never stopped."""
 
     state: TrainState  # NumPy arrays; statistics have a leading axis, see parallel.py
     step_losses: np.ndarray  # of each step taken; shape [steps], float32
@@ -195,7 +195,7 @@ class Trainer:
         self._seconds = progress.seconds
 
     def progress(self) -> Progress:
-        """Return what the run has become, on the host."""
+        """Return the run so far, on the host."""
         return Progress(
             state=self._steps.get_state(self._state),
             step_losses=np.asarray(self._losses, np.float32),

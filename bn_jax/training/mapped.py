@@ -69,7 +69,7 @@ class Mapped:
         return jax.tree.map(self._members.put, tree)
 
     def put_shared(self, tree: Any) -> Any:
-        """Return what models share on each device."""
+        """Put on each device the arrays that models share."""
         return jax.tree.map(self._members.put_shared, tree)
 
     def get(self, tree: Any) -> Any:

@@ -244,7 +244,7 @@ class Steps(abc.ABC):
             return self._jitted(source).lower(state, source, first, first)
 
     def _tracing(self) -> contextlib.AbstractContextManager[Any]:
-        """Return what the loop is traced in."""
+        """Return the context in which the loop is traced."""
         return contextlib.nullcontext()
 
     @abc.abstractmethod
@@ -407,7 +407,7 @@ class Pmap(Steps):
 
 
 def _first_copy(array: Array) -> np.ndarray:
-    """Return what the first device of this process holds of an array."""
+    """Return the part of an array on the first device of this process."""
     return np.asarray(array.addressable_data(0))
 
 

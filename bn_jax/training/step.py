@@ -130,7 +130,7 @@ def make_train_step(
     def accumulated(
         params: Any, old_stats: Any, batch: Batch, dropout_key: Array
     ) -> tuple[Any, Any, Metrics]:
-        """Return what `gradients_of` does, means over the micro-batches."""
+        """Return the results of `gradients_of`, averaged over the micro-batches."""
         parts: Batch = jax.tree.map(
             lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch
         )

@@ -30,7 +30,7 @@ from bn_jax.training.task import Task, make_network
 
 
 class Progress(NamedTuple):
-    """All that a sweep has become; the first axis is that of the members."""
+    """A sweep so far; the first axis of its arrays is that of the members."""
 
     state: TrainState  # NumPy arrays with a leading axis of members
     step_losses: np.ndarray  # shape [members, steps], float32; NaN after divergence
@@ -141,7 +141,7 @@ class Sweep:
         _, self._losses, self._accuracies, self._scores, self._seconds = progress
 
     def progress(self) -> Progress:
-        """Return what the sweep has become, on the host."""
+        """Return the sweep so far, on the host."""
         n = len(self.configs)
         state = self._map.get(self._state)
         return Progress(

@@ -55,7 +55,7 @@ def init_center(
     """Return gamma 1, beta 0 and moving mean 0.
 
     Args:
-      num_features: as for `bn_jax.init`.
+      num_features: see `bn_jax.init`.
       scale: whether there is a gamma.
       bias: whether there is a beta.
       dtype: of the parameters. The state is in float32, or wider where dtype is.
@@ -76,7 +76,7 @@ def init_scale(
     """Return gamma 1, beta 0 and moving variance 1.
 
     Args:
-      num_features: as for `bn_jax.init`.
+      num_features: see `bn_jax.init`.
       scale: whether there is a gamma.
       bias: whether there is a beta.
       dtype: of the parameters. The state is in float32, or wider where dtype is.
@@ -185,17 +185,17 @@ def scale(
     mu / sqrt(var + epsilon).
 
     Args:
-      x: as for `center`.
-      params: as for `center`.
+      x: see `center`.
+      params: see `center`.
       state: moving variance.
       train: static. True divides by the deviation of `x` and returns an updated
         average; False divides by that of `state` and returns it as it was.
       momentum: weight of the OLD average, in [0, 1].
       epsilon: added to the variance, greater than 0.
-      feature_axis: as for `center`.
-      weights: as for `center`.
-      axis_name: as for `center`.
-      axis_index_groups: as for `center`.
+      feature_axis: see `center`.
+      weights: see `center`.
+      axis_name: see `center`.
+      axis_index_groups: see `center`.
       statistics: by the root of whose variance to divide instead.
       update_state: static. Whether the average moves by the variance of `x`; by default
         in training.
@@ -313,7 +313,7 @@ def _moment(
 def center_transform(
     *, momentum: Momentum = 0.9, use_scale: bool = True, use_bias: bool = True
 ) -> Transform:
-    """Return what removes the mean alone: `bn_jax.variants.center`.
+    """Return the transform that removes the mean alone.
 
     Args:
       momentum: weight of the OLD average, in [0, 1].
@@ -335,7 +335,7 @@ def scale_transform(
     use_scale: bool = True,
     use_bias: bool = True,
 ) -> Transform:
-    """Return what removes the deviation alone: `bn_jax.variants.scale`.
+    """Return the transform that removes the deviation alone.
 
     Args:
       momentum: weight of the OLD average, in [0, 1].

@@ -134,13 +134,13 @@ def layer_norm(
     a beta for each feature.
 
     Args:
-      x: as for `group_norm`.
-      params: as for `group_norm`.
-      state: as for `group_norm`.
-      train: as for `group_norm`.
-      epsilon: as for `group_norm`.
-      feature_axis: as for `group_norm`.
-      batch_axis: as for `group_norm`.
+      x: see `group_norm`.
+      params: see `group_norm`.
+      state: see `group_norm`.
+      train: see `group_norm`.
+      epsilon: see `group_norm`.
+      feature_axis: see `group_norm`.
+      batch_axis: see `group_norm`.
 
     Returns:
       `(y, state)`, as `group_norm`.
@@ -180,13 +180,13 @@ def instance_norm(
     positions nothing is left but beta, which is warned of when traced.
 
     Args:
-      x: as for `group_norm`.
-      params: as for `group_norm`.
-      state: as for `group_norm`.
-      train: as for `group_norm`.
-      epsilon: as for `group_norm`.
-      feature_axis: as for `group_norm`.
-      batch_axis: as for `group_norm`.
+      x: see `group_norm`.
+      params: see `group_norm`.
+      state: see `group_norm`.
+      train: see `group_norm`.
+      epsilon: see `group_norm`.
+      feature_axis: see `group_norm`.
+      batch_axis: see `group_norm`.
 
     Returns:
       `(y, state)`, as `group_norm`.

@@ -54,7 +54,7 @@ def init_dyt(
     """Return gamma 1, beta 0 and alpha.
 
     Args:
-      num_features: as for `bn_jax.init`.
+      num_features: see `bn_jax.init`.
       alpha: its initial value; the paper's default is 0.5.
       scale: whether there is a gamma.
       bias: whether there is a beta.
@@ -76,7 +76,7 @@ def init_derf(
     """Return gamma 1, beta 0, alpha and s.
 
     Args:
-      num_features: as for `bn_jax.init`.
+      num_features: see `bn_jax.init`.
       alpha: its initial value; the paper's is 0.5.
       shift: initial value of s; the paper's is 0.
       scale: whether there is a gamma.
@@ -139,7 +139,7 @@ def derf(
     """Apply dynamic erf: gamma erf(alpha x + s) + beta.
 
     Args:
-      x: as for `dyt`.
+      x: see `dyt`.
       params: gamma and beta, each of shape `[C]` or None, and the scalars alpha and s.
       state: empty.
       train: accepted because every transform takes it; it changes nothing.

@@ -78,7 +78,7 @@ def init(
 
     Args:
       num_features: C.
-      target: as for `quantile_norm`.
+      target: see `quantile_norm`.
       num_quantiles: number of knots, 2 or more.
       scale: whether there is a gamma.
       bias: whether there is a beta.

@@ -50,7 +50,7 @@ def init(
     """Return gamma 1, beta 0, moving mean 0, moving variance 1 and no batch counted.
 
     Args:
-      num_features: as for `bn_jax.init`.
+      num_features: see `bn_jax.init`.
       scale: whether there is a gamma.
       bias: whether there is a beta.
       dtype: of the parameters. The state is in float32, or wider where dtype is.
@@ -84,23 +84,23 @@ def batch_renorm(
     """Normalise by the batch, corrected towards the moving averages.
 
     Args:
-      x: as for `batch_norm`.
-      params: as for `batch_norm`.
+      x: see `batch_norm`.
+      params: see `batch_norm`.
       state: moving mean and variance, and the number of batches in them, which is the
         step of the schedule.
       train: static. False is `batch_norm` in prediction.
       r_max: largest correction of the deviation, at least 1; may be traced.
       d_max: largest correction of the mean, in deviations, at least 0; may be traced.
-      start: as for `limits`, and so are `r_end` and `d_end`; by default the limits are
+      start: see `limits`, and so are `r_end` and `d_end`; by default the limits are
         constant.
       r_end: see `start`.
       d_end: see `start`.
       momentum: weight of the OLD average, in [0, 1].
-      epsilon: as for `batch_norm`.
-      feature_axis: as for `batch_norm`.
-      weights: as for `batch_norm`. A batch of total weight 0 is not counted.
-      axis_name: as for `batch_norm`.
-      axis_index_groups: as for `batch_norm`.
+      epsilon: see `batch_norm`.
+      feature_axis: see `batch_norm`.
+      weights: see `batch_norm`. A batch of total weight 0 is not counted.
+      axis_name: see `batch_norm`.
+      axis_index_groups: see `batch_norm`.
       statistics: normalise by these instead, without a correction.
       update_state: static. Whether the averages and the count move by `x`; by default
         in training.

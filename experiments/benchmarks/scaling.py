@@ -46,7 +46,7 @@ def set_up(
       one_thread: whether each device keeps to a core.
       collectives: whether devices exchange anything; if not, each trains its own model.
       with_checkpoint: whether a measurement includes a checkpoint, timed apart.
-      **choices: as for `training.trainer`.
+      **choices: see `training.trainer`.
     """
     if one_thread and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:devices])

@@ -39,7 +39,7 @@ def trainer(
       data: the images.
       devices: how many to train on.
       mode: how they work together: pmap or jit.
-      make_train_step: as for `loop.Trainer`.
+      make_train_step: see `loop.Trainer`.
       **choices: fields of the config.
     """
     made = config(**choices)

@@ -128,7 +128,7 @@ def compiled(config: TrainConfig, data: ImageData) -> Callable[[float, int], Pro
 
 
 def summarize(probed: Probed) -> Row:
-    """Return what is judged and drawn of a run, as JSON can hold it.
+    """Return the numbers that claims and figures use, as JSON can hold them.
 
     A run ends before the first step at which a number is not finite.
     """

@@ -328,8 +328,8 @@ def test_bfloat16_keeps_parameters_and_statistics_in_float32(tiny_config, tiny_d
         jax.tree.leaves((state.params, state.batch_stats, state.opt_state)), np.float32
     )
     program = trainer.lower().as_text()
-    convolutions = [line for line in program.splitlines() if "convolution(" in line]
-    assert convolutions and all("bf16>" in line for line in convolutions)
+    products = [line for line in program.splitlines() if "dot_general" in line]
+    assert products and all("bf16>" in line for line in products)
     assert trainer.history[-1].train_accuracy > 0.8
     logits = trainer.network.predict(state.variables, tiny_data.test.images[:2])
     assert logits.dtype == np.float32

@@ -10,7 +10,7 @@ from types import FrameType
 
 
 class Interrupted(Exception):
-    """A run that was asked to stop, and can go on.
+    """A run that was asked to stop, and can be resumed.
 
     Attributes:
       signum: number of the signal.

@@ -335,7 +335,13 @@ def load(workdir: str | Path, *, model: Any = None) -> Run:
         passed in, and is not now.
     """
     workdir = Path(workdir)
-    config = read_config(workdir, results.read_object(workdir / results.CONFIG))
+    values = results.read_object(workdir / results.CONFIG)
+    if "exact" in values:
+        raise RunError(
+            f"{workdir} holds a sweep, not a run; its rows are in runs.jsonl, and "
+            "bn_jax.runs.sweeps.load_variables reads its members' variables"
+        )
+    config = read_config(workdir, values)
     summary = results.read_object(workdir / results.RESULTS)
     if model is not None:
         config = own_models.named(config, model)

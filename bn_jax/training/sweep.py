@@ -258,19 +258,25 @@ class Sweep:
           batch (of at most 500 images) itself. With exact ones, also the ratio of the
           moving variance to the exact one, `LAYER_variance_ratio`, as the median over
           its features: dropout before a norm moves it from 1 (Li et al., 2018,
-          arXiv:1801.05134).
+          arXiv:1801.05134). An average of the weights is "averaged", with exact
+          statistics of its own.
         """
-        variables = self._map.get(self._state).variables
+        state = self._map.get(self._state)
+        variables = state.variables
         states = {"average": variables}
         scores: dict[str, np.ndarray] = {}
         if exact and self._has_exact_statistics():
-            found = self._exact_statistics()
+            found = self._exact_statistics(variables)
             states["exact"] = {**variables, "batch_stats": found}
             ratios = jax.tree.map(np.divide, variables["batch_stats"], found)
             for path, ratio in traverse_util.flatten_dict(ratios).items():
                 if path[-1] == "var":
                     name = f"{'/'.join(path[:-1])}_variance_ratio"
                     scores[name] = np.median(ratio, -1)[: len(self.configs)]
+            if self._base.average_weights:
+                averaged = {**variables, "params": state.average}
+                found = self._exact_statistics(averaged)
+                states["averaged"] = {**averaged, "batch_stats": found}
         of_train = self._batched(self.data.train) if train else None
         wanted = [("test", self._test, name) for name in states if name != "average"]
         wanted += [("train", of_train, name) for name in states if train]
@@ -316,15 +322,14 @@ class Sweep:
     def _network(self) -> Network:
         return make_network(self._config(), self.task, model=self._model)
 
-    def _variables(self, i: int) -> dict[str, Any]:
+    def _variables(self, i: int, variables: Any) -> dict[str, Any]:
         """Return the variables of a member, its numbers among them."""
-        variables = self._map.get(self._state).variables
         own: dict[str, Any] = jax.tree.map(lambda leaf: leaf[i], variables)
         swept = jax.tree.map(lambda leaf: jnp.asarray(leaf[i]), self._values)
         return {**own, "swept": swept}
 
     def _has_exact_statistics(self) -> bool:
-        own = self._variables(0)
+        own = self._variables(0, self._map.get(self._state).variables)
         own.pop("swept")
         images = self.data.train.images[:1]
         return (
@@ -332,13 +337,13 @@ class Sweep:
             and scoring.exact_refusal(self._network(), own, images) is None
         )
 
-    def _exact_statistics(self) -> Any:
+    def _exact_statistics(self, variables: Any) -> Any:
         """Return each member's exact statistics of the training set, stacked."""
         inputs = jnp.asarray(self.data.train.images)
         stats = [
             population.exact_statistics(
                 self._predict,
-                self._variables(i),
+                self._variables(i, variables),
                 inputs,
                 batch_size=evaluation.BATCH_SIZE,
             )

@@ -15,6 +15,7 @@ from bn_jax import runs
 from bn_jax.fields import ConfigError
 from bn_jax.linen import BatchNorm
 from bn_jax.runs.interrupt import Interrupted
+from bn_jax.runs.results import RunError
 from bn_jax.training import members
 from bn_jax.training.config import RunOptions, TrainConfig
 
@@ -216,3 +217,17 @@ def test_names_of_ours_are_loaded_without_anything_else(tiny_data, tmp_path):
     images = tiny_data.test.images[:3]
     np.testing.assert_array_equal(again.predict(images), run.predict(images))
     assert again.config == config and jax.tree.leaves(again.variables["params"])
+
+
+def test_sweep_scores_the_average_of_each_member_as_a_run_does(
+    config, tiny_data, tmp_path
+):
+    config = dataclasses.replace(config, average_weights=0.9, epochs=1)
+    configs = members.parse("learning_rate=0.05,0.1", config)
+    rows = runs.sweep(configs, tiny_data, workdir=tmp_path / "sweep", model=Own())
+    alone = runs.train(configs[1], tiny_data, model=Own(), workdir=tmp_path / "alone")
+    assert rows[1]["test_loss_averaged"] == pytest.approx(
+        alone.results["test_loss_averaged"], rel=1e-4
+    )
+    with pytest.raises(RunError, match="holds a sweep, not a run"):
+        runs.load(tmp_path / "sweep")

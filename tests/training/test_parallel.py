@@ -582,7 +582,9 @@ def test_members_of_an_ensemble_train_as_if_alone(batch_stats, x64):
 def test_loop_is_compiled_once_however_it_is_cut(stream, program, tiny_data):
     traces = []
 
-    def wrap_step(train_step):
+    def make_train_step(*arguments, **options):
+        train_step = step_lib.make_train_step(*arguments, **options)
+
         def traced(state, batch):
             traces.append(batch.labels.shape)
             return train_step(state, batch)
@@ -596,7 +598,7 @@ def test_loop_is_compiled_once_however_it_is_cut(stream, program, tiny_data):
         placement=parallel.place(config, devices="2", parallel=program),
         stream=stream,
         checkpoint_steps=3,  # of 10 an epoch: calls of 1, 2 and 3 steps
-        wrap_step=wrap_step,
+        make_train_step=make_train_step,
     )
     reports = trainer.train()
     next(reports)

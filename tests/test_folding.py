@@ -32,6 +32,7 @@ def predict(model, variables, x):
     return model.apply(variables, x, train=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", [BatchNorm, nn.BatchNorm])
 @pytest.mark.parametrize("layout", ["CHWN", "NHWC"])
 @pytest.mark.parametrize("bias", [True, False])
@@ -384,6 +385,7 @@ class FlaxLayers(nn.Module):
         return norm(nn.Dense(5, name="d")(x), "norm_d")
 
 
+@pytest.mark.slow
 def test_flax_own_layers_fold_beside_a_shortcut():
     x = jax.random.normal(jax.random.key(0), (2, 6, 6, 2))
     variables = moved(FlaxLayers(True).init(jax.random.key(1), x, train=False))
@@ -397,6 +399,7 @@ def test_flax_own_layers_fold_beside_a_shortcut():
     )
 
 
+@pytest.mark.slow
 def test_model_without_norms_folds_to_itself():
     model = LeNet()
     variables = model.init(jax.random.key(0), IMAGES[:1], train=False)

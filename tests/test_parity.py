@@ -163,6 +163,7 @@ def test_jit_over_a_sharded_batch_is_the_big_batch(axis_type, weights, devices):
     chex.assert_trees_all_close(ours, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_groups_under_shard_map_are_the_big_batches_of_their_rows(devices):
     mesh = jax.make_mesh((8,), ("d",), (AxisType.Auto,), devices=devices)
     groups = [[0, 2, 4, 6], [1, 3, 5, 7]]
@@ -187,6 +188,7 @@ def test_groups_under_shard_map_are_the_big_batches_of_their_rows(devices):
         mapped(True)(x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("check_vma", "factor"), [(False, 1), (True, 8)])
 def test_check_vma_decides_whether_a_gradient_is_summed_over_devices(
     check_vma, factor, devices

@@ -52,6 +52,7 @@ def made_up(tmp_path):
     return {"PYTHONPATH": path}, str(clock)
 
 
+@pytest.mark.slow
 def test_arms_are_measured_in_turns_after_a_round_that_warms_them_up(made_up):
     env, clock = made_up
     about, measured = timing.interleaved(
@@ -67,6 +68,7 @@ def test_arms_are_measured_in_turns_after_a_round_that_warms_them_up(made_up):
     assert [about[arm]["env"] for arm in "ab"] == ["", "yes"]
 
 
+@pytest.mark.slow
 def test_arm_that_fails_is_named(made_up):
     env, clock = made_up
     with pytest.raises(timing.ArmError, match="arm broken ended with status 3"):

@@ -232,6 +232,7 @@ def test_run_that_is_told_to_stop_ends_in_a_line_and_goes_on(tmp_path, uninterru
 NUM_KILLS = 20
 
 
+@pytest.mark.slow
 def test_run_that_is_killed_again_and_again_ends_as_if_it_never_was(
     tmp_path, uninterrupted
 ):

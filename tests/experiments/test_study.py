@@ -72,6 +72,7 @@ def made_up(tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_study_trains_judges_and_draws(made_up, tmp_path):
     folder = tmp_path / "run"
     ran = made_up("--smoke")

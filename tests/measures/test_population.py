@@ -43,6 +43,7 @@ def whole_batch_statistics(model, variables, inputs):
     return updates["batch_stats"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("norm", "layout", "batch_size"),
     [
@@ -119,6 +120,7 @@ def mlp():
     return model, model.init(jax.random.key(1), x, train=False), x
 
 
+@pytest.mark.slow
 def test_one_pass_is_layerwise_in_the_first_layer_and_pools_the_second():
     model, variables, x = mlp()
     predict_one = functools.partial(predict, model)
@@ -149,6 +151,7 @@ def test_one_pass_over_one_batch_is_layerwise():
     chex.assert_trees_all_close(*results, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["layerwise", "one_pass"])
 @pytest.mark.parametrize("norm", [BatchNorm, nn.BatchNorm])
 def test_integer_weights_equal_repeated_images_wherever_the_examples_lie(mode, norm):
@@ -197,6 +200,7 @@ class Reused(nn.Module):
         return norm(3 * norm(x) + 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mode", "batch_size"), [("one_pass", 20), ("layerwise", 20), ("layerwise", 6)]
 )

@@ -75,6 +75,7 @@ def test_conv_equals_xlas_in_values_and_gradients(case, x64):
     assert_close(everything(ours, x, kernel), everything(theirs, x, kernel), 1e-12)
 
 
+@pytest.mark.slow
 def test_conv_in_float32_equals_xlas_and_stays_float32():
     ours, theirs = convolutions(CASES[3])
     x, kernel = inputs(CASES[3])
@@ -92,6 +93,7 @@ def test_size_of_the_blocks_changes_no_number(case, b, x64, monkeypatch):
     assert_close(everything(fresh, x, kernel), everything(theirs, x, kernel), 1e-12)
 
 
+@pytest.mark.slow
 def test_batch_last_on_cpu_is_by_blocks_without_a_convolution():
     ours, _ = convolutions(ODD)
     compiled = jit_unoptimised(ours).lower(*inputs(ODD)).compile().as_text()
@@ -248,6 +250,7 @@ def test_conv_agrees_between_layouts(padding, strides):
     assert_close(layers.to_nhwc(batch_last, "CHWN"), channels_last)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [{}, {"strides": 2, "padding": "SAME"}], ids=["default", "general"]
 )

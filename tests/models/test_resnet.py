@@ -137,6 +137,7 @@ def test_blocks_of_fixup_and_skipinit_start_as_their_shortcuts(stride, layout):
         assert jnp.abs(apply(moved(variables), x) - expected).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_a_resnet_of_110_layers_takes_a_step():
     model = ResNet(110, width=2, norm=BN)
     images, labels = IMAGES[:4, :4, :4], LABELS[:4]

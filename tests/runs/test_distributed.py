@@ -168,6 +168,7 @@ def trained(folder, start_pair):
     return {name: [dict(np.load(f"{out}.{name}.npz")) for out in outs] for name in RUNS}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_two_processes_train_as_one(name, trained, folder):
     data = processes.load_data(folder / "data.npz")
@@ -215,6 +216,7 @@ def test_process_reads_its_own_columns_alone(name, trained, tiny_data):
 # Process 0 writes, and all stop together.
 
 
+@pytest.mark.slow
 def test_processes_write_once_stop_together_and_go_on_bit_for_bit(
     folder, tmp_path, start_pair
 ):
@@ -283,6 +285,7 @@ def final_arrays(checkpoints):
 # None waits for ever.
 
 
+@pytest.mark.slow
 def test_process_that_never_comes_is_named(start):
     """Process 0 of 2 is missing; and 2 of 3, for two that are there."""
     alone, trio = (f"127.0.0.1:{free_port()}" for _ in range(2))
@@ -303,6 +306,7 @@ def test_process_that_never_comes_is_named(start):
     assert time.monotonic() - started < 30  # the start of Python included
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("killed", [0, 1])
 def test_killed_process_ends_the_others(killed, folder, start_pair):
     death_seconds = 10
@@ -324,6 +328,7 @@ def test_killed_process_ends_the_others(killed, folder, start_pair):
     ), said
 
 
+@pytest.mark.slow
 def test_error_on_process_0_alone_ends_the_others(tmp_path, start):
     occupied = tmp_path / "file"
     occupied.write_text("no folder\n")
@@ -490,6 +495,7 @@ def test_processes_of_a_cluster_are_detected(environment, detected):
     assert distributed.is_detected(environment) is detected
 
 
+@pytest.mark.slow
 def test_processes_that_slurm_has_started_find_each_other(start):
     def is_free(job):
         # As JAX takes the port from the job's number.

@@ -26,17 +26,20 @@ def ended(tiny_config, tiny_data, reports):
     return trainer
 
 
+@pytest.mark.slow
 def test_same_config_repeats_bit_for_bit(ended, tiny_config, tiny_data):
     again = trained(tiny_config, tiny_data)
     assert_same(again.progress(), ended.progress())
 
 
+@pytest.mark.slow
 def test_streamed_run_is_the_stored_run_bit_for_bit(ended, tiny_config, tiny_data):
     # In parts that begin amid an epoch, of 2, 2 and 1 steps.
     streamed = trained(tiny_config, tiny_data, stream=True, checkpoint_steps=2)
     assert_same(streamed.progress(), ended.progress())
 
 
+@pytest.mark.slow
 def test_another_seed_gives_another_start_and_order(ended, tiny_config, tiny_data):
     other = step_losses(dataclasses.replace(tiny_config, seed=1), tiny_data)
     assert other[0] != ended.progress().step_losses[0]
@@ -53,6 +56,7 @@ def test_history_holds_each_epochs_means(ended, reports):
         assert 0 <= report.test_accuracy <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_devices", [1, 2])
 def test_lowered_loop_is_that_of_the_steps(num_devices, tiny_config, tiny_data):
     config = dataclasses.replace(tiny_config, batch_size=30)
@@ -72,6 +76,7 @@ def test_training_learns(tiny_config, tiny_data):
     assert score.test_accuracy == pytest.approx(trainer.history[-1].test_accuracy)
 
 
+@pytest.mark.slow
 def test_ours_and_flaxs_own_agree_step_by_step(tiny_config, tiny_data):
     config = dataclasses.replace(tiny_config, epochs=4)
     ours = trained(config, tiny_data)
@@ -82,6 +87,7 @@ def test_ours_and_flaxs_own_agree_step_by_step(tiny_config, tiny_data):
     assert len(jax.tree.leaves(ours.state().batch_stats)) == 8
 
 
+@pytest.mark.slow
 def test_momentum_of_the_statistics_and_epsilon_reach_the_layers(
     tiny_config, tiny_data
 ):
@@ -145,6 +151,7 @@ def paused(request, tiny_config, tiny_data):
     return make, trainer, progress
 
 
+@pytest.mark.slow
 def test_run_goes_on_from_any_pause_bit_for_bit(paused):
     _, trainer, progress = paused
     assert [len(p.step_losses) for p in progress] == list(range(11))
@@ -187,6 +194,7 @@ def test_time_of_an_epoch_adds_up_over_its_parts(paused):
     assert 1000 < report.seconds < 1100
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["exact", "first"])
 def test_progress_of_more_devices_is_merged_by_rule(rule, tiny_config, tiny_data):
     config = dataclasses.replace(tiny_config, merged_stats=rule)
@@ -222,6 +230,7 @@ def all_finite(tree):
     return all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(tree))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", [False, True])
 def test_rate_that_is_too_great_ends_the_run_before_the_step(
     stream, tiny_config, tiny_data
@@ -257,6 +266,7 @@ def broken(tiny_config, tiny_data):
     return train
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer", ["conv1", "norm1", "conv2", "dense2", "dense3"])
 def test_first_layer_that_is_not_finite_is_named(layer, broken):
     name = "scale" if layer.startswith("norm") else "kernel"
@@ -282,6 +292,7 @@ def validated(tiny_config, tiny_data):
     return trained(dataclasses.replace(tiny_config, validation=30), tiny_data)
 
 
+@pytest.mark.slow
 def test_images_are_set_aside_and_scored_after_each_epoch(validated, tiny_data):
     images, labels = tiny_data.train
     assert len(validated.data.train.labels) == 140

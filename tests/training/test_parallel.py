@@ -191,6 +191,7 @@ def lenet_after_50_steps(data, num_devices, program, *, learning_rate, dtype):
     return trainer.progress().state
 
 
+@pytest.mark.slow
 def test_lenet_on_synced_devices_is_lenet_on_one_in_float64(tiny_data, x64):
     one = lenet_after_50_steps(tiny_data, 1, "jit", **FLOAT64)
     chex.assert_type(jax.tree.leaves((one.params, one.batch_stats)), np.float64)
@@ -481,6 +482,7 @@ def collectives(compiled):
     return collections.Counter(kind for kind, _ in found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("batch_stats", "num_norms"), [("synced", 1), ("synced", 4), ("groups:2", 3)]
 )
@@ -528,6 +530,7 @@ def test_compilers_own_collectives_are_bounded(batch_stats, most):
 # Members of an ensemble.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_stats", ["synced", "groups:2", "per_device"])
 def test_members_of_an_ensemble_train_as_if_alone(batch_stats, x64):
     config, placement = placed(batch_stats, 4, "pmap")
@@ -713,7 +716,9 @@ def model_after_5_steps(model, num_devices, program, batch_stats):
 
 
 @pytest.mark.parametrize("program", ["pmap", "jit"])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    "model", ["mlp", pytest.param("resnet", marks=pytest.mark.slow)]
+)
 def test_other_models_on_synced_devices_are_those_on_one(model, program):
     one = model_after_5_steps(model, 1, "jit", "synced")
     two = model_after_5_steps(model, 2, program, "synced")
@@ -727,6 +732,7 @@ def test_other_models_on_synced_devices_are_those_on_one(model, program):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS)
 def test_other_models_on_devices_apart_are_ghost_batches(model):
     apart = model_after_5_steps(model, 2, "pmap", "per_device").progress()

@@ -39,6 +39,7 @@ SPECS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", SPECS)
 def test_members_train_as_they_would_alone(spec, tiny_config, tiny_data):
     base = dataclasses.replace(tiny_config, epochs=4, learning_rate=0.1)

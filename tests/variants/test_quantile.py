@@ -202,6 +202,7 @@ def test_layout_does_not_matter():
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_prediction_is_training_when_the_batch_is_the_data(target):
     _, state = init(3, target=target)

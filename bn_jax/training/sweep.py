@@ -283,7 +283,7 @@ class Sweep:
         for split, batches, name in wanted:
             sums = self._sums(self._evaluate, states[name], batches)
             scores |= self._means(f"{split}_{{}}_{name}", sums, batches)
-        if jax.tree.leaves(variables["batch_stats"]):
+        if self._base.norm != "none":
             sums = self._sums(self._evaluate_by_batch, variables, self._test)
             scores |= self._means("test_{}_batch", sums, self._test)
         return scores

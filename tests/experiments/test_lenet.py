@@ -87,6 +87,7 @@ def contents(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_flags_reach_the_devices_the_input_and_the_checkpoints(tmp_path):
     ran = lenet(
         "--workdir=run",
@@ -203,6 +204,7 @@ def wait_for(process, condition):
         time.sleep(0.005)
 
 
+@pytest.mark.slow
 def test_run_that_is_told_to_stop_ends_in_a_line_and_goes_on(tmp_path, uninterrupted):
     workdir = tmp_path / "run"
     arguments = ("--workdir=run", *RUN, "--checkpoint_every=2epochs")
@@ -283,6 +285,7 @@ runpy.run_module("experiments.lenet", run_name="__main__", alter_sys=True)
 """
 
 
+@pytest.mark.slow
 def test_full_disk_ends_in_a_line_and_with_room_the_run_goes_on(
     tmp_path, uninterrupted
 ):

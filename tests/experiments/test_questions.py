@@ -191,6 +191,7 @@ def test_figures_of_layers_are_drawn(tmp_path):
 # Bias.
 
 
+@pytest.mark.slow
 def test_biases_have_no_gradient_and_no_effect_but_the_last_has():
     data = data_lib.load("sample")
     config = TrainConfig(dataset="sample")
@@ -263,6 +264,7 @@ def test_run_is_followed_to_its_last_finite_step():
     json.dumps(row, allow_nan=False)
 
 
+@pytest.mark.slow
 def test_runs_are_followed_and_those_there_are_not_repeated(tmp_path):
     data = data_lib.load("sample").with_train_examples(600)
     design = scale_invariance.Design(
@@ -294,6 +296,7 @@ def test_runs_are_followed_and_those_there_are_not_repeated(tmp_path):
 # Transforms.
 
 
+@pytest.mark.slow
 def test_covariances_of_transforms_are_as_their_names_say():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(256, 48)) @ rng.normal(size=(48, 48))
@@ -320,6 +323,7 @@ def test_distance_to_the_identity_is_by_the_number_of_features():
     assert covariance.distance(np.array([[1, 0.5], [0.5, 1]])) == pytest.approx(0.5)
 
 
+@pytest.mark.slow
 def test_features_are_those_before_the_norm_of_the_first_dense_layer():
     data = data_lib.load("sample")
     x = covariance.dense_features(data)

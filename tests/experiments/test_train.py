@@ -85,6 +85,7 @@ def test_mlp_on_the_sample_is_trained_and_evaluated_again(command):
     assert "the same numbers as in run/results.json" in command("--load=run")
 
 
+@pytest.mark.slow
 def test_own_colour_images_with_validation_and_averaged_weights(command, images):
     images()
     said = command(
@@ -200,6 +201,7 @@ NORMS = ("batch_norm", "group:num_groups=4")
 SWEEP = f"--sweep=norm={'|'.join(NORMS)};seed=0..1"
 
 
+@pytest.mark.slow
 def test_sweep_of_two_programs_is_resumed_and_not_repeated(
     command, images, monkeypatch
 ):

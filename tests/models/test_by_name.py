@@ -54,6 +54,7 @@ def train(model, variables, x):
 
 
 # LeNet's folding has tests of its own.
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES[1:])
 def test_every_model_folds(name):
     # Folding runs uncompiled, where XLA's own convolution is the quick one.
@@ -66,6 +67,7 @@ def test_every_model_folds(name):
     np.testing.assert_allclose(plain, expected, atol=1e-5 * scale)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_exact_statistics_are_those_of_one_batch_of_all_examples(name):
     # After a step of momentum 0 the averages are the batch's statistics.

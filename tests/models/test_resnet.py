@@ -78,6 +78,7 @@ def test_parameter_counts_are_the_papers(depth):
     assert len(kernels) == depth
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["norm", "fixup"])  # one of each class of blocks
 def test_layouts_give_the_same_logits_gradients_and_statistics(kind):
     variables = moved(init(SMALL(**KINDS[kind])))
@@ -181,6 +182,7 @@ def test_windows_at_stride_2_are_centred_on_the_shortcuts_pixels():
     np.testing.assert_array_equal(y, resnet.shortcut(x, 1, 2, "NHWC"))
 
 
+@pytest.mark.slow
 def test_kernels_start_from_hes_distribution_and_fixups_from_a_smaller_one():
     # Standard deviations sqrt(2 / (9 * 16)), and over sqrt(9) of 9 blocks.
     he = np.sqrt(2 / 144)

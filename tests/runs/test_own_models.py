@@ -105,6 +105,7 @@ def test_stopped_own_run_resumes_bit_for_bit(
     chex.assert_trees_all_equal(resumed.variables, whole.variables)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MODELS)
 def test_own_module_in_a_sweep_trains_as_alone(kind, config, tiny_data, tmp_path):
     model = MODELS[kind]()
@@ -116,6 +117,7 @@ def test_own_module_in_a_sweep_trains_as_alone(kind, config, tiny_data, tmp_path
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("parallel", "batch_stats", "axis_name"),
     [("jit", "synced", None), ("pmap", "synced", "data")],
@@ -188,6 +190,7 @@ def test_what_does_not_fit_an_own_model_is_refused_before_anything_is_written(
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 def test_seed_decides_an_nnx_modules_weights_where_it_is_made_for_the_run(
     config, tiny_data, tmp_path
 ):
@@ -219,6 +222,7 @@ def test_names_of_ours_are_loaded_without_anything_else(tiny_data, tmp_path):
     assert again.config == config and jax.tree.leaves(again.variables["params"])
 
 
+@pytest.mark.slow
 def test_sweep_scores_the_average_of_each_member_as_a_run_does(
     config, tiny_data, tmp_path
 ):

@@ -128,6 +128,7 @@ def test_read_run_is_the_trained_run(run, finished):
     assert steps_in(finished) == [6, 8, 10]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("where", "step", "signum"),
     [
@@ -249,6 +250,7 @@ def test_damaged_checkpoint_is_named_and_moved_away_lets_the_run_go_on(
     )
 
 
+@pytest.mark.slow
 def test_never_writes_a_checkpoint_at_a_signal_alone(
     run, signal_at, tmp_path, tiny_config, tiny_data, monkeypatch
 ):
@@ -288,6 +290,7 @@ def test_loss_that_is_not_finite_leaves_the_last_checkpoint(
         run_lib.train(config, tiny_data, workdir=tmp_path, options=options)
 
 
+@pytest.mark.slow
 def test_folder_in_which_another_process_is_at_work_is_refused(
     stopped, run, tiny_config, tiny_data
 ):
@@ -337,6 +340,7 @@ def test_finished_run_is_read_instead_of_trained(
         run_lib.train_or_load(other, tiny_data, workdir=finished, options=OPTIONS)
 
 
+@pytest.mark.slow
 def test_run_without_norm_has_no_gamma_and_no_gap(tmp_path, tiny_config, tiny_data):
     config = dataclasses.replace(tiny_config, norm="none", epochs=1)
     run = run_lib.train(config, tiny_data, workdir=tmp_path / "none")

@@ -38,6 +38,7 @@ def share(tree):
     return np.concatenate(leaves).mean()
 
 
+@pytest.mark.slow
 def test_norms_alone_learn(tiny_config, tiny_data):
     config = dataclasses.replace(tiny_config, trained="norms")
     change = moved(config, tiny_data)
@@ -54,6 +55,7 @@ def test_last_layer_learns_beside_norms(tiny_config, tiny_data):
     assert learns == {"norm1", "norm2", "norm3", "norm4", "dense3"}
 
 
+@pytest.mark.slow
 def test_as_many_parameters_as_norms_have_learn_at_random(tiny_config, tiny_data):
     # At a rate at which each number that learns moves by more than its rounding.
     config = dataclasses.replace(tiny_config, trained="random", learning_rate=3.0)
@@ -68,6 +70,7 @@ def test_as_many_parameters_as_norms_have_learn_at_random(tiny_config, tiny_data
     assert not np.array_equal(other["dense1"]["kernel"], change["dense1"]["kernel"])
 
 
+@pytest.mark.slow
 def test_frozen_gamma_goes_with_norms_alone(tiny_config, tiny_data):
     config = dataclasses.replace(tiny_config, trained="norms:gamma=false")
     change = moved(config, tiny_data)
@@ -76,6 +79,7 @@ def test_frozen_gamma_goes_with_norms_alone(tiny_config, tiny_data):
         assert change[layer]["bias"].all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["dense", "last"])
 def test_dropout_drops_its_share_of_what_it_follows(where):
     config = TrainConfig(
@@ -101,6 +105,7 @@ def test_dropout_drops_its_share_of_what_it_follows(where):
     np.testing.assert_array_equal(predict, plain.apply(variables, images, train=False))
 
 
+@pytest.mark.slow
 def test_each_step_seed_and_device_drops_anew(tiny_config, tiny_data):
     config = dataclasses.replace(
         tiny_config, norm="none", model="lenet:dropout_rate=0.5", learning_rate=1e-12
@@ -114,6 +119,7 @@ def test_each_step_seed_and_device_drops_anew(tiny_config, tiny_data):
     assert np.abs(two - losses).max() > 1e-4
 
 
+@pytest.mark.slow
 def test_members_of_a_sweep_drop_as_they_would_alone(tiny_config, tiny_data):
     base = dataclasses.replace(
         tiny_config, model="lenet:dropout_rate=0.3", learning_rate=0.1
@@ -156,6 +162,7 @@ def test_images_too_small_for_a_model_are_refused():
         network.check_fits()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "norm",
     [

@@ -122,6 +122,7 @@ def linear():
     return train_step, init_state(variables, optimizer), step_lib.Stored(data, order)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "cuts", [[0, 1, 2, 3, 4, 5, 6, 7], [0, 3, 7], [0, 6, 7], [0, 2, 2, 5, 7]]
 )

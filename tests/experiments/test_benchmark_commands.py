@@ -47,7 +47,7 @@ def test_benchmark_has_a_flag_for_each_option():
     assert "How fast does LeNet" in run.stdout
     assert "--steps=" not in run.stdout
     for flag in (
-        *("arms", "batch_size", "data_dir", "dataset", "idx_dir", "rounds", "smoke"),
+        *("arms", "batch_size", "data_dir", "dataset", "data_files", "rounds", "smoke"),
         *("steps", "torch_compile", "workdir"),
     ):
         assert f"--{flag}:" in run.stdout or f"--[no]{flag}:" in run.stdout

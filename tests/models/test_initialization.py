@@ -32,6 +32,7 @@ class Lifted(nn.Module):
         return scan()(nn.Dense(4)(x.reshape(len(x), -1)))[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "model",
     [

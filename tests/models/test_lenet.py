@@ -94,6 +94,7 @@ def test_parameter_counts_are_the_chapters():
     assert count(trained_like(LeNet(bias_before_norm=False))) == 44_190 + 226 + 10
 
 
+@pytest.mark.slow
 def test_layouts_give_the_same_loss_gradients_and_statistics():
     variables = trained_like(LeNet(norm=BN))
     results = [

@@ -198,7 +198,7 @@ def test_random_numbers_without_a_key_are_refused():
     ("source", "message"),
     [
         (3, "got 3; expected an nnx.Module, or a function"),
-        (lambda rngs: None, "returned None; expected a function that makes"),
+        (lambda rngs: None, "returned a NoneType; expected a function that makes"),
     ],
 )
 def test_what_makes_no_module_is_refused(source, message):

@@ -193,6 +193,7 @@ def test_lenet_trains_with_any_norm_by_name(norm, tiny_config, tiny_data):
     assert 0 <= row["test_accuracy_batch"] <= 1
 
 
+@pytest.mark.slow
 def test_scores_of_members_are_those_of_single_evaluations(tiny_config, tiny_data):
     (row,) = swept([tiny_config], tiny_data).rows(train=True)
     single = trained(tiny_config, tiny_data)
@@ -215,6 +216,7 @@ def test_scores_of_members_are_those_of_single_evaluations(tiny_config, tiny_dat
     assert row["test_accuracy_batch"] == pytest.approx(right.mean())
 
 
+@pytest.mark.slow
 def test_variance_ratio_is_of_moving_and_exact_variance(tiny_config, tiny_data):
     # At momentum 0 the moving variance is that of the last batch; at 1 it is still 1,
     # and that of the pixels' convolution is far below 1.
@@ -223,6 +225,7 @@ def test_variance_ratio_is_of_moving_and_exact_variance(tiny_config, tiny_data):
     assert of_start["norm1_variance_ratio"] > 1
 
 
+@pytest.mark.slow
 def test_variables_of_a_sweep_are_read_back(tmp_path, tiny_config, tiny_data):
     configs = parse("seed=0..1", tiny_config)
     sweeps.sweep(configs, tiny_data, workdir=tmp_path / "run")

@@ -63,6 +63,7 @@ def assert_as_alone(sweep, row, i, data):
     assert row["test_loss_exact"] == pytest.approx(score.test_loss_exact, rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_devices", [2, 8])
 def test_devices_share_the_members_and_change_no_number(
     num_devices, tiny_config, tiny_data
@@ -77,6 +78,7 @@ def test_devices_share_the_members_and_change_no_number(
     )
 
 
+@pytest.mark.slow
 def test_vmapped_members_are_those_that_take_turns(tiny_config, tiny_data, monkeypatch):
     configs = parse("learning_rate=0.1,0.5", tiny_config)
     in_turns = swept(configs, tiny_data).progress()
@@ -100,6 +102,7 @@ def test_diverged_member_leaves_the_others_alone(tiny_config, tiny_data):
     json.dumps(both.rows(exact=False), allow_nan=False)
 
 
+@pytest.mark.slow
 def test_frozen_gamma_and_beta_stay_at_their_start(tiny_config, tiny_data):
     for greek, name, start in (("gamma", "scale", 1), ("beta", "bias", 0)):
         config = dataclasses.replace(
@@ -113,6 +116,7 @@ def test_frozen_gamma_and_beta_stay_at_their_start(tiny_config, tiny_data):
         assert np.ptp(params["dense1"]["bias"]) > 0 or name == "bias"
 
 
+@pytest.mark.slow
 def test_layers_without_norm_have_none(tiny_config, tiny_data):
     config = dataclasses.replace(tiny_config, epochs=1, model="lenet:norm_layers=0110")
     assert set(trained(config, tiny_data).state().batch_stats) == {"norm2", "norm3"}
@@ -125,6 +129,7 @@ def validated(tiny_config, tiny_data):
     return swept(parse("learning_rate=0.1,1e38", base), tiny_data)
 
 
+@pytest.mark.slow
 def test_members_are_scored_on_the_images_set_aside(validated, tiny_data):
     row, diverged = validated.rows(exact=False)
     history = trained(validated.configs[0], tiny_data).history
@@ -273,6 +278,7 @@ def test_sweep_leaves_a_row_for_each_member_and_is_not_repeated(
         sweeps.sweep(configs[:3], tiny_data, workdir=finished, options=OPTIONS)
 
 
+@pytest.mark.slow
 def test_stopped_sweep_resumes_to_the_same_numbers(
     rows, tmp_path, configs, tiny_data, monkeypatch
 ):
@@ -343,6 +349,7 @@ def test_members_of_several_norms_are_trained_as_alone(
     assert sweeps.sweep(configs, tiny_data, workdir=tmp_path) == rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("spec", "choices"),
     [

@@ -44,7 +44,7 @@ def sweep(
       data: the images.
       workdir: receives config.json, environment.json, runs.jsonl (a row per member, as
         `Sweep.rows`), results.json, the members' variables, stacked, and sweep.png.
-      model: the user's own, as for `run.train`.
+      model: the user's own; see `run.train`.
       options: how to carry it out; by default on one device.
       exact: see `Sweep.rows`.
       train: see `Sweep.rows`.

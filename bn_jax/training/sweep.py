@@ -50,7 +50,7 @@ class Sweep:
     Args:
       configs: of the members; they differ in numbers alone, see `config.traceable`.
       data: the images.
-      model: the user's own, as for `loop.Trainer`.
+      model: the user's own; see `loop.Trainer`.
       devices: that share the members; by default JAX's first.
       checkpoint_steps: `train` pauses at each multiple of it.
 

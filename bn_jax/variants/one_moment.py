@@ -111,7 +111,7 @@ def center(
         False subtracts `state` and returns it as it was.
       momentum: weight of the OLD average, in [0, 1].
       feature_axis: axis (or axes) of the features; all others are averaged over.
-      weights: of the examples or positions in the mean; as for `batch_norm`.
+      weights: of the examples or positions in the mean; see `batch_norm`.
       axis_name: name (or tuple of names) of the mapped axes whose instances share
         their mean.
       axis_index_groups: partition of that axis into groups that share it.

@@ -19,7 +19,7 @@ def state_dict():
 
 
 def refusal(call, *args, **options):
-    """Return what the call is refused with."""
+    """Return the message of the refusal."""
     with pytest.raises(ValueError) as refused:
         call(*args, **options)
     return str(refused.value)

@@ -199,7 +199,7 @@ def test_lenet_trains_on_as_many_batches_as_asked():
 
 
 def sample_of(design):
-    """Return what a design loads, without flags that say where data lie."""
+    """Load a design's data, without flags that say where data lie."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(benchmark.launch, "load_data", data_lib.load)
         return design.load()

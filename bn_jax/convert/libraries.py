@@ -238,7 +238,7 @@ def to_equinox(
     mode: Literal["ema", "batch"],
     momentum: float | None = None,
 ) -> dict[str, np.ndarray]:
-    """Return the entries of an `equinox.nn.BatchNorm`, by the names that `from_equinox` takes.
+    """Return the entries of an `equinox.nn.BatchNorm`, as `from_equinox` takes them.
 
     `state.set` wants the counter as `jax.numpy.array(int(entries["counter"]))`, since
     Equinox's own is of a weak type, which no NumPy array has.

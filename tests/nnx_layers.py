@@ -5,9 +5,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from reference import jit_unoptimised
 
 from bn_jax import nnx as ours
+from reference import jit_unoptimised
 
 MODULES = (ours.BatchNorm, nnx.BatchNorm)
 

@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference
 from jax.sharding import AxisType, PartitionSpec
-from reference import assert_moments_close, jit_unoptimised, normal
 
+import reference
 from bn_jax import (
     BatchNormParams,
     BatchNormState,
@@ -19,6 +18,7 @@ from bn_jax import (
     measure,
     merge_across,
 )
+from reference import assert_moments_close, jit_unoptimised, normal
 
 NAME = "shards"
 WAYS = [("vmap", 4), ("pmap", 2), ("pmap", 4), ("pmap", 8), ("shard_map", 8)]

@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference
-from reference import normal
 
+import reference
 from bn_jax import (
     BatchNormState,
     batch_norm,
@@ -22,6 +21,7 @@ from bn_jax import (
     update_average,
 )
 from bn_jax.linen import BatchNorm
+from reference import normal
 
 BATCHES = [normal((16, 3), mean=5.0 + i, std=1.0 + i, seed=i) for i in range(12)]
 MOMENTS = [reference.moments(x) for x in BATCHES]

@@ -5,10 +5,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from reference import normal
 
 from bn_jax import batch_norm, init, measure, merge_across
 from bn_jax.linen import BatchNorm
+from reference import normal
 
 X = normal((16, 3), mean=1.0) + 1j * normal((16, 3), mean=-2.0, std=3.0, seed=1)
 

@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import normal
 
+import reference
 from bn_jax import BatchNormParams, batch_norm, init, measure
+from reference import normal
 
 SIZES = st.sampled_from([1, 2, 3, 7, 64, 257, 1000])  # few, as each is compiled
 

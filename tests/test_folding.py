@@ -6,11 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from reference import jit_unoptimised
 
 from bn_jax.folding import fold
 from bn_jax.linen import BatchNorm
 from bn_jax.models.lenet import LeNet
+from reference import jit_unoptimised
 
 IMAGES = jax.random.uniform(jax.random.key(3), (8, 28, 28, 1))
 

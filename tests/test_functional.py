@@ -7,11 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import assert_moments_close, normal
 
+import reference
 from bn_jax import (
     BatchNormParams,
     BatchNormState,
@@ -22,6 +21,7 @@ from bn_jax import (
     normalize,
     update_average,
 )
+from reference import assert_moments_close, normal
 
 EPSILON = 1e-5
 LAYOUTS = [((6, 3), -1), ((4, 2, 5, 3), -1), ((4, 3, 2, 5), 1), ((3, 4, 2, 2, 2), 0)]

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference
 from flax import linen as nn
-from reference import jit_unoptimised, normal
 
+import reference
 from bn_jax import linen as ours
+from reference import jit_unoptimised, normal
 
 KEY = jax.random.key(0)
 SHAPE = (6, 4, 4, 3)

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax import serialization
-from reference import normal
 
 from bn_jax import BatchNormState
 from bn_jax.linen import BatchNorm
+from reference import normal
 
 KEY = jax.random.key(0)
 X = normal((8, 3), mean=2.0, std=3.0)

@@ -5,11 +5,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference
 from jax.test_util import check_grads
-from reference import assert_moments_close, jit_unoptimised, normal
 
+import reference
 from bn_jax import Moments, measure, merge, merge_stacked
+from reference import assert_moments_close, jit_unoptimised, normal
 
 LAYOUTS = [
     ((6, 3), -1),

@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference
 from flax import nnx
+
+import reference
+from bn_jax import nnx as ours
 from nnx_layers import (
     MODULES,
     assert_close_in_own_precision,
@@ -18,8 +20,6 @@ from nnx_layers import (
     variables,
 )
 from reference import normal
-
-from bn_jax import nnx as ours
 
 SHAPE = (6, 4, 4, 3)
 MASK = np.random.default_rng(1).integers(0, 2, (6, 4, 4, 1)).astype(bool)

@@ -5,12 +5,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference
 from flax import nnx
+
+import reference
+from bn_jax import nnx as ours
 from nnx_layers import MODULES, make, merge
 from reference import normal
-
-from bn_jax import nnx as ours
 
 # What follows is the docstring's list of where Flax is wrong: a test for each.
 

@@ -8,10 +8,10 @@ import optax
 import pytest
 from flax import nnx, serialization
 from jax.sharding import AxisType, PartitionSpec
-from nnx_layers import MODULES, loss_and_output, make, merge, snapshot, variables
-from reference import normal
 
 from bn_jax import nnx as ours
+from nnx_layers import MODULES, loss_and_output, make, merge, snapshot, variables
+from reference import normal
 
 
 class Block(nnx.Module):

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
-from reference import jit_unoptimised, normal
 
 from bn_jax import batch_norm, folding, transforms
 from bn_jax import linen as linen_lib
@@ -19,6 +18,7 @@ from bn_jax.contract import Transform
 from bn_jax.fields import ConfigError
 from bn_jax.measures.population import exact_statistics
 from bn_jax.transforms import NORMS
+from reference import jit_unoptimised, normal
 
 X = normal((8, 3, 6), mean=1.0, std=2.0)  # [N, positions, C]
 KEY = jax.random.key(0)

@@ -6,12 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import reference
-from reference import normal
 
+import reference
 from bn_jax import BatchNormParams, BatchNormState, batch_norm, measure
 from bn_jax.linen import BatchNorm, norm_param_mask
 from bn_jax.models.lenet import LeNet
+from reference import normal
 
 X = normal((8, 3), mean=2.0)
 PARAMS = BatchNormParams(jnp.array([0.5, -1.0, 2.0]), jnp.array([1.0, 0.0, -3.0]))

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference
 from jax.test_util import check_grads
-from reference import jit_unoptimised, normal
 
+import reference
 from bn_jax import BatchNormParams, BatchNormState, batch_norm, init, normalize
+from reference import jit_unoptimised, normal
 
 EPSILON = 1e-5
 

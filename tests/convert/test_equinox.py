@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from convert.trainer import (
+
+from bn_jax import convert, debiased_momentum
+from convert_trainer import (
     LAYER,
     LEARNING_RATE,
     TOLERANCE,
@@ -16,8 +18,6 @@ from convert.trainer import (
     check_parity,
     start,
 )
-
-from bn_jax import convert, debiased_momentum
 
 eqx = pytest.importorskip("equinox", reason="needs the extra `peers`")
 

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from convert.trainer import LAYER, LEARNING_RATE, C, Ours, check_parity, start
 from flax import linen as nn
 from flax import nnx, traverse_util
 
 import bn_jax.linen
 from bn_jax import convert, cumulative_momentum, debiased_momentum, init
+from convert_trainer import LAYER, LEARNING_RATE, C, Ours, check_parity, start
 
 SHAPE = (4, 3, 2, C)
 

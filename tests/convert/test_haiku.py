@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from convert.trainer import LAYER, LEARNING_RATE, C, Ours, check_parity, start
 
 from bn_jax import convert, debiased_momentum, init
+from convert_trainer import LAYER, LEARNING_RATE, C, Ours, check_parity, start
 
 hk = pytest.importorskip("haiku", reason="needs the extra `peers`")
 

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from convert.trainer import LEARNING_RATE, C, Ours, check_parity, start
 
 from bn_jax import convert, init
+from convert_trainer import LEARNING_RATE, C, Ours, check_parity, start
 
 # Keras reads it once, on import.
 os.environ.setdefault("KERAS_BACKEND", "jax")

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from convert.trainer import LAYER
 
 from bn_jax import convert, init
+from convert_trainer import LAYER
 
 NAMES = {"bn1": "first", "bn2": "second"}
 

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from convert.trainer import LAYER
 
 from bn_jax import Moments, convert, init
 from bn_jax.convert import BatchNormLayer
+from convert_trainer import LAYER
 
 TORCH = {
     "weight": [1.0, 2.0],

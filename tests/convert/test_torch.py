@@ -5,9 +5,9 @@ import functools
 import chex
 import numpy as np
 import pytest
-from convert.trainer import LAYER, LEARNING_RATE, C, Ours, batches, check_parity, start
 
 from bn_jax import convert, cumulative_momentum
+from convert_trainer import LAYER, LEARNING_RATE, C, Ours, batches, check_parity, start
 
 torch = pytest.importorskip("torch", reason="needs the extra `peers`")
 

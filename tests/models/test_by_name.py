@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from reference import jit_unoptimised
 
 from bn_jax import models
 from bn_jax.fields import ConfigError
@@ -17,6 +16,7 @@ from bn_jax.linen import BatchNorm
 from bn_jax.measures.layer_calls import layer_calls
 from bn_jax.measures.population import exact_statistics
 from bn_jax.models import layers
+from reference import jit_unoptimised
 
 IMAGES = jax.random.uniform(jax.random.key(3), (8, 16, 16, 2))
 BN = functools.partial(BatchNorm, momentum=0.9)

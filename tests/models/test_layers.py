@@ -7,9 +7,9 @@ import pytest
 from flax import linen as nn
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from reference import jit_unoptimised
 
 from bn_jax.models import blocks, layers
+from reference import jit_unoptimised
 
 # (c_in, c_out, height, width, kernel height and width, stride, padding): LeNet's two,
 # ResNet's, and sizes that no block divides, or that leave pixels no output sees.

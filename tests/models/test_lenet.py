@@ -9,10 +9,10 @@ from flax import linen as nn
 from flax import traverse_util
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from reference import jit_unoptimised
 
 from bn_jax.linen import BatchNorm
 from bn_jax.models.lenet import LeNet
+from reference import jit_unoptimised
 
 IMAGES = jax.random.uniform(jax.random.key(7), (16, 28, 28, 1))
 BN = functools.partial(BatchNorm, momentum=0.9)

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference import jit_unoptimised
 
 from bn_jax.linen import BatchNorm
 from bn_jax.models.mlp import MLP
+from reference import jit_unoptimised
 
 X = jax.random.uniform(jax.random.key(0), (16, 4, 3, 1))
 LABELS = jnp.arange(16) % 10

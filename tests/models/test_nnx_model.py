@@ -7,10 +7,10 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from reference import jit_unoptimised
 
 from bn_jax import nnx as ours
 from bn_jax.models.nnx_model import NnxModel
+from reference import jit_unoptimised
 
 IMAGES = jax.random.uniform(jax.random.key(7), (8, 6, 6, 2))
 LABELS = jnp.arange(8) % 3

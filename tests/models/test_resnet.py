@@ -5,11 +5,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference import jit_unoptimised
 
 from bn_jax.linen import BatchNorm
 from bn_jax.models import layers, make_init, resnet
 from bn_jax.models.resnet import ResNet
+from reference import jit_unoptimised
 
 IMAGES = jax.random.uniform(jax.random.key(7), (8, 14, 14, 1))
 LABELS = jnp.arange(8)

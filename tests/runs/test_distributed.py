@@ -15,8 +15,8 @@ import chex
 import jax
 import numpy as np
 import pytest
-from runs import processes
 
+import processes
 from bn_jax.runs import distributed
 from bn_jax.runs.distributed import DistributedError
 from bn_jax.training import feed

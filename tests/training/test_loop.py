@@ -6,12 +6,12 @@ import chex
 import jax
 import numpy as np
 import pytest
-from small_runs import step_losses, trained
 
 from bn_jax import data as data_lib
 from bn_jax.fields import ConfigError
 from bn_jax.training import loop, parallel, scoring
 from bn_jax.training.evaluation import Evaluator
+from small_runs import step_losses, trained
 
 
 @pytest.fixture(scope="module")

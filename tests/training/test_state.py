@@ -5,7 +5,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_runs import step_losses, swept, trained
 
 from bn_jax.data import DataError
 from bn_jax.fields import ConfigError
@@ -15,6 +14,7 @@ from bn_jax.training.config import TrainConfig
 from bn_jax.training.evaluation import Evaluator
 from bn_jax.training.members import parse
 from bn_jax.training.task import Task, make_network
+from small_runs import step_losses, swept, trained
 
 TASK = Task(num_classes=10, image_shape=(28, 28, 1))
 

@@ -6,7 +6,6 @@ import chex
 import jax
 import numpy as np
 import pytest
-from small_runs import swept, trained
 
 from bn_jax.fields import ConfigError
 from bn_jax.runs import interrupt, sweeps
@@ -15,6 +14,7 @@ from bn_jax.training import mapped, members
 from bn_jax.training.config import RunOptions, TrainConfig
 from bn_jax.training.members import parse
 from bn_jax.training.sweep import Sweep
+from small_runs import swept, trained
 
 
 def difference(single, sweep, i):

@@ -3,10 +3,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference
 from jax.test_util import check_grads
-from reference import normal
 
+import reference
 from bn_jax import BatchNormParams, measure
 from bn_jax.variants.one_moment import (
     CenterState,
@@ -16,6 +15,7 @@ from bn_jax.variants.one_moment import (
     init_scale,
     scale,
 )
+from reference import normal
 
 X = normal((16, 3), mean=1.0, std=2.0)
 PARAMS = BatchNormParams(jnp.array([0.5, -1.0, 2.0]), jnp.array([1.0, 0.0, -3.0]))

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.test_util import check_grads
-from reference import normal
 
 from bn_jax import BatchNormParams
 from bn_jax.variants import per_example
 from bn_jax.variants.per_example import EmptyState
+from reference import normal
 
 X = normal((5, 4, 3, 6), mean=1.0, std=2.0)  # [N, H, W, C]
 PARAMS = BatchNormParams(jnp.arange(1.0, 7.0), jnp.arange(-3.0, 3.0))

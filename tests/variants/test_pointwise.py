@@ -2,7 +2,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference import normal
 from scipy.special import erf
 
 from bn_jax.variants.per_example import EmptyState
@@ -14,6 +13,7 @@ from bn_jax.variants.pointwise import (
     init_derf,
     init_dyt,
 )
+from reference import normal
 
 X = normal((16, 3), mean=1.0, std=2.0)
 SCALE, BIAS = jnp.array([0.5, -1.0, 2.0]), jnp.array([1.0, 0.0, -3.0])

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.test_util import check_grads
-from reference import jit_unoptimised, normal
 
 from bn_jax import BatchNormParams
 from bn_jax.variants.quantile import QuantileState, init, quantile_norm
+from reference import jit_unoptimised, normal
 
 X = normal((512, 3)) * jnp.array([1.0, 2.0, 5.0]) + 3.0
 NONE = BatchNormParams(None, None)

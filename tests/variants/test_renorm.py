@@ -5,12 +5,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference
-from reference import normal
 
+import reference
 from bn_jax import BatchNormParams, BatchNormState, batch_norm
 from bn_jax.functional import CountedState
 from bn_jax.variants.renorm import batch_renorm, limits
+from reference import normal
 
 X = normal((16, 3), mean=1.0, std=2.0)
 PARAMS = BatchNormParams(jnp.array([0.5, -1.0, 2.0]), jnp.array([1.0, 0.0, -3.0]))

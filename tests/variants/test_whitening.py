@@ -6,7 +6,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.test_util import check_grads
-from reference import jit_unoptimised, normal
 
 from bn_jax import BatchNormParams, batch_norm
 from bn_jax import init as init_batch_norm
@@ -16,6 +15,7 @@ from bn_jax.variants.whitening import (
     inverse_square_root,
     whiten,
 )
+from reference import jit_unoptimised, normal
 
 EXACT = ["zca", "pca", "cholesky"]
 METHODS = [*EXACT, "iternorm"]

@@ -1,4 +1,4 @@
-"""Programs that test_distributed.py runs in processes of their own.
+"""Programs that runs/test_distributed.py runs in processes of their own.
 
 Each takes one argument, a JSON object: the program's name, its place among the
 processes, and what the program says it needs.

@@ -1,4 +1,9 @@
-"""Gives every test 8 CPU devices, and single tests float64 or a tiny run."""
+"""Gives every test 8 CPU devices, and single tests float64 or a tiny run.
+
+Most of the time of these tests is XLA's compiler's. Unless XLA_FLAGS is set, be it to
+nothing, they ask it for plain code, which it makes in a third of the time; `.ci/run
+--all` runs them with the code that users get, too.
+"""
 
 import dataclasses
 import gc
@@ -15,6 +20,11 @@ import pytest
 from bn_jax import data as data_lib
 from bn_jax.training import loop, memory
 from bn_jax.training.config import TrainConfig
+
+QUICK = ["--xla_backend_optimization_level=0"]
+if jax.__version_info__ < (0, 11):  # later ones have no other emitters
+    QUICK.append("--xla_cpu_use_fusion_emitters=false")
+os.environ.setdefault("XLA_FLAGS", " ".join(QUICK))
 
 NUM_DEVICES = 8
 jax.config.update("jax_num_cpu_devices", NUM_DEVICES)
@@ -82,7 +92,9 @@ def tiny_data():
 @pytest.fixture(scope="session")
 def tiny_config():
     """Two epochs of five steps, and twenty images an epoch left over."""
-    return dataclasses.replace(TrainConfig(), epochs=2, batch_size=30)
+    return dataclasses.replace(
+        TrainConfig(), model="mlp:widths=16x16", epochs=2, batch_size=30
+    )
 
 
 @pytest.fixture

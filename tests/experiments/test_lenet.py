@@ -116,48 +116,17 @@ def steps_in(workdir):
     return sorted(int(name) for name in names)
 
 
+# Of each way to end: absl's, ours, and ours when the folder is opened. The other
+# mistakes are made in test_train.py, in this process.
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "give --workdir=DIR to train"),
-        (["--workdir=a", "--load=b"], "give --workdir=DIR to train"),
         (["--workdir=a", "run"], r"unexpected arguments \['run'\]"),
-        (["--workdir=a", "--norm=nrom"], "norm='nrom'; expected one of batch_norm"),
-        (["--workdir=a", "--optimizer=lamp"], "optimizer='lamp'; expected one of sgd"),
-        (
-            ["--workdir=a", "--dataset=cifar"],
-            "dataset 'cifar' is unknown; .*one of auto",
-        ),
-        (["--workdir=a", "--epochs=0"], "epochs=0; expected a number at least 1"),
-        (
-            ["--workdir=a", "--norm=batch_norm:momentum=2"],
-            r"momentum=2; expected a number in \[0, 1\]",
-        ),
         (["--workdir=a", "--epohcs=3"], "Unknown command line flag 'epohcs'"),
-        (
-            ["--workdir=a", "--dataset=fashion_mnist", "--data_files=nowhere"],
-            "nowhere is not a folder; expected a folder with the four IDX files",
-        ),
-        (["--load=nowhere"], "no config.json in nowhere"),
-        (["--load=a", "--norm=none"], "so leave out --norm"),
-        (["--workdir=a", "--devices=0"], "devices='0'; expected all, or a number"),
-        (["--workdir=a", "--checkpoint_every=5"], "such as 1epoch, 2epochs or 500st"),
-        (["--workdir=a", "--seed=4294967296"], r"a number from 0 to 2\*\*32 - 1"),
-        (
-            ["--workdir=a", "--smoke", "--devices=3"],
-            "batch_size=256 does not divide over 3 devices; give a multiple of 3",
-        ),
+        (["--workdir=a", "--norm=nrom"], "norm='nrom'; expected one of batch_norm"),
         (
             ["--workdir=/proc/a", "--smoke"],
             "cannot write to the working directory /proc/a: .*--workdir",
-        ),
-        (
-            ["--workdir=/dev/null/a", "--smoke"],
-            "cannot write to the working directory /dev/null/a: .*--workdir",
-        ),
-        (
-            ["--workdir=a", "--smoke", "--batch_size=6001"],
-            "batch_size=6001 is larger than the training set of 6000 images",
         ),
     ],
 )
@@ -185,7 +154,7 @@ def assert_same_run(a, b):
 
 
 # Four epochs of 100 steps.
-RUN = ("--dataset=sample", "--epochs=4", "--batch_size=60")
+RUN = ("--dataset=sample", "--model=mlp:widths=16", "--epochs=4", "--batch_size=60")
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """The command `experiments.train`, in this process: models, norms and data by name."""
 
+import functools
 import os
 import re
 import signal
@@ -7,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from absl import flags
 
 from bn_jax import runs
 from bn_jax.runs import results
@@ -16,30 +16,15 @@ from experiments import launch, train
 
 
 @pytest.fixture
-def command(tmp_path, monkeypatch, capsys):
+def command(in_process):
     """Runs the command in a folder of its own; returns what it printed.
 
     Raises SystemExit with the line of an error. How this ends a process is in
     test_lenet.py.
     """
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(launch, "set_up_jax", lambda: None)  # it is set up for tests
-    monkeypatch.setattr(launch, "_quiet_orbax", lambda: None)
-    before = set(flags.FLAGS)
-
-    def command(*arguments):
-        monkeypatch.setattr(
-            launch.app, "run", lambda main: main(flags.FLAGS(["train", *arguments]))
-        )
-        try:
-            launch.start(train.main, train.define_flags)
-        finally:
-            for name in set(flags.FLAGS) - before:
-                delattr(flags.FLAGS, name)
-            flags.FLAGS.unparse_flags()
-        return capsys.readouterr().out
-
-    return command
+    return functools.partial(
+        in_process, lambda: launch.start(train.main, train.define_flags)
+    )
 
 
 def colour_images(num_examples, seed):
@@ -195,6 +180,50 @@ def test_file_that_cannot_be_read_ends_in_a_line_and_leaves_no_folder(
     assert re.match(f"error: .*{message}", ended.value.code)
     assert "\n" not in ended.value.code
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give --workdir=DIR to train"),
+        (["--workdir=a", "--load=b"], "give --workdir=DIR to train"),
+        (["--load=nowhere"], "no config.json in nowhere"),
+        (["--load=a", "--norm=none"], "so leave out --norm"),
+        (["--workdir=a", "--epochs=0"], "epochs=0; expected a number at least 1"),
+        (["--workdir=a", "--optimizer=lamp"], "optimizer='lamp'; expected one of sgd"),
+        (
+            ["--workdir=a", "--dataset=cifar"],
+            "dataset 'cifar' is unknown; .*one of auto",
+        ),
+        (
+            ["--workdir=a", "--dataset=fashion_mnist", "--data_files=nowhere"],
+            "nowhere is not a folder; expected a folder with the four IDX files",
+        ),
+        (["--workdir=a", "--smoke", "--devices=0"], "devices='0'; expected all, or a"),
+        (["--workdir=a", "--smoke", "--checkpoint_every=5"], "such as 1epoch, 2epochs"),
+        (["--workdir=a", "--seed=4294967296"], r"a number from 0 to 2\*\*32 - 1"),
+        (
+            ["--workdir=a", "--smoke", "--devices=3"],
+            "batch_size=256 does not divide over 3 devices; give a multiple of 3",
+        ),
+        (
+            ["--workdir=/dev/null/a", "--smoke"],
+            "cannot write to the working directory /dev/null/a: .*--workdir",
+        ),
+        (
+            ["--workdir=a", "--smoke", "--batch_size=6001"],
+            "batch_size=6001 is larger than the training set of 6000 images",
+        ),
+    ],
+)
+def test_mistake_ends_in_a_line_that_says_the_mend(
+    arguments, message, command, tmp_path
+):
+    with pytest.raises(SystemExit) as ended:
+        command(*arguments)
+    assert re.match(f"error: .*{message}", ended.value.code)
+    assert "\n" not in ended.value.code
+    assert not any(tmp_path.iterdir())
 
 
 NORMS = ("batch_norm", "group:num_groups=4")

@@ -124,7 +124,6 @@ def test_without_norm_accumulation_changes_nothing_but_rounding(batch):
     chex.assert_trees_all_close(of_whole, of_parts, atol=1e-6)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("parallel_by", ["pmap", "jit"])
 def test_devices_accumulate_as_one_does(parallel_by, tiny_config, tiny_data):
     config = dataclasses.replace(
@@ -179,7 +178,6 @@ def test_average_changes_no_number_of_the_training(batch):
     assert plain[-1].average == {}
 
 
-@pytest.mark.slow
 def test_average_is_scored_with_statistics_of_its_own(tiny_config, tiny_data):
     config = dataclasses.replace(tiny_config, average_weights=0.9)
     trainer = loop.Trainer(config, tiny_data)

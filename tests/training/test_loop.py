@@ -26,20 +26,17 @@ def ended(tiny_config, tiny_data, reports):
     return trainer
 
 
-@pytest.mark.slow
 def test_same_config_repeats_bit_for_bit(ended, tiny_config, tiny_data):
     again = trained(tiny_config, tiny_data)
     assert_same(again.progress(), ended.progress())
 
 
-@pytest.mark.slow
 def test_streamed_run_is_the_stored_run_bit_for_bit(ended, tiny_config, tiny_data):
     # In parts that begin amid an epoch, of 2, 2 and 1 steps.
     streamed = trained(tiny_config, tiny_data, stream=True, checkpoint_steps=2)
     assert_same(streamed.progress(), ended.progress())
 
 
-@pytest.mark.slow
 def test_another_seed_gives_another_start_and_order(ended, tiny_config, tiny_data):
     other = step_losses(dataclasses.replace(tiny_config, seed=1), tiny_data)
     assert other[0] != ended.progress().step_losses[0]
@@ -56,14 +53,13 @@ def test_history_holds_each_epochs_means(ended, reports):
         assert 0 <= report.test_accuracy <= 1
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("num_devices", [1, 2])
 def test_lowered_loop_is_that_of_the_steps(num_devices, tiny_config, tiny_data):
     config = dataclasses.replace(tiny_config, batch_size=30)
     placement = parallel.place(config, devices=str(num_devices))
     trainer = loop.Trainer(config, tiny_data, placement=placement)
     program = trainer.lower().compile().as_text()
-    assert "transpose(jvp(LeNet))/conv1" in program
+    assert "transpose(jvp(MLP))/dense1" in program
     assert ("all-reduce" in program) == (num_devices == 2)
     assert trainer.step == 0
 
@@ -76,7 +72,6 @@ def test_training_learns(tiny_config, tiny_data):
     assert score.test_accuracy == pytest.approx(trainer.history[-1].test_accuracy)
 
 
-@pytest.mark.slow
 def test_ours_and_flaxs_own_agree_step_by_step(tiny_config, tiny_data):
     config = dataclasses.replace(tiny_config, epochs=4)
     ours = trained(config, tiny_data)
@@ -84,10 +79,9 @@ def test_ours_and_flaxs_own_agree_step_by_step(tiny_config, tiny_data):
     difference = np.abs(ours.progress().step_losses - flax)
     assert difference[0] < 1e-5
     assert difference[:20].max() < 1e-3
-    assert len(jax.tree.leaves(ours.state().batch_stats)) == 8
+    assert len(jax.tree.leaves(ours.state().batch_stats)) == 4
 
 
-@pytest.mark.slow
 def test_momentum_of_the_statistics_and_epsilon_reach_the_layers(
     tiny_config, tiny_data
 ):
@@ -128,7 +122,10 @@ KINDS = {
         True,
     ),
     "augmented, dropout, stored": (
-        {"augment": "crop_and_flip:padding=2", "model": "lenet:dropout_rate=0.3"},
+        {
+            "augment": "crop_and_flip:padding=2",
+            "model": "mlp:widths=16,dropout_rate=0.3",
+        },
         False,
     ),
 }
@@ -151,7 +148,6 @@ def paused(request, tiny_config, tiny_data):
     return make, trainer, progress
 
 
-@pytest.mark.slow
 def test_run_goes_on_from_any_pause_bit_for_bit(paused):
     _, trainer, progress = paused
     assert [len(p.step_losses) for p in progress] == list(range(11))
@@ -194,7 +190,6 @@ def test_time_of_an_epoch_adds_up_over_its_parts(paused):
     assert 1000 < report.seconds < 1100
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["exact", "first"])
 def test_progress_of_more_devices_is_merged_by_rule(rule, tiny_config, tiny_data):
     config = dataclasses.replace(tiny_config, merged_stats=rule)
@@ -230,7 +225,6 @@ def all_finite(tree):
     return all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(tree))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stream", [False, True])
 def test_rate_that_is_too_great_ends_the_run_before_the_step(
     stream, tiny_config, tiny_data
@@ -266,8 +260,7 @@ def broken(tiny_config, tiny_data):
     return train
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("layer", ["conv1", "norm1", "conv2", "dense2", "dense3"])
+@pytest.mark.parametrize("layer", ["dense1", "norm1", "dense2", "dense3"])
 def test_first_layer_that_is_not_finite_is_named(layer, broken):
     name = "scale" if layer.startswith("norm") else "kernel"
     message = (
@@ -292,7 +285,6 @@ def validated(tiny_config, tiny_data):
     return trained(dataclasses.replace(tiny_config, validation=30), tiny_data)
 
 
-@pytest.mark.slow
 def test_images_are_set_aside_and_scored_after_each_epoch(validated, tiny_data):
     images, labels = tiny_data.train
     assert len(validated.data.train.labels) == 140
@@ -431,11 +423,13 @@ def test_seed_decides_the_augmentation_and_evaluation_sees_the_middle(
     network = loop.Trainer(config, tiny_data).network
     variables = network.init(jax.random.key(0))
     images = tiny_data.test.images[:3]
-    np.testing.assert_array_equal(
+    chex.assert_trees_all_close(
         network.predict(variables, images),
         network.model.apply(
             variables, network.scale(images[:, 1:-1, 1:-1]), train=False
         ),
+        rtol=1e-5,
+        atol=1e-6,
     )
 
 

@@ -38,7 +38,6 @@ def share(tree):
     return np.concatenate(leaves).mean()
 
 
-@pytest.mark.slow
 def test_norms_alone_learn(tiny_config, tiny_data):
     config = dataclasses.replace(tiny_config, trained="norms")
     change = moved(config, tiny_data)
@@ -52,10 +51,9 @@ def test_last_layer_learns_beside_norms(tiny_config, tiny_data):
         dataclasses.replace(tiny_config, trained="norms:also=dense3"), tiny_data
     )
     learns = {layer for layer, of_layer in change.items() if share(of_layer) > 0}
-    assert learns == {"norm1", "norm2", "norm3", "norm4", "dense3"}
+    assert learns == {"norm1", "norm2", "dense3"}
 
 
-@pytest.mark.slow
 def test_as_many_parameters_as_norms_have_learn_at_random(tiny_config, tiny_data):
     # At a rate at which each number that learns moves by more than its rounding.
     config = dataclasses.replace(tiny_config, trained="random", learning_rate=3.0)
@@ -64,22 +62,20 @@ def test_as_many_parameters_as_norms_have_learn_at_random(tiny_config, tiny_data
         share(of_layer) for layer, of_layer in change.items() if "norm" in layer
     )
     count = sum(np.sum(leaf) for leaf in jax.tree.leaves(change))
-    # 2 (6 + 16 + 120 + 84) = 452, of which those of biases before norms stay at 0.
-    assert 400 < count <= 452
+    # 2 (16 + 16), of which some weights of the images' borders never see but 0.
+    assert 40 < count <= 64
     other = moved(dataclasses.replace(config, seed=1), tiny_data)
     assert not np.array_equal(other["dense1"]["kernel"], change["dense1"]["kernel"])
 
 
-@pytest.mark.slow
 def test_frozen_gamma_goes_with_norms_alone(tiny_config, tiny_data):
     config = dataclasses.replace(tiny_config, trained="norms:gamma=false")
     change = moved(config, tiny_data)
-    for layer in ("norm1", "norm4"):
+    for layer in ("norm1", "norm2"):
         assert not change[layer]["scale"].any()
         assert change[layer]["bias"].all()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("where", ["dense", "last"])
 def test_dropout_drops_its_share_of_what_it_follows(where):
     config = TrainConfig(
@@ -105,24 +101,25 @@ def test_dropout_drops_its_share_of_what_it_follows(where):
     np.testing.assert_array_equal(predict, plain.apply(variables, images, train=False))
 
 
-@pytest.mark.slow
 def test_each_step_seed_and_device_drops_anew(tiny_config, tiny_data):
     config = dataclasses.replace(
-        tiny_config, norm="none", model="lenet:dropout_rate=0.5", learning_rate=1e-12
+        tiny_config,
+        norm="none",
+        model="mlp:widths=16,dropout_rate=0.5",
+        learning_rate=1e-12,
     )
     losses = step_losses(config, tiny_data)
     np.testing.assert_array_equal(losses, step_losses(config, tiny_data))
-    without = step_losses(dataclasses.replace(config, model="lenet"), tiny_data)
+    without = step_losses(dataclasses.replace(config, model="mlp:widths=16"), tiny_data)
     # Nothing has learned: what differs is what was dropped.
     assert len(np.unique(np.abs(losses - without).round(7))) > 8
     two = step_losses(config, tiny_data, placement=parallel.place(config, devices="2"))
     assert np.abs(two - losses).max() > 1e-4
 
 
-@pytest.mark.slow
 def test_members_of_a_sweep_drop_as_they_would_alone(tiny_config, tiny_data):
     base = dataclasses.replace(
-        tiny_config, model="lenet:dropout_rate=0.3", learning_rate=0.1
+        tiny_config, model="mlp:widths=16,dropout_rate=0.3", learning_rate=0.1
     )
     configs = parse("seed=3..4", base)
     sweep = swept(configs, tiny_data)
@@ -143,10 +140,10 @@ def test_first_examples_alone_are_trained_on(tiny_config, tiny_data):
         loop.Trainer(dataclasses.replace(config, train_examples=171), tiny_data)
 
 
-def test_relu_is_after_each_norm(tiny_config):
-    config = dataclasses.replace(tiny_config, model="lenet:activation=relu")
+def test_relu_is_after_each_norm():
+    config = TrainConfig(model="lenet:activation=relu")
     assert make_network(config, TASK).model.activation is jax.nn.relu
-    assert make_network(tiny_config, TASK).model.activation is jax.nn.sigmoid
+    assert make_network(TrainConfig(), TASK).model.activation is jax.nn.sigmoid
 
 
 def test_model_of_a_run_that_was_passed_in_is_asked_for():
@@ -193,7 +190,6 @@ def test_lenet_trains_with_any_norm_by_name(norm, tiny_config, tiny_data):
     assert 0 <= row["test_accuracy_batch"] <= 1
 
 
-@pytest.mark.slow
 def test_scores_of_members_are_those_of_single_evaluations(tiny_config, tiny_data):
     (row,) = swept([tiny_config], tiny_data).rows(train=True)
     single = trained(tiny_config, tiny_data)
@@ -216,7 +212,6 @@ def test_scores_of_members_are_those_of_single_evaluations(tiny_config, tiny_dat
     assert row["test_accuracy_batch"] == pytest.approx(right.mean())
 
 
-@pytest.mark.slow
 def test_variance_ratio_is_of_moving_and_exact_variance(tiny_config, tiny_data):
     # At momentum 0 the moving variance is that of the last batch; at 1 it is still 1,
     # and that of the pixels' convolution is far below 1.
@@ -225,7 +220,6 @@ def test_variance_ratio_is_of_moving_and_exact_variance(tiny_config, tiny_data):
     assert of_start["norm1_variance_ratio"] > 1
 
 
-@pytest.mark.slow
 def test_variables_of_a_sweep_are_read_back(tmp_path, tiny_config, tiny_data):
     configs = parse("seed=0..1", tiny_config)
     sweeps.sweep(configs, tiny_data, workdir=tmp_path / "run")

@@ -33,16 +33,20 @@ def difference(single, sweep, i):
 
 SPECS = [
     "learning_rate=0.05,0.2;seed=0..1",
-    "model.norm_layers=1111,0011,0000;trained.gamma=true,false",
+    "model.norm_layers=11,01,00;trained.gamma=true,false",
     "norm.momentum=0.5,0.99;norm.epsilon=1e-5,1e-2;trained.beta=false",
     "optimizer.momentum=0,0.9;seed=0..1",
 ]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("spec", SPECS)
 def test_members_train_as_they_would_alone(spec, tiny_config, tiny_data):
-    base = dataclasses.replace(tiny_config, epochs=4, learning_rate=0.1)
+    base = dataclasses.replace(
+        tiny_config,
+        epochs=4,
+        learning_rate=0.1,
+        model="mlp:widths=16x16,bias_before_norm=true",  # so that norms are switched
+    )
     configs = parse(spec, base)
     sweep = swept(configs, tiny_data)
     assert sweep.step == 20
@@ -63,7 +67,6 @@ def assert_as_alone(sweep, row, i, data):
     assert row["test_loss_exact"] == pytest.approx(score.test_loss_exact, rel=1e-4)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("num_devices", [2, 8])
 def test_devices_share_the_members_and_change_no_number(
     num_devices, tiny_config, tiny_data
@@ -78,7 +81,6 @@ def test_devices_share_the_members_and_change_no_number(
     )
 
 
-@pytest.mark.slow
 def test_vmapped_members_are_those_that_take_turns(tiny_config, tiny_data, monkeypatch):
     configs = parse("learning_rate=0.1,0.5", tiny_config)
     in_turns = swept(configs, tiny_data).progress()
@@ -91,8 +93,8 @@ def test_vmapped_members_are_those_that_take_turns(tiny_config, tiny_data, monke
 def test_diverged_member_leaves_the_others_alone(tiny_config, tiny_data):
     alone = swept(parse("learning_rate=0.1", tiny_config), tiny_data)
     both = swept(parse("learning_rate=0.1,1e38", tiny_config), tiny_data)
-    chex.assert_trees_all_equal(
-        alone.rows(exact=False)[0]["loss"], both.rows(exact=False)[0]["loss"]
+    chex.assert_trees_all_close(
+        alone.rows(exact=False)[0]["loss"], both.rows(exact=False)[0]["loss"], rtol=1e-6
     )
     diverged = both.rows()[1]
     assert diverged["diverged_at_step"] == 2
@@ -102,23 +104,23 @@ def test_diverged_member_leaves_the_others_alone(tiny_config, tiny_data):
     json.dumps(both.rows(exact=False), allow_nan=False)
 
 
-@pytest.mark.slow
 def test_frozen_gamma_and_beta_stay_at_their_start(tiny_config, tiny_data):
     for greek, name, start in (("gamma", "scale", 1), ("beta", "bias", 0)):
         config = dataclasses.replace(
             tiny_config, epochs=1, trained=f"all:{greek}=false"
         )
         params = trained(config, tiny_data).state().params
-        for norm in ("norm1", "norm2", "norm3", "norm4"):
+        for norm in ("norm1", "norm2"):
             np.testing.assert_array_equal(params[norm][name], start)
         other = {"scale": "bias", "bias": "scale"}[name]
-        assert np.ptp(params["norm4"][other]) > 0
-        assert np.ptp(params["dense1"]["bias"]) > 0 or name == "bias"
+        assert np.ptp(params["norm2"][other]) > 0
+        assert np.ptp(params["dense3"]["bias"]) > 0
 
 
-@pytest.mark.slow
 def test_layers_without_norm_have_none(tiny_config, tiny_data):
-    config = dataclasses.replace(tiny_config, epochs=1, model="lenet:norm_layers=0110")
+    config = dataclasses.replace(
+        tiny_config, epochs=1, model="mlp:widths=16x16x16,norm_layers=011"
+    )
     assert set(trained(config, tiny_data).state().batch_stats) == {"norm2", "norm3"}
 
 
@@ -129,7 +131,6 @@ def validated(tiny_config, tiny_data):
     return swept(parse("learning_rate=0.1,1e38", base), tiny_data)
 
 
-@pytest.mark.slow
 def test_members_are_scored_on_the_images_set_aside(validated, tiny_data):
     row, diverged = validated.rows(exact=False)
     history = trained(validated.configs[0], tiny_data).history
@@ -278,7 +279,6 @@ def test_sweep_leaves_a_row_for_each_member_and_is_not_repeated(
         sweeps.sweep(configs[:3], tiny_data, workdir=finished, options=OPTIONS)
 
 
-@pytest.mark.slow
 def test_stopped_sweep_resumes_to_the_same_numbers(
     rows, tmp_path, configs, tiny_data, monkeypatch
 ):
@@ -349,7 +349,6 @@ def test_members_of_several_norms_are_trained_as_alone(
     assert sweeps.sweep(configs, tiny_data, workdir=tmp_path) == rows
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("spec", "choices"),
     [

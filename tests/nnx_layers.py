@@ -7,7 +7,6 @@ import numpy as np
 from flax import nnx
 
 from bn_jax import nnx as ours
-from reference import jit_unoptimised
 
 MODULES = (ours.BatchNorm, nnx.BatchNorm)
 
@@ -35,7 +34,7 @@ def train(module, batches, mask=None, **options):
         state = nnx.state(layer)
         return state, (y, *map(nnx.to_pure_dict, gradients[:1]), gradients[1])
 
-    @jit_unoptimised
+    @jax.jit
     def run(state, batches):
         state, steps = jax.lax.scan(step, state, batches)
         layer = nnx.merge(graphdef, state)

@@ -105,16 +105,12 @@ def numbers(data, *, devices, config, program, stream):
     }
 
 
-def train_all(runs, data, out):
-    """Train one after another; write what each comes to, and what was read."""
-    loaded = load_data(data)
-    for name, run in runs.items():
-        Recorded.rows.clear()
-        arrays = numbers(loaded, devices="all", **run)
-        if run["stream"]:
-            read = [rows for rows in Recorded.rows if rows.ndim == 2]
-            arrays["rows"] = np.stack(read)
-        np.savez(f"{out}.{name}.npz", **arrays)
+def train_one(name, run, data, out):
+    """Train; write what it comes to, and what was read."""
+    arrays = numbers(load_data(data), devices="all", **run)
+    if run["stream"]:
+        arrays["rows"] = np.stack([rows for rows in Recorded.rows if rows.ndim == 2])
+    np.savez(f"{out}.{name}.npz", **arrays)
 
 
 def train_into(workdirs, data, config, checkpoint_every="4steps", kill_at=None):
@@ -179,7 +175,7 @@ def fail_on_primary(error):
 
 PROGRAMS = {
     function.__name__: function
-    for function in (train_all, train_into, train_for_long, meet, fail_on_primary)
+    for function in (train_one, train_into, train_for_long, meet, fail_on_primary)
 }
 
 

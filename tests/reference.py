@@ -3,18 +3,12 @@
 Nothing here calls bn_jax: it is what the tests compare bn_jax with.
 """
 
-import functools
 from typing import NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-# For large programs of which numbers are compared: it halves the time to compile.
-jit_unoptimised = functools.partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0}
-)
 
 
 class Expected(NamedTuple):

@@ -18,7 +18,7 @@ from bn_jax import (
     measure,
     merge_across,
 )
-from reference import assert_moments_close, jit_unoptimised, normal
+from reference import assert_moments_close, normal
 
 NAME = "shards"
 WAYS = [("vmap", 4), ("pmap", 2), ("pmap", 4), ("pmap", 8), ("shard_map", 8)]
@@ -78,7 +78,7 @@ def big_batch(x, weights):
         return loss(y, state), (y.reshape(x.shape), state)
 
     gradient = jax.value_and_grad(total, argnums=(0, 1), has_aux=True)
-    return jit_unoptimised(gradient)(x, PARAMS)
+    return jax.jit(gradient)(x, PARAMS)
 
 
 @pytest.mark.parametrize("way,num_shards", WAYS)
@@ -119,7 +119,7 @@ def test_values_state_and_gradients_are_those_of_one_big_batch(
         losses, y, state = mapped(way, num_shards, step)(x, *same, weights)
         return jnp.sum(losses), (y, state)
 
-    gradient = jit_unoptimised(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))
+    gradient = jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))
     (value, (y, states)), gradients = jax.device_get(gradient(x, PARAMS))
     (expected, (big_y, big_state)), big_gradients = big_batch(x, weights)
     chex.assert_trees_all_close(

@@ -12,7 +12,7 @@ from flax import linen as nn
 
 import reference
 from bn_jax import linen as ours
-from reference import jit_unoptimised, normal
+from reference import normal
 
 KEY = jax.random.key(0)
 SHAPE = (6, 4, 4, 3)
@@ -74,7 +74,7 @@ def train(module, batches, mask=None, use_running_average=None):
         variables = {"params": params, "batch_stats": stats}
         return variables, (y, gradients, variables)
 
-    @jit_unoptimised
+    @jax.jit
     def run(batches):
         first = module.init_with_output(KEY, batches[0], use_running_average, mask=mask)
         variables = {"params": {}, **first[1]}

@@ -195,9 +195,11 @@ def test_one_example_at_a_time_shares_statistics_along_a_named_axis(axis):
         ((None, weights), weights),
     ):
         graphdef, state = nnx.split(make(axis=axis, axis_name="batch"))
-        each = jax.vmap(
-            lambda x, *given, g=graphdef, s=state: step(s, x, *given, g),
-            axis_name="batch",
+        each = jax.jit(
+            jax.vmap(
+                lambda x, *given, g=graphdef, s=state: step(s, x, *given, g),
+                axis_name="batch",
+            )
         )
         y, states = each(x, *given)
         batch = make()

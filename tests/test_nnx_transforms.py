@@ -328,6 +328,7 @@ class LeNet(nnx.Module):
         return self.head(x)
 
 
+@pytest.mark.slow
 def test_a_small_lenet_learns_synthetic_images():
     rng = np.random.default_rng(0)
     prototypes = rng.random((10, 28, 28, 1))

@@ -18,7 +18,7 @@ from bn_jax.contract import Transform
 from bn_jax.fields import ConfigError
 from bn_jax.measures.population import exact_statistics
 from bn_jax.transforms import NORMS
-from reference import jit_unoptimised, normal
+from reference import normal
 
 X = normal((8, 3, 6), mean=1.0, std=2.0)  # [N, positions, C]
 KEY = jax.random.key(0)
@@ -101,9 +101,7 @@ def test_linen_nnx_and_the_function_give_the_same(spec):
         predicted = layer(x, use_running_average=True)  # moves no average
         return y, nnx.to_pure_dict(nnx.state(layer, nnx.BatchStat)), predicted
 
-    expected, *others = jit_unoptimised(
-        lambda x: (by_function(x), by_linen(x), by_nnx(x))
-    )(X)
+    expected, *others = jax.jit(lambda x: (by_function(x), by_linen(x), by_nnx(x)))(X)
     for other in others:
         chex.assert_trees_all_close(other, expected, rtol=1e-5, atol=1e-6)
     created = linen_lib.norm(spec)(use_running_average=True).init(KEY, X)
@@ -132,7 +130,7 @@ def test_layout_ensembles_and_traced_options_change_no_number(spec):
         variables = layer.init(KEY, x)
         return layer.apply(variables, x, mutable=["batch_stats"])
 
-    @jit_unoptimised
+    @jax.jit
     def run(x, traced):
         y, moved = transform.apply(x, params, state, train=True)
         channels_first = transform.apply(
@@ -273,7 +271,7 @@ def test_one_example_at_a_time_shares_its_norm_along_an_axis():
         each = linen_lib.norm(spec, axis_name="n")(use_running_average=False)
         variables = each.init(KEY, x[0])
         step = functools.partial(each.apply, variables, mutable=["batch_stats"])
-        y, moved = jit_unoptimised(jax.vmap(step, axis_name="n"))(x)
+        y, moved = jax.jit(jax.vmap(step, axis_name="n"))(x)
         whole = linen_lib.norm(spec)(use_running_average=False)
         expected = whole.apply(variables, x, mutable=["batch_stats"])
         got = y, jax.tree.map(lambda a: a[0], moved)

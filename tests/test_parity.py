@@ -10,7 +10,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from bn_jax import BatchNormParams, BatchNormState, batch_norm
-from reference import jit_unoptimised, normal
+from marks import slow_but
+from reference import normal
 
 PARAMS = BatchNormParams(jnp.array([0.5, -1.0, 2.0]), jnp.array([1.0, 0.0, -3.0]))
 STATE = BatchNormState(jnp.array([0.1, 0.2, 0.3]), jnp.array([1.0, 2.0, 3.0]))
@@ -38,7 +39,7 @@ def everything(forward, x, params, weights):
     gradient = jax.value_and_grad(
         functools.partial(total, forward), argnums=(0, 1), has_aux=True
     )
-    return jit_unoptimised(gradient)(x, params, weights)
+    return jax.jit(gradient)(x, params, weights)
 
 
 def first(states):
@@ -121,7 +122,11 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("weights", [None, WEIGHTS], ids=["plain", "weighted"])
+@pytest.mark.parametrize(
+    "weights",
+    [pytest.param(None, marks=pytest.mark.slow, id="plain"), WEIGHTS],
+    ids=["plain", "weighted"],
+)
 @pytest.mark.parametrize("way", WAYS)
 def test_values_state_and_gradients_are_the_big_batchs(way, weights):
     x = normal((16, 3), mean=1.0, std=2.0)
@@ -140,7 +145,7 @@ def test_float64_agrees_to_1e_12(way, x64):
     chex.assert_trees_all_close(ours, expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", slow_but(["nested vmap", "pmap 8", "shard_map"], WAYS))
 def test_bfloat16_agrees_within_its_precision(way):
     x = normal((16, 3), mean=1.0, std=2.0, dtype=jnp.bfloat16)
     (_, (y, state)), _ = everything(WAYS[way], x, PARAMS, None)

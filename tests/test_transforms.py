@@ -11,7 +11,7 @@ from jax.test_util import check_grads
 
 import reference
 from bn_jax import BatchNormParams, BatchNormState, batch_norm, init, normalize
-from reference import jit_unoptimised, normal
+from reference import normal
 
 EPSILON = 1e-5
 
@@ -35,7 +35,7 @@ def problem():
 def assert_same_values_and_gradients(transformed, problem):
     """Compare a transformed loss with the loss itself."""
     got, expected = (
-        jit_unoptimised(jax.value_and_grad(f, argnums=(0, 1), has_aux=True))(*problem)
+        jax.jit(jax.value_and_grad(f, argnums=(0, 1), has_aux=True))(*problem)
         for f in (transformed, loss)
     )
     chex.assert_trees_all_close(got, expected, rtol=1e-5, atol=1e-6)
@@ -145,9 +145,7 @@ def test_hessian_is_that_of_the_two_pass_formula(problem, x64):
     def ours(x):
         return jnp.sum(jnp.sin(batch_norm(x, params, state, train=True)[0]) ** 3)
 
-    got, expected = (
-        jit_unoptimised(jax.hessian(f))(jnp.asarray(x)) for f in (ours, two_pass)
-    )
+    got, expected = (jax.jit(jax.hessian(f))(jnp.asarray(x)) for f in (ours, two_pass))
     assert jnp.max(jnp.abs(expected)) > 0.1
     chex.assert_trees_all_close(got, expected, rtol=1e-9, atol=1e-11)
 

@@ -240,13 +240,13 @@ def to_equinox(
 ) -> dict[str, np.ndarray]:
     """Return the entries of an `equinox.nn.BatchNorm`, as `from_equinox` takes them.
 
-    `state.set` wants the counter as `jax.numpy.array(int(entries["counter"]))`, since
-    Equinox's own is of a weak type, which no NumPy array has.
+    Give `state.set` the counter as `jax.numpy.array(int(entries["counter"]))`: Equinox
+    keeps it weakly typed, which a NumPy array cannot be.
 
     Args:
-      layer: to be written. Mode "batch" needs `num_batches`; of averages with constant
-        momentum give a large one, as for `to_haiku`. With 0 it goes on training as from
-        the start, but keeps the averages: Equinox's counter hides no initial value.
+      layer: to be written. Mode "batch" needs `num_batches`; for averages of a constant
+        momentum give a large number, as for `to_haiku`. With 0, training continues as
+        if from the start, but from these averages.
       mode: of the layer.
       momentum: weight of the OLD average, of the layer; for mode "batch".
 

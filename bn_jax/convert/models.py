@@ -88,8 +88,8 @@ def layers_into(
       entries: of the model, such as its initial state, as for `layers_from`. They say
         which shapes are expected, and whether there are scale and bias.
       layers: by the names that `names` maps to.
-      names: see `layers_from`: from the layer's name in `entries` to that in
-        `layers`, or to None to leave it as it is.
+      names: maps a layer's name in `entries` to its name in `layers`, or to None to
+        leave that layer as it is; see `layers_from`.
       momentum: weight of the OLD average, of the layers; for haiku and equinox_batch
         alone.
 

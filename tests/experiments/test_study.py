@@ -12,6 +12,7 @@ from bn_jax.fields import ConfigError
 from bn_jax.runs import results as results_lib
 from experiments import __main__ as command
 from experiments import report, study
+from marks import slow_but
 
 # Arms of two steps each; the last depends on the others, and a smoke run leaves the
 # large one and the claim about it out.
@@ -255,7 +256,7 @@ def test_index_is_made_of_the_committed_results():
 
 
 @pytest.mark.parametrize("name", list(report.recorded()))
-def test_committed_verdicts_and_figures_are_those_of_the_committed_runs(name, tmp_path):
+def test_committed_verdicts_are_those_of_the_committed_runs(name):
     question = report.studies()[name].STUDY
     folder = report.RESULTS / name
     rows = results_lib.read_rows(folder / "runs.jsonl")
@@ -268,11 +269,18 @@ def test_committed_verdicts_and_figures_are_those_of_the_committed_runs(name, tm
             for key, value in then.items()
         }
     assert "60,000 + 10,000 images" in results["data_source"]
-    question.draw(rows, tmp_path)
-    drawn = {path.name for path in tmp_path.iterdir()}
-    assert drawn == {path.name for path in folder.glob("*.png")} == {*question.figures}
+    figures = {path.name for path in folder.glob("*.png")}
+    assert figures == {*question.figures}
     summary = json.loads(json.dumps(question.summary(question.runs(rows))))
     assert {name: results[name] for name in summary} == summary
+
+
+@pytest.mark.parametrize("name", slow_but(["headline"], report.recorded()))
+def test_figures_of_committed_runs_are_drawn(name, tmp_path):
+    question = report.studies()[name].STUDY
+    rows = results_lib.read_rows(report.RESULTS / name / "runs.jsonl")
+    question.draw(rows, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {*question.figures}
 
 
 # Parts of the designs, in the committed rows: by what they are known, which, how many
@@ -313,7 +321,7 @@ PARTS = {
 }
 
 
-@pytest.mark.parametrize("name", PARTS)
+@pytest.mark.parametrize("name", slow_but(["which_layers", "frozen"], PARTS))
 def test_part_of_a_design_is_judged_and_drawn(name, tmp_path):
     question = report.studies()[name].STUDY
     choices, claims, figures = PARTS[name]

@@ -90,12 +90,16 @@ def test_layers_are_measured_in_the_order_of_their_calls():
 def test_prediction_with_exact_statistics_is_training_mode_on_the_whole_set():
     model = LeNet(norm=BatchNorm)
     images = jax.random.uniform(jax.random.key(3), (40, 28, 28, 1))
-    variables = model.init(jax.random.key(0), images[:1], train=False)
+    variables = jax.jit(functools.partial(model.init, train=False))(
+        jax.random.key(0), images[:1]
+    )
     exact = exact_statistics(
         functools.partial(predict, model), variables, images, batch_size=20
     )
     predicted = predict(model, {**variables, "batch_stats": exact}, images)
-    trained, _ = model.apply(variables, images, train=True, mutable=["batch_stats"])
+    trained, _ = jax.jit(
+        functools.partial(model.apply, train=True, mutable=["batch_stats"])
+    )(variables, images)
     chex.assert_trees_all_close(predicted, trained, atol=1e-5)
 
 

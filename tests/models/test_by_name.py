@@ -16,7 +16,7 @@ from bn_jax.linen import BatchNorm
 from bn_jax.measures.layer_calls import layer_calls
 from bn_jax.measures.population import exact_statistics
 from bn_jax.models import layers
-from reference import jit_unoptimised
+from marks import slow_but
 
 IMAGES = jax.random.uniform(jax.random.key(3), (8, 16, 16, 2))
 BN = functools.partial(BatchNorm, momentum=0.9)
@@ -31,7 +31,7 @@ def make(name, **given):
 def moved(name):
     """Variables with no value left at its start, variances positive."""
     model = make(name)
-    init = jit_unoptimised(functools.partial(model.init, train=False))
+    init = jax.jit(functools.partial(model.init, train=False))
     leaves, tree = jax.tree.flatten(init(jax.random.key(0), IMAGES[:1]))
     keys = jax.random.split(jax.random.key(1), len(leaves))
     return jax.tree.unflatten(
@@ -43,12 +43,12 @@ def moved(name):
     )
 
 
-@functools.partial(jit_unoptimised, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
 def predict(model, variables, x):
     return model.apply(variables, x, train=False)
 
 
-@functools.partial(jit_unoptimised, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
 def train(model, variables, x):
     return model.apply(variables, x, train=True, mutable=["batch_stats"])
 
@@ -83,7 +83,9 @@ def test_exact_statistics_are_those_of_one_batch_of_all_examples(name):
     )
 
 
-@pytest.mark.parametrize("name", ["lenet", "resnet:depth=8,width=2"])
+@pytest.mark.parametrize(
+    "name", slow_but(["lenet"], ["lenet", "resnet:depth=8,width=2"])
+)
 def test_ghost_batches_are_cut_along_the_examples_in_every_layout(name):
     variables = moved(name)
     ghosts = functools.partial(BN, ghost_batch_size=4)
@@ -101,7 +103,7 @@ def test_bfloat16_computes_near_float32_and_keeps_float32_at_both_ends(name):
     norm = None if "fixup" in name else BN
     full = make(name, norm=norm)
     half = make(name, norm=norm, dtype=jnp.bfloat16)
-    variables = jit_unoptimised(functools.partial(half.init, train=False))(
+    variables = jax.jit(functools.partial(half.init, train=False))(
         jax.random.key(0), IMAGES[:1]
     )
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
@@ -154,7 +156,7 @@ def test_traced_switches_of_an_mlp_are_its_digits():
     name = "mlp:widths=6x5,bias_before_norm=true"
     variables = moved(name)
 
-    @jit_unoptimised
+    @jax.jit
     def by_array(switches):
         model = make(name, norm_layers=switches)
         return model.apply(variables, IMAGES, train=False)

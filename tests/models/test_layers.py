@@ -9,7 +9,6 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from bn_jax.models import blocks, layers
-from reference import jit_unoptimised
 
 # (c_in, c_out, height, width, kernel height and width, stride, padding): LeNet's two,
 # ResNet's, and sizes that no block divides, or that leave pixels no output sees.
@@ -55,7 +54,7 @@ def convolutions(case, layout="CHWN"):
     )
 
 
-@functools.partial(jit_unoptimised, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
 def everything(conv, x, kernel):
     """Value and gradients, by a cotangent with no symmetry that would hide a term."""
     y, pull = jax.vjp(conv, x, kernel)
@@ -96,7 +95,7 @@ def test_size_of_the_blocks_changes_no_number(case, b, x64, monkeypatch):
 @pytest.mark.slow
 def test_batch_last_on_cpu_is_by_blocks_without_a_convolution():
     ours, _ = convolutions(ODD)
-    compiled = jit_unoptimised(ours).lower(*inputs(ODD)).compile().as_text()
+    compiled = jax.jit(ours).lower(*inputs(ODD)).compile().as_text()
     assert "convolution(" not in compiled
     assert " dot(" in compiled or "custom-call" in compiled
 
@@ -119,7 +118,7 @@ def test_second_derivatives_are_xlas():
         def squared_gradient(x, kernel):
             return sum(jnp.sum(g**2) for g in jax.grad(loss, (0, 1))(x, kernel))
 
-        return jit_unoptimised(jax.grad(squared_gradient, (0, 1)))(x, kernel)
+        return jax.jit(jax.grad(squared_gradient, (0, 1)))(x, kernel)
 
     ours, theirs = convolutions(ODD)
     assert_close(second(ours), second(theirs), 5e-5)
@@ -170,7 +169,7 @@ def test_pmap_and_jit_over_a_sharded_batch_are_the_big_batch(layout, devices):
     by_batch = NamedSharding(mesh, PartitionSpec(*[None] * batch_axis, "d"))
     replicated = NamedSharding(mesh, PartitionSpec())
     with jax.set_mesh(mesh):
-        sharded = jit_unoptimised(pulled)(
+        sharded = jax.jit(pulled)(
             jax.device_put(x, by_batch),
             jax.device_put(kernel, replicated),
             jax.device_put(cotangent, by_batch),
@@ -196,7 +195,7 @@ def test_explicitly_sharded_batch_keeps_its_sharding(devices):
     conv, _ = convolutions(ODD)
     x, kernel = inputs(ODD)
 
-    @jit_unoptimised
+    @jax.jit
     def convolved(x, kernel):
         y, pull = jax.vjp(conv, x, kernel)
         return y, *pull(jnp.sin(y))
@@ -244,7 +243,7 @@ def test_empty_batch_gives_empty_activations():
 def test_conv_agrees_between_layouts(padding, strides):
     x, kernel = inputs(ODD)
     conv = functools.partial(layers.conv2d, padding=padding, strides=strides)
-    conv = jit_unoptimised(conv, static_argnums=2)
+    conv = jax.jit(conv, static_argnums=2)
     batch_last = conv(x, kernel, "CHWN")
     channels_last = conv(layers.to_nhwc(x, "CHWN"), kernel, "NHWC")
     assert_close(layers.to_nhwc(batch_last, "CHWN"), channels_last)
@@ -261,7 +260,7 @@ def test_conv_module_is_flaxs_in_either_layout(options):
     variables = theirs.init(jax.random.key(1), x)
     for layout in ("NHWC", "CHWN"):
         ours = layers.Conv(4, (3, 3), layout=layout, **options)
-        y = jit_unoptimised(ours.apply)(variables, layers.from_nhwc(x, layout))
+        y = jax.jit(ours.apply)(variables, layers.from_nhwc(x, layout))
         np.testing.assert_allclose(
             layers.to_nhwc(y, layout), theirs.apply(variables, x), atol=1e-5
         )

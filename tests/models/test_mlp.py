@@ -7,7 +7,6 @@ import pytest
 
 from bn_jax.linen import BatchNorm
 from bn_jax.models.mlp import MLP
-from reference import jit_unoptimised
 
 X = jax.random.uniform(jax.random.key(0), (16, 4, 3, 1))
 LABELS = jnp.arange(16) % 10
@@ -35,7 +34,7 @@ def standard(x):
 def test_mlp_is_its_layers_one_after_another(norm, after):
     model = MLP((5, 4), jax.nn.relu, norm=norm, norm_after_activation=after)
     variables = init(model)
-    logits, _ = jit_unoptimised(
+    logits, _ = jax.jit(
         functools.partial(model.apply, train=True, mutable=["batch_stats"])
     )(variables, X)
     # Scales are 1 and biases 0 at the start.
@@ -58,7 +57,7 @@ def test_bias_before_a_norm_is_left_out_and_would_receive_no_gradient():
         assert "bias" in init(model)["params"]["dense1"]
     model = MLP(norm=BN, bias_before_norm=True)
     variables = init(model)
-    gradient, _ = jit_unoptimised(
+    gradient, _ = jax.jit(
         jax.grad(functools.partial(loss, model, variables), has_aux=True)
     )(variables["params"])
     for layer in ("dense1", "dense2", "dense3"):
@@ -82,7 +81,7 @@ def test_linear_network_is_one_matrix():
 def test_steps_lower_the_loss_and_move_the_statistics(norm):
     model = MLP((20, 20), norm=norm)
     variables = init(model)
-    step = jit_unoptimised(
+    step = jax.jit(
         jax.value_and_grad(functools.partial(loss, model, variables), has_aux=True)
     )
     params, losses = variables["params"], []

@@ -10,7 +10,6 @@ from flax import nnx
 
 from bn_jax import nnx as ours
 from bn_jax.models.nnx_model import NnxModel
-from reference import jit_unoptimised
 
 IMAGES = jax.random.uniform(jax.random.key(7), (8, 6, 6, 2))
 LABELS = jnp.arange(8) % 3
@@ -67,9 +66,7 @@ def trained():
         i, variables = carry
         return i + 1, step(variables, jax.random.fold_in(jax.random.key(1), i))
 
-    run = jit_unoptimised(
-        lambda v: jax.lax.while_loop(lambda c: c[0] < 3, body, (0, v))[1]
-    )
+    run = jax.jit(lambda v: jax.lax.while_loop(lambda c: c[0] < 3, body, (0, v))[1])
     return run(init())
 
 

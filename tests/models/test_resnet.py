@@ -9,7 +9,7 @@ import pytest
 from bn_jax.linen import BatchNorm
 from bn_jax.models import layers, make_init, resnet
 from bn_jax.models.resnet import ResNet
-from reference import jit_unoptimised
+from marks import slow_but
 
 IMAGES = jax.random.uniform(jax.random.key(7), (8, 14, 14, 1))
 LABELS = jnp.arange(8)
@@ -25,12 +25,12 @@ KINDS = {
 
 
 def init(model, images=IMAGES):
-    return jit_unoptimised(functools.partial(model.init, train=False))(
+    return jax.jit(functools.partial(model.init, train=False))(
         jax.random.key(0), images[:1]
     )
 
 
-@jit_unoptimised
+@jax.jit
 def moved(variables):
     """Variables with no value left at its start, so that none can be ignored."""
     leaves, tree = jax.tree.flatten(variables)
@@ -56,10 +56,10 @@ def gradient_step(kind, layout):
     """Compiled once for all tests of a kind of network."""
     model = SMALL(**KINDS[kind], layout=layout)
     gradient = jax.value_and_grad(functools.partial(loss, model), 1, has_aux=True)
-    return jit_unoptimised(gradient)
+    return jax.jit(gradient)
 
 
-@pytest.mark.parametrize("depth", [8, 20, 56, 110])
+@pytest.mark.parametrize("depth", slow_but([20, 110], [8, 20, 56, 110]))
 def test_parameter_counts_are_the_papers(depth):
     # At n = (depth - 2) / 6: kernels 9 * 3 * 16 of the stem; 2n of 9 * 16^2; 9 * 16 *
     # 32 and 2n - 1 of 9 * 32^2; 9 * 32 * 64 and 2n - 1 of 9 * 64^2. Scales and biases
@@ -90,7 +90,7 @@ def test_layouts_give_the_same_logits_gradients_and_statistics(kind):
     chex.assert_trees_all_close(*results, rtol=1e-5, atol=1e-5 * scale)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", slow_but(["norm", "fixup"], KINDS))
 def test_steps_lower_the_loss_and_norms_move_their_statistics(kind):
     variables = init(SMALL(**KINDS[kind]))
     step = functools.partial(gradient_step(kind, "CHWN"), variables)
@@ -120,7 +120,7 @@ def test_convolutions_have_a_bias_where_no_norm_follows():
     assert biased() == biased(residual="skipinit") == {True}
 
 
-@pytest.mark.parametrize("layout", ["NHWC", "CHWN"])
+@pytest.mark.parametrize("layout", slow_but(["CHWN"], ["NHWC", "CHWN"]))
 @pytest.mark.parametrize("stride", [1, 2])
 def test_blocks_of_fixup_and_skipinit_start_as_their_shortcuts(stride, layout):
     x = layers.from_nhwc(jax.random.uniform(jax.random.key(0), (2, 6, 5, 4)), layout)
@@ -131,8 +131,8 @@ def test_blocks_of_fixup_and_skipinit_start_as_their_shortcuts(stride, layout):
         resnet.FixupBlock(4 * stride, stride, layout, num_blocks=9),
         resnet.ResidualBlock(4 * stride, stride, layout, skip_init=True),
     ):
-        variables = jit_unoptimised(block.init)(jax.random.key(1), x)
-        apply = jit_unoptimised(block.apply)
+        variables = jax.jit(block.init)(jax.random.key(1), x)
+        apply = jax.jit(block.apply)
         np.testing.assert_array_equal(apply(variables, x), expected)
         # And they do not stay so.
         assert jnp.abs(apply(moved(variables), x) - expected).max() > 1e-3
@@ -152,9 +152,7 @@ def test_a_resnet_of_110_layers_takes_a_step():
         mean = -jnp.mean(jnp.take_along_axis(log_p, labels[:, None], 1))
         return mean, updates
 
-    gradients, updates = jit_unoptimised(jax.grad(loss, has_aux=True))(
-        variables["params"]
-    )
+    gradients, updates = jax.jit(jax.grad(loss, has_aux=True))(variables["params"])
     kernels = [leaf for leaf in jax.tree.leaves(gradients) if leaf.ndim > 1]
     assert len(kernels) == 110
     assert all(jnp.isfinite(leaf).all() and leaf.any() for leaf in kernels)
@@ -199,7 +197,7 @@ def test_kernels_start_from_hes_distribution_and_fixups_from_a_smaller_one():
 def test_prediction_of_an_image_does_not_depend_on_its_company():
     model = SMALL(norm=BN)
     variables = moved(init(model))
-    predict = jit_unoptimised(functools.partial(model.apply, train=False))
+    predict = jax.jit(functools.partial(model.apply, train=False))
     together = predict(variables, IMAGES)
     assert together.shape == (8, 10)
     np.testing.assert_allclose(

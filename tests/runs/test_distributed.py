@@ -20,6 +20,7 @@ import processes
 from bn_jax.runs import distributed
 from bn_jax.runs.distributed import DistributedError
 from bn_jax.training import feed
+from marks import slow_but
 
 ROOT = Path(__file__).parents[2]
 # No program takes so long, on the slowest of machines; one that hangs is ended then.
@@ -154,27 +155,32 @@ RUNS = {
 
 @pytest.fixture
 def trained(folder, start_pair):
-    """What two processes have written of all runs; they run once for this file."""
+    """Gives what two processes have written of a run; each runs once for this file."""
     outs = [folder / f"out{index}" for index in (0, 1)]
-    if not outs[0].with_suffix(".done").exists():
-        pair = start_pair(
-            "train_all",
-            runs=RUNS,
-            data=str(folder / "data.npz"),
-            of_process=lambda index: {"out": str(outs[index])},
-        )
-        assert_both_end_well(pair)
-        outs[0].with_suffix(".done").touch()
-    return {name: [dict(np.load(f"{out}.{name}.npz")) for out in outs] for name in RUNS}
+
+    def trained(name):
+        written = [Path(f"{out}.{name}.npz") for out in outs]
+        if not all(path.exists() for path in written):
+            pair = start_pair(
+                "train_one",
+                name=name,
+                run=RUNS[name],
+                data=str(folder / "data.npz"),
+                of_process=lambda index: {"out": str(outs[index])},
+            )
+            assert_both_end_well(pair)
+        return [dict(np.load(path)) for path in written]
+
+    return trained
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", slow_but(["synced pmap stored"], RUNS))
 def test_two_processes_train_as_one(name, trained, folder):
     data = processes.load_data(folder / "data.npz")
     expected = processes.numbers(data, devices="4", **RUNS[name])
     assert len(expected["losses"]) == 20
-    for found in trained[name]:
+    of_processes = trained(name)
+    for found in of_processes:
         found = {key: value for key, value in found.items() if key != "rows"}
         assert found.keys() == expected.keys()
         for key in expected:
@@ -182,26 +188,28 @@ def test_two_processes_train_as_one(name, trained, folder):
             np.testing.assert_allclose(
                 found[key], expected[key], atol=1e-5, err_msg=key
             )
-    chex.assert_trees_all_equal(*({**found, "rows": 0} for found in trained[name]))
+    chex.assert_trees_all_equal(*({**found, "rows": 0} for found in of_processes))
 
 
+@pytest.mark.slow
 def test_ways_to_share_statistics_differ_across_processes_too(trained):
-    losses = [found[0]["losses"] for found in trained.values()]
+    losses = [trained(name)[0]["losses"] for name in RUNS]
     apart = [
         np.abs(losses[i] - losses[j]).max() > 1e-4
         for i, j in ((0, 2), (0, 3), (2, 3), (0, 4))
     ]
     assert all(apart)
-    means = trained["per_device pmap streamed"][0]["batch_stats/norm1/mean"]
+    means = trained("per_device pmap streamed")[0]["batch_stats/norm1/mean"]
     assert len(np.unique(means.round(4), axis=0)) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in RUNS if RUNS[name]["stream"]])
 def test_process_reads_its_own_columns_alone(name, trained, tiny_data):
     _, key = jax.random.split(jax.random.key(0))
     order = feed.Order(key, num_examples=170, batch_size=16)
     expected = np.concatenate([order.of_epoch(epoch) for epoch in (0, 1)])
-    for index, found in enumerate(trained[name]):
+    for index, found in enumerate(trained(name)):
         # Calls of 10 steps, an epoch, and 10 more of padding that are not taken.
         chex.assert_shape(found["rows"], (2, 20, 8))
         taken = found["rows"][:, :10].reshape(20, 8)

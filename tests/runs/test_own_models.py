@@ -52,7 +52,10 @@ class OwnNnx(nnx.Module):
 
 @pytest.fixture
 def config(tiny_config):
-    return dataclasses.replace(tiny_config, learning_rate=0.1)
+    """Of a model that is passed in: the choice of one of ours is left as it is."""
+    return dataclasses.replace(
+        tiny_config, model=TrainConfig().model, learning_rate=0.1
+    )
 
 
 MODELS = {"linen": Own, "nnx": lambda: OwnNnx}

@@ -11,6 +11,7 @@ from bn_jax import data as data_lib
 from bn_jax.fields import ConfigError
 from bn_jax.training import loop, parallel, scoring
 from bn_jax.training.evaluation import Evaluator
+from marks import slow_but
 from small_runs import step_losses, trained
 
 
@@ -131,7 +132,9 @@ KINDS = {
 }
 
 
-@pytest.fixture(scope="module", params=list(KINDS))
+@pytest.fixture(
+    scope="module", params=slow_but(["sgd, stored", "adam, average, streamed"], KINDS)
+)
 def paused(request, tiny_config, tiny_data):
     """How to make a trainer, one that is finished, and its progress at each step."""
     choices, stream = KINDS[request.param]
@@ -392,24 +395,25 @@ def test_exact_statistics_of_a_norm_on_the_inputs_are_those_of_the_pixels(
 AUGMENTED = {"augment": "crop_and_flip:padding=2,size=26", "learning_rate": 0.1}
 
 
-def test_augmented_images_do_not_depend_on_devices(tiny_config, tiny_data):
-    config = dataclasses.replace(tiny_config, **AUGMENTED)
+@pytest.mark.parametrize("program", slow_but(["pmap"], ["pmap", "jit"]))
+def test_augmented_images_do_not_depend_on_devices(program, tiny_config, tiny_data):
+    config = dataclasses.replace(tiny_config, **AUGMENTED, epochs=1)
     one = trained(config, tiny_data)
     assert one.network.image_shape == (26, 26, 1)
     losses = one.progress().step_losses
-    for program in ("pmap", "jit"):
-        placement = parallel.place(config, devices="2", parallel=program)
-        two = trained(config, tiny_data, placement=placement)
-        np.testing.assert_allclose(two.progress().step_losses, losses, atol=1e-4)
-        chex.assert_trees_all_close(two.state().params, one.state().params, atol=1e-4)
-        assert two.history[-1].test_loss == pytest.approx(
-            one.history[-1].test_loss, rel=1e-4
-        )
+    placement = parallel.place(config, devices="2", parallel=program)
+    two = trained(config, tiny_data, placement=placement)
+    np.testing.assert_allclose(two.progress().step_losses, losses, atol=1e-4)
+    chex.assert_trees_all_close(two.state().params, one.state().params, atol=1e-4)
+    assert two.history[-1].test_loss == pytest.approx(
+        one.history[-1].test_loss, rel=1e-4
+    )
     # The images are others than the crops in the middle.
     still = dataclasses.replace(config, augment="crop_and_flip:padding=0,size=26")
     assert np.abs(step_losses(still, tiny_data) - losses).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_seed_decides_the_augmentation_and_evaluation_sees_the_middle(
     tiny_config, tiny_data
 ):

@@ -157,7 +157,9 @@ def merged(state):
 
 
 @pytest.mark.parametrize("program", ["pmap", "jit"])
-@pytest.mark.parametrize("num_devices", [2, 4, 8])
+@pytest.mark.parametrize(
+    "num_devices", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (4, 8))]
+)
 def test_synced_devices_are_one_device_with_the_whole_batch(num_devices, program):
     one, losses = trained("synced", 1, "jit", **FLOAT32)
     many, losses_of_many = trained("synced", num_devices, program, **FLOAT32)
@@ -167,7 +169,9 @@ def test_synced_devices_are_one_device_with_the_whole_batch(num_devices, program
 
 
 @pytest.mark.parametrize("program", ["pmap", "jit"])
-@pytest.mark.parametrize("num_devices", [2, 4, 8])
+@pytest.mark.parametrize(
+    "num_devices", [*(pytest.param(n, marks=pytest.mark.slow) for n in (2, 4)), 8]
+)
 def test_synced_devices_are_one_device_to_rounding_in_float64(
     num_devices, program, x64
 ):
@@ -200,6 +204,7 @@ def test_lenet_on_synced_devices_is_lenet_on_one_in_float64(tiny_data, x64):
         assert_near(four, one, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_lenet_on_synced_devices_is_lenet_on_one(tiny_data):
     one = lenet_after_50_steps(tiny_data, 1, "jit", **FLOAT32)
     two = lenet_after_50_steps(tiny_data, 2, "pmap", **FLOAT32)
@@ -213,7 +218,7 @@ def test_lenet_on_synced_devices_is_lenet_on_one(tiny_data):
 @pytest.mark.parametrize(
     ("batch_stats", "num_devices", "num_ghosts"),
     [
-        ("per_device", 4, 4),
+        pytest.param("per_device", 4, 4, marks=pytest.mark.slow),
         ("per_device", 8, 8),
         ("groups:2", 8, 4),
         ("groups:4", 8, 2),
@@ -363,7 +368,12 @@ def test_merge_of_one_is_itself_and_keeps_what_is_no_average():
 
 @pytest.mark.parametrize("rule", ["exact", "first"])
 def test_run_is_taken_on_by_another_number_of_devices(rule, tiny_data):
-    config = TrainConfig(batch_size=16, batch_stats="per_device", merged_stats=rule)
+    config = TrainConfig(
+        model="mlp:widths=16",
+        batch_size=16,
+        batch_stats="per_device",
+        merged_stats=rule,
+    )
 
     def trainer_on(num_devices):
         placement = parallel.place(config, devices=str(num_devices))
@@ -594,7 +604,9 @@ def test_loop_is_compiled_once_however_it_is_cut(stream, program, tiny_data):
 
         return traced
 
-    config = TrainConfig(epochs=3, batch_size=16, learning_rate=0.1)
+    config = TrainConfig(
+        model="mlp:widths=16", epochs=3, batch_size=16, learning_rate=0.1
+    )
     trainer = loop.Trainer(
         config,
         tiny_data,

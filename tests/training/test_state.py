@@ -14,6 +14,7 @@ from bn_jax.training.config import TrainConfig
 from bn_jax.training.evaluation import Evaluator
 from bn_jax.training.members import parse
 from bn_jax.training.task import Task, make_network
+from marks import slow_but
 from small_runs import step_losses, swept, trained
 
 TASK = Task(num_classes=10, image_shape=(28, 28, 1))
@@ -76,7 +77,7 @@ def test_frozen_gamma_goes_with_norms_alone(tiny_config, tiny_data):
         assert change[layer]["bias"].all()
 
 
-@pytest.mark.parametrize("where", ["dense", "last"])
+@pytest.mark.parametrize("where", slow_but(["last"], ["dense", "last"]))
 def test_dropout_drops_its_share_of_what_it_follows(where):
     config = TrainConfig(
         norm="none", model=f"lenet:dropout_rate=0.25,dropout_at={where}"
@@ -117,6 +118,7 @@ def test_each_step_seed_and_device_drops_anew(tiny_config, tiny_data):
     assert np.abs(two - losses).max() > 1e-4
 
 
+@pytest.mark.slow
 def test_members_of_a_sweep_drop_as_they_would_alone(tiny_config, tiny_data):
     base = dataclasses.replace(
         tiny_config, model="mlp:widths=16,dropout_rate=0.3", learning_rate=0.1
@@ -190,6 +192,7 @@ def test_lenet_trains_with_any_norm_by_name(norm, tiny_config, tiny_data):
     assert 0 <= row["test_accuracy_batch"] <= 1
 
 
+@pytest.mark.slow
 def test_scores_of_members_are_those_of_single_evaluations(tiny_config, tiny_data):
     (row,) = swept([tiny_config], tiny_data).rows(train=True)
     single = trained(tiny_config, tiny_data)
@@ -212,6 +215,7 @@ def test_scores_of_members_are_those_of_single_evaluations(tiny_config, tiny_dat
     assert row["test_accuracy_batch"] == pytest.approx(right.mean())
 
 
+@pytest.mark.slow
 def test_variance_ratio_is_of_moving_and_exact_variance(tiny_config, tiny_data):
     # At momentum 0 the moving variance is that of the last batch; at 1 it is still 1,
     # and that of the pixels' convolution is far below 1.

@@ -31,11 +31,14 @@ def difference(single, sweep, i):
     )
 
 
+SLOW = pytest.mark.slow
 SPECS = [
     "learning_rate=0.05,0.2;seed=0..1",
     "model.norm_layers=11,01,00;trained.gamma=true,false",
-    "norm.momentum=0.5,0.99;norm.epsilon=1e-5,1e-2;trained.beta=false",
-    "optimizer.momentum=0,0.9;seed=0..1",
+    pytest.param(
+        "norm.momentum=0.5,0.99;norm.epsilon=1e-5,1e-2;trained.beta=false", marks=SLOW
+    ),
+    pytest.param("optimizer.momentum=0,0.9;seed=0..1", marks=SLOW),
 ]
 
 
@@ -67,7 +70,7 @@ def assert_as_alone(sweep, row, i, data):
     assert row["test_loss_exact"] == pytest.approx(score.test_loss_exact, rel=1e-4)
 
 
-@pytest.mark.parametrize("num_devices", [2, 8])
+@pytest.mark.parametrize("num_devices", [2, pytest.param(8, marks=SLOW)])
 def test_devices_share_the_members_and_change_no_number(
     num_devices, tiny_config, tiny_data
 ):
@@ -81,6 +84,7 @@ def test_devices_share_the_members_and_change_no_number(
     )
 
 
+@pytest.mark.slow
 def test_vmapped_members_are_those_that_take_turns(tiny_config, tiny_data, monkeypatch):
     configs = parse("learning_rate=0.1,0.5", tiny_config)
     in_turns = swept(configs, tiny_data).progress()
@@ -313,6 +317,7 @@ def test_members_of_several_data_sets_are_refused(tmp_path, tiny_config, tiny_da
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 def test_members_of_several_norms_are_trained_as_alone(
     tmp_path, tiny_config, tiny_data
 ):
@@ -356,8 +361,10 @@ def test_members_of_several_norms_are_trained_as_alone(
             "model.norm_layers=01",
             {"model": "mlp:widths=8x8,bias_before_norm=true"},
         ),
-        ("norm.momentum=0.5", {"model": "resnet:depth=8,width=2"}),
-        (
+        pytest.param(
+            "norm.momentum=0.5", {"model": "resnet:depth=8,width=2"}, marks=SLOW
+        ),
+        pytest.param(
             "seed=1",
             {
                 "model": "mlp:widths=8",
@@ -368,6 +375,7 @@ def test_members_of_several_norms_are_trained_as_alone(
                 "accumulate": 2,
                 "schedule": "cosine",
             },
+            marks=SLOW,
         ),
         ("seed=1", {"model": "mlp:widths=8", "inputs": "standardised"}),
     ],

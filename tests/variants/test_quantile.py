@@ -10,7 +10,8 @@ from jax.test_util import check_grads
 
 from bn_jax import BatchNormParams
 from bn_jax.variants.quantile import QuantileState, init, quantile_norm
-from reference import jit_unoptimised, normal
+from marks import slow_but
+from reference import normal
 
 X = normal((512, 3)) * jnp.array([1.0, 2.0, 5.0]) + 3.0
 NONE = BatchNormParams(None, None)
@@ -21,7 +22,7 @@ TARGETS = ["uniform", "gaussian"]
 @functools.cache
 def compiled(**options):
     """Return `quantile_norm` with these options, compiled."""
-    return jit_unoptimised(functools.partial(quantile_norm, **options))
+    return jax.jit(functools.partial(quantile_norm, **options))
 
 
 def transformed(x, params=NONE, target="uniform", num_quantiles=64, **options):
@@ -54,7 +55,7 @@ def loss(y):
 
 def gradient_of(function):
     """Return the compiled gradient of the loss of a function's result."""
-    return jit_unoptimised(jax.grad(lambda x: loss(function(x))))
+    return jax.jit(jax.grad(lambda x: loss(function(x))))
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -156,7 +157,10 @@ def test_gradient_is_finite_and_bounded_with_ties(digits):
     assert jnp.max(jnp.abs(g)) < 512 * 3.5 / 1e-3
 
 
-@pytest.mark.parametrize(("target", "num_quantiles"), [("uniform", 4), ("gaussian", 9)])
+@pytest.mark.parametrize(
+    ("target", "num_quantiles"),
+    slow_but([("uniform", 4)], [("uniform", 4), ("gaussian", 9)]),
+)
 def test_gradients_are_those_of_finite_differences(x64, target, num_quantiles):
     x = normal((13, 2), dtype=jnp.float64)
     params = BatchNormParams(jnp.array([0.5, 2.0]), jnp.array([1.0, 0.0]))
@@ -185,7 +189,7 @@ def test_tied_values_share_the_gradient_of_their_knot(x64):
         _, moved = quantile_norm(x, NONE, state, **options)
         return moved.knots[1] + 5 * moved.knots[2]
 
-    g = jit_unoptimised(jax.grad(lambda x: jnp.sum(knots(x))))(x)
+    g = jax.jit(jax.grad(lambda x: jnp.sum(knots(x))))(x)
     np.testing.assert_allclose(g[:, 0], [0, 3, 3, 0, 0, 0], atol=1e-12)
 
 
@@ -226,7 +230,7 @@ def test_averages_after_n_steps_are_those_of_the_closed_form():
     m, n, k = 0.8, 4, 16
     _, state = init(3, num_quantiles=k)
     options = {"train": True, "momentum": m, "num_quantiles": k}
-    step = jit_unoptimised(functools.partial(quantile_norm, **options))
+    step = jax.jit(functools.partial(quantile_norm, **options))
     expected = m**n * np.float64(state.knots)
     p = (np.arange(k) + 0.5) / k
     for i in range(n):
@@ -251,7 +255,8 @@ def test_averages_move_when_told_whatever_transforms(train, update):
 
 
 @pytest.mark.parametrize(
-    ("how", "num_devices"), [("vmap", 4), ("pmap", 2), ("pmap", 8)]
+    ("how", "num_devices"),
+    slow_but([("pmap", 8)], [("vmap", 4), ("pmap", 2), ("pmap", 8)]),
 )
 def test_devices_transform_as_one(devices, how, num_devices):
     x = X[:64]
@@ -269,13 +274,13 @@ def test_devices_transform_as_one(devices, how, num_devices):
         return y, new, vjp((w * jnp.cos(w * y), jax.tree.map(jnp.zeros_like, new)))[0]
 
     mapped = {
-        "vmap": lambda f: jit_unoptimised(jax.vmap(f, axis_name="d")),
+        "vmap": lambda f: jax.jit(jax.vmap(f, axis_name="d")),
         "pmap": lambda f: jax.pmap(f, axis_name="d", devices=devices[:num_devices]),
     }[how]
     cut = x.reshape(num_devices, -1, 3)
     weights = jnp.arange(1.0, x.size + 1).reshape(cut.shape) / x.size
     y, states, gradient = jax.device_get(mapped(one)(cut, weights))
-    expected = jit_unoptimised(jax.value_and_grad(big, has_aux=True))(x)
+    expected = jax.jit(jax.value_and_grad(big, has_aux=True))(x)
     (_, (big_y, big_state)), big_gradient = expected
     chex.assert_trees_all_close(
         (y.reshape(x.shape), gradient.reshape(x.shape)),

@@ -15,7 +15,8 @@ from bn_jax.variants.whitening import (
     inverse_square_root,
     whiten,
 )
-from reference import jit_unoptimised, normal
+from marks import slow_but
+from reference import normal
 
 EXACT = ["zca", "pca", "cholesky"]
 METHODS = [*EXACT, "iternorm"]
@@ -33,7 +34,7 @@ def covariance(x):
 @functools.cache
 def compiled(**options):
     """Return `whiten` with these options, compiled."""
-    return jit_unoptimised(functools.partial(whiten, **options))
+    return jax.jit(functools.partial(whiten, **options))
 
 
 def whitened(x, params=NONE, group_size=None, **options):
@@ -47,7 +48,7 @@ def whitened(x, params=NONE, group_size=None, **options):
 
 def gradient_of(function):
     """Return the compiled gradient of the loss of a function's result."""
-    return jit_unoptimised(jax.grad(lambda x: loss(function(x))))
+    return jax.jit(jax.grad(lambda x: loss(function(x))))
 
 
 def loss(y):
@@ -309,9 +310,13 @@ def state_of(states):
 
 @pytest.mark.parametrize(
     ("method", "how", "num_devices"),
-    [(method, "vmap", 4) for method in METHODS]
-    + [(method, "pmap", 4) for method in ("pca", "cholesky", "iternorm")]
-    + [("zca", "pmap", n) for n in (2, 4, 8)],
+    slow_but(
+        [(method, "pmap", 4) for method in METHODS],
+        [
+            *((method, how, 4) for method in METHODS for how in ("vmap", "pmap")),
+            *(("zca", "pmap", n) for n in (2, 8)),
+        ],
+    ),
 )
 def test_devices_whiten_as_one(devices, method, how, num_devices):
     x, group_size = X[:64], 3
@@ -323,9 +328,9 @@ def test_devices_whiten_as_one(devices, method, how, num_devices):
         )
         return loss(y), (y, new)
 
-    (_, (y, new)), gradient = jit_unoptimised(jax.value_and_grad(big, has_aux=True))(x)
+    (_, (y, new)), gradient = jax.jit(jax.value_and_grad(big, has_aux=True))(x)
     mapped = {
-        "vmap": lambda f: jit_unoptimised(jax.vmap(f, axis_name="d")),
+        "vmap": lambda f: jax.jit(jax.vmap(f, axis_name="d")),
         "pmap": lambda f: jax.pmap(f, axis_name="d", devices=devices[:num_devices]),
     }[how]
     got = in_parts(method, group_size, x, num_devices, mapped)
@@ -338,8 +343,8 @@ def test_vmap_over_an_ensemble_equals_its_members():
     xs = jnp.stack([X[:32], 2 * X[32:64] + 1])
     gradient = jax.grad(lambda x: loss(whitened(x)))
     np.testing.assert_allclose(
-        jit_unoptimised(jax.vmap(gradient))(xs),
-        jnp.stack([jit_unoptimised(gradient)(x) for x in xs]),
+        jax.jit(jax.vmap(gradient))(xs),
+        jnp.stack([jax.jit(gradient)(x) for x in xs]),
         atol=1e-3,
     )
 

@@ -11,6 +11,7 @@ from bn_jax.folding import fold
 from bn_jax.linen import BatchNorm
 from bn_jax.models.lenet import LeNet
 from bn_jax.models.mlp import MLP
+from marks import slow_but
 
 IMAGES = jax.random.uniform(jax.random.key(3), (8, 28, 28, 1))
 
@@ -52,7 +53,7 @@ def test_folded_lenet_is_the_same_network_without_norms(norm, layout, bias):
 
 
 @pytest.mark.parametrize("scale", [True, False])
-@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("bias", slow_but([False], [True, False]))
 def test_norms_without_scale_or_bias_fold_too(scale, bias):
     norm = functools.partial(BatchNorm, use_scale=scale, use_bias=bias, epsilon=0.1)
     model = MLP(widths=(6, 5), norm=norm)

@@ -135,7 +135,7 @@ def test_values_state_and_gradients_are_the_big_batchs(way, weights):
     chex.assert_trees_all_close(ours, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", slow_but(["pmap 8", "shard_map", "scan"], WAYS))
 def test_float64_agrees_to_1e_12(way, x64):
     x = normal((16, 3), mean=1.0, std=2.0, dtype=jnp.float64)
     params = jax.tree.map(lambda a: a.astype(jnp.float64), PARAMS)

@@ -157,6 +157,7 @@ def test_best_rate_of_dropout_is_named():
     assert all("the best is dropout .3" in claim for claim in claims)
 
 
+@pytest.mark.slow
 def test_figures_are_drawn_of_made_up_rows(tmp_path):
     dropout.STUDY.draw(made_up(), tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {

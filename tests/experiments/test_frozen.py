@@ -113,6 +113,7 @@ def test_small_gammas_are_a_share_over_all_norms():
     assert found["small_gammas"] == pytest.approx(3 / 226)
 
 
+@pytest.mark.slow
 def test_figures_are_drawn_of_made_up_rows(tmp_path):
     frozen.STUDY.draw(made_up(), tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {

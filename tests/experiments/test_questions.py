@@ -126,6 +126,7 @@ def test_best_rates_are_trained_for_longer_and_count_instead():
     assert learning_rates.workable(runs, "batch_norm", 0.8) == [[3.0], []]
 
 
+@pytest.mark.slow
 def test_rates_of_one_norm_alone_are_drawn_and_not_judged(tmp_path):
     rows = [r for r in rate_rows(lambda *_: 0.5) if r["arm"] == "none"]
     runs = learning_rates.STUDY.runs(rows)
@@ -135,6 +136,7 @@ def test_rates_of_one_norm_alone_are_drawn_and_not_judged(tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
 
 
+@pytest.mark.slow
 def test_figures_of_rates_leave_out_what_diverged(tmp_path):
     rows = rate_rows(lambda norm, rate, seed: None if rate > 30 else 0.5)
     learning_rates.STUDY.draw(rows, tmp_path)

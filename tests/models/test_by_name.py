@@ -98,7 +98,9 @@ def test_ghost_batches_are_cut_along_the_examples_in_every_layout(name):
         )
 
 
-@pytest.mark.parametrize("name", [*NAMES, "resnet:depth=8,width=2,residual=fixup"])
+@pytest.mark.parametrize(
+    "name", slow_but(NAMES[1:], [*NAMES, "resnet:depth=8,width=2,residual=fixup"])
+)
 def test_bfloat16_computes_near_float32_and_keeps_float32_at_both_ends(name):
     norm = None if "fixup" in name else BN
     full = make(name, norm=norm)

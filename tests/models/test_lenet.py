@@ -12,6 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from bn_jax.linen import BatchNorm
 from bn_jax.models.lenet import LeNet
+from marks import slow_but
 
 IMAGES = jax.random.uniform(jax.random.key(7), (16, 28, 28, 1))
 BN = functools.partial(BatchNorm, momentum=0.9)
@@ -70,7 +71,7 @@ def chapter_lenet(variables, x):
     return x @ p["dense3"]["kernel"] + p["dense3"]["bias"]
 
 
-@pytest.mark.parametrize("layout", ["NHWC", "CHWN"])
+@pytest.mark.parametrize("layout", slow_but(["CHWN"], ["NHWC", "CHWN"]))
 def test_lenet_is_the_chapters(layout):
     model = LeNet(norm=BN, layout=layout)
     variables = trained_like(model)
@@ -103,7 +104,11 @@ def test_layouts_give_the_same_loss_gradients_and_statistics():
     chex.assert_trees_all_close(*results, atol=1e-5)
 
 
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
+@pytest.mark.parametrize(
+    "axis_type",
+    slow_but([AxisType.Explicit], [AxisType.Auto, AxisType.Explicit]),
+    ids=str,
+)
 def test_images_sharded_over_a_mesh_are_the_big_batch(axis_type, devices):
     model = LeNet(norm=BN, layout="CHWN")
     variables = trained_like(model)

@@ -194,6 +194,7 @@ def test_kernels_start_from_hes_distribution_and_fixups_from_a_smaller_one():
     assert not params["head"]["kernel"].any()
 
 
+@pytest.mark.slow
 def test_prediction_of_an_image_does_not_depend_on_its_company():
     model = SMALL(norm=BN)
     variables = moved(init(model))

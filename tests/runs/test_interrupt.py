@@ -7,6 +7,7 @@ import threading
 import pytest
 
 from bn_jax.runs import interrupt
+from marks import slow_but
 
 SIGNALS = [signal.SIGTERM, signal.SIGINT]
 
@@ -29,7 +30,8 @@ def test_each_time_of_listening_begins_without_a_request():
 
 
 @pytest.mark.parametrize(
-    ("first", "second"), [SIGNALS, SIGNALS[::-1], SIGNALS[:1] * 2, SIGNALS[1:] * 2]
+    ("first", "second"),
+    slow_but([SIGNALS], [SIGNALS, SIGNALS[::-1], SIGNALS[:1] * 2, SIGNALS[1:] * 2]),
 )
 def test_second_signal_ends_the_process_at_once(first, second):
     program = f"""

@@ -18,6 +18,7 @@ from bn_jax.runs.interrupt import Interrupted
 from bn_jax.runs.results import RunError
 from bn_jax.training import members
 from bn_jax.training.config import RunOptions, TrainConfig
+from marks import slow_but
 
 
 class Own(nn.Module):
@@ -87,7 +88,7 @@ def test_own_run_is_not_read_without_its_model(config, tiny_data, tmp_path):
         runs.load(tmp_path, model=OwnNnx)
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", slow_but(["linen"], MODELS))
 def test_stopped_own_run_resumes_bit_for_bit(
     kind, config, tiny_data, tmp_path, signal_at, monkeypatch
 ):

@@ -17,6 +17,7 @@ from bn_jax.training import step as step_lib
 from bn_jax.training.config import TrainConfig
 from bn_jax.training.state import Network, init_state
 from bn_jax.training.step import Batch
+from marks import slow_but
 
 N, PARTS = 24, 3
 
@@ -80,7 +81,7 @@ def test_once_is_ghost_batch_norm_on_the_whole_batch(batch):
     chex.assert_trees_all_close(metrics, expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.9, 1.0])
+@pytest.mark.parametrize("momentum", slow_but([0.0], [0.0, 0.9, 1.0]))
 def test_once_holds_at_the_ends_of_momentum(batch, momentum):
     accumulated, _ = after_steps(
         batch,
@@ -124,7 +125,7 @@ def test_without_norm_accumulation_changes_nothing_but_rounding(batch):
     chex.assert_trees_all_close(of_whole, of_parts, atol=1e-6)
 
 
-@pytest.mark.parametrize("parallel_by", ["pmap", "jit"])
+@pytest.mark.parametrize("parallel_by", slow_but(["pmap"], ["pmap", "jit"]))
 def test_devices_accumulate_as_one_does(parallel_by, tiny_config, tiny_data):
     config = dataclasses.replace(
         tiny_config, batch_size=32, epochs=1, accumulate=4, accumulate_stats="once"

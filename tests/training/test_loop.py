@@ -54,7 +54,7 @@ def test_history_holds_each_epochs_means(ended, reports):
         assert 0 <= report.test_accuracy <= 1
 
 
-@pytest.mark.parametrize("num_devices", [1, 2])
+@pytest.mark.parametrize("num_devices", slow_but([2], [1, 2]))
 def test_lowered_loop_is_that_of_the_steps(num_devices, tiny_config, tiny_data):
     config = dataclasses.replace(tiny_config, batch_size=30)
     placement = parallel.place(config, devices=str(num_devices))
@@ -228,7 +228,7 @@ def all_finite(tree):
     return all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(tree))
 
 
-@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("stream", slow_but([False], [False, True]))
 def test_rate_that_is_too_great_ends_the_run_before_the_step(
     stream, tiny_config, tiny_data
 ):

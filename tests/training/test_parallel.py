@@ -19,6 +19,7 @@ from bn_jax.training import loop, parallel
 from bn_jax.training import step as step_lib
 from bn_jax.training.config import TrainConfig
 from bn_jax.training.state import Network, init_state
+from marks import slow_but
 
 BATCH_SIZE = 32
 NUM_STEPS = 50
@@ -243,6 +244,7 @@ def test_devices_apart_are_ghost_batches_of_one_device(
         assert_near(many, one, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_ghosts_variance_exceeds_the_merge_of_devices_by_the_jitter_of_their_means(x64):
     """The moving variance of ghost batches, from what the devices averaged apart.
 
@@ -369,7 +371,7 @@ def test_merge_of_one_is_itself_and_keeps_what_is_no_average():
 @pytest.mark.parametrize("rule", ["exact", "first"])
 def test_run_is_taken_on_by_another_number_of_devices(rule, tiny_data):
     config = TrainConfig(
-        model="mlp:widths=16",
+        model="mlp:widths=16x16",
         batch_size=16,
         batch_stats="per_device",
         merged_stats=rule,
@@ -520,7 +522,7 @@ def test_one_device_has_no_collectives():
     [
         ("synced", {"all-reduce": 7, "collective-permute": 2}),
         ("per_device", {"all-reduce": 5}),
-        ("groups:2", {"all-reduce": 12}),
+        pytest.param("groups:2", {"all-reduce": 12}, marks=pytest.mark.slow),
     ],
 )
 def test_compilers_own_collectives_are_bounded(batch_stats, most):
@@ -727,7 +729,7 @@ def model_after_5_steps(model, num_devices, program, batch_stats):
     return trainer
 
 
-@pytest.mark.parametrize("program", ["pmap", "jit"])
+@pytest.mark.parametrize("program", slow_but(["pmap"], ["pmap", "jit"]))
 @pytest.mark.parametrize(
     "model", ["mlp", pytest.param("resnet", marks=pytest.mark.slow)]
 )

@@ -55,6 +55,7 @@ def test_last_layer_learns_beside_norms(tiny_config, tiny_data):
     assert learns == {"norm1", "norm2", "dense3"}
 
 
+@pytest.mark.slow
 def test_as_many_parameters_as_norms_have_learn_at_random(tiny_config, tiny_data):
     # At a rate at which each number that learns moves by more than its rounding.
     config = dataclasses.replace(tiny_config, trained="random", learning_rate=3.0)

@@ -34,7 +34,7 @@ def difference(single, sweep, i):
 SLOW = pytest.mark.slow
 SPECS = [
     "learning_rate=0.05,0.2;seed=0..1",
-    "model.norm_layers=11,01,00;trained.gamma=true,false",
+    pytest.param("model.norm_layers=11,01,00;trained.gamma=true,false", marks=SLOW),
     pytest.param(
         "norm.momentum=0.5,0.99;norm.epsilon=1e-5,1e-2;trained.beta=false", marks=SLOW
     ),
@@ -135,6 +135,7 @@ def validated(tiny_config, tiny_data):
     return swept(parse("learning_rate=0.1,1e38", base), tiny_data)
 
 
+@pytest.mark.slow
 def test_members_are_scored_on_the_images_set_aside(validated, tiny_data):
     row, diverged = validated.rows(exact=False)
     history = trained(validated.configs[0], tiny_data).history
@@ -357,9 +358,10 @@ def test_members_of_several_norms_are_trained_as_alone(
 @pytest.mark.parametrize(
     ("spec", "choices"),
     [
-        (
+        pytest.param(
             "model.norm_layers=01",
             {"model": "mlp:widths=8x8,bias_before_norm=true"},
+            marks=SLOW,
         ),
         pytest.param(
             "norm.momentum=0.5", {"model": "resnet:depth=8,width=2"}, marks=SLOW

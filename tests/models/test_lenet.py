@@ -20,13 +20,10 @@ BN = functools.partial(BatchNorm, momentum=0.9)
 
 def trained_like(model):
     """Variables with no value left at its start, so that none can be ignored."""
-    variables = model.init(jax.random.key(0), IMAGES[:1], train=False)
-    leaves, tree = jax.tree.flatten(variables)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    leaves = [
-        leaf + 0.1 * jax.random.uniform(key, leaf.shape)
-        for leaf, key in zip(leaves, keys, strict=True)
-    ]
+    init = jax.jit(functools.partial(model.init, train=False))
+    leaves, tree = jax.tree.flatten(init(jax.random.key(0), IMAGES[:1]))
+    rng = np.random.default_rng(1)
+    leaves = [leaf + np.float32(0.1 * rng.random(leaf.shape)) for leaf in leaves]
     return jax.tree.unflatten(tree, leaves)
 
 
@@ -39,7 +36,7 @@ def loss_and_statistics(model, variables, params, images=IMAGES):
 
 def gradients(model, variables, images=IMAGES):
     loss = functools.partial(loss_and_statistics, model, variables, images=images)
-    return jax.grad(loss, has_aux=True)(variables["params"])
+    return jax.jit(jax.grad(loss, has_aux=True))(variables["params"])
 
 
 def chapter_lenet(variables, x):
@@ -75,8 +72,10 @@ def chapter_lenet(variables, x):
 def test_lenet_is_the_chapters(layout):
     model = LeNet(norm=BN, layout=layout)
     variables = trained_like(model)
-    logits, _ = model.apply(variables, IMAGES, train=True, mutable=["batch_stats"])
-    np.testing.assert_allclose(logits, chapter_lenet(variables, IMAGES), atol=1e-5)
+    apply = functools.partial(model.apply, train=True, mutable=["batch_stats"])
+    logits, _ = jax.jit(apply)(variables, IMAGES)
+    expected = jax.jit(chapter_lenet)(variables, IMAGES)
+    np.testing.assert_allclose(logits, expected, atol=1e-5)
 
 
 def count(variables):

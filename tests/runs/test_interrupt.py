@@ -9,7 +9,7 @@ import pytest
 from bn_jax.runs import interrupt
 from marks import slow_but
 
-SIGNALS = [signal.SIGTERM, signal.SIGINT]
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 @pytest.mark.parametrize("signum", SIGNALS)

@@ -4,17 +4,14 @@ Every norm by name is in `bn_jax.transforms`. The Flax modules are in `bn_jax.li
 `bn_jax.nnx`, models in `bn_jax.models`, data in `bn_jax.data`.
 """
 
-from bn_jax.functional import (
-    BatchNormParams,
+from bn_jax.averages import (
     BatchNormState,
-    batch_norm,
     cumulative_momentum,
     debiased_momentum,
-    init,
     merge_states,
-    normalize,
     update_average,
 )
+from bn_jax.functional import BatchNormParams, batch_norm, init, normalize
 from bn_jax.moments import Moments, measure, merge, merge_across, merge_stacked
 from bn_jax.version import __version__
 

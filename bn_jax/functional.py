@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.typing import ArrayLike
 
 from bn_jax import checks
 from bn_jax import moments as moments_lib
+from bn_jax.averages import BatchNormState, update_average
 from bn_jax.moments import (
     AxisIndexGroups,
     AxisName,
@@ -37,22 +37,6 @@ class BatchNormParams(NamedTuple):
 
     scale: Array | None  # gamma, shape [C]
     bias: Array | None  # beta, shape [C]
-
-
-class BatchNormState(NamedTuple):
-    """The moving averages that prediction normalises by."""
-
-    mean: Array  # shape [C], float32 or wider
-    var: Array  # average of biased variances, shape [C], float32 or wider
-
-
-class CountedState(NamedTuple):
-    """The moving averages, and the number of batches in them."""
-
-    mean: Array  # shape [C], float32 or wider
-    var: Array  # average of biased variances, shape [C], float32 or wider
-    # Shape [], float32. (Shadows tuple.count.)
-    count: Array  # type: ignore[assignment]
 
 
 def init(
@@ -193,106 +177,6 @@ def _standardize_about(
         shift = shift + bias
     y = (wide - spread(centre)) * spread(multiplier) + spread(shift)
     return y.astype(x.dtype)
-
-
-def update_average(
-    state: BatchNormState, moments: Moments, *, momentum: float | Array = 0.9
-) -> BatchNormState:
-    """Return the moving averages after one more batch.
-
-    Args:
-      state: the averages so far.
-      moments: of the batch. A batch of total weight 0 leaves the averages as they are.
-      momentum: weight of the OLD average, in [0, 1]; the batch has 1 - momentum. It
-        may change from step to step: see `cumulative_momentum`, `debiased_momentum`.
-
-    Raises:
-      ValueError: if momentum is outside [0, 1], or the state is narrower than float32.
-    """
-    checks.check_momentum(momentum)
-    checks.check_state(state)
-
-    def moved(old: Array, new: Array) -> Array:
-        average = momentum * old + (1 - momentum) * new
-        # The dtype of the state stays, but a mean of complex numbers is complex.
-        dtype = jnp.result_type(old, 1j) if jnp.iscomplexobj(new) else old.dtype
-        return jnp.where(moments.count > 0, average, old).astype(dtype)
-
-    return BatchNormState(
-        moved(state.mean, moments.mean), moved(state.var, moments.var)
-    )
-
-
-def cumulative_momentum(num_batches: ArrayLike) -> Array:
-    """Return the momentum that makes the moving average that of all batches so far.
-
-    Args:
-      num_batches: number of batches in the old average, 0 at the first.
-    """
-    t = jnp.asarray(num_batches, jnp.float32)
-    return t / (t + 1)
-
-
-def debiased_momentum(momentum: ArrayLike, num_batches: ArrayLike) -> Array:
-    r"""Return the momentum that makes a moving average free of its initial value.
-
-    With it the average after t batches is the one of constant momentum m, started from
-    0, over $1 - m^t$: at the first batch that batch alone. Its weight of the old
-    average is $m (1 - m^t) / (1 - m^{t+1})$.
-
-    Args:
-      momentum: m, weight of the OLD average in the long run, in [0, 1].
-      num_batches: t, number of batches in the old average, 0 at the first.
-
-    Raises:
-      ValueError: if momentum is outside [0, 1], where that is known.
-
-    References:
-      Kingma and Ba, 2015, "Adam", arXiv:1412.6980, section 3.
-    """
-    checks.check_momentum(momentum)
-    m = jnp.asarray(momentum, jnp.float32)
-    t = jnp.asarray(num_batches, jnp.float32)
-    log_m = jnp.log(m)
-    ratio = jnp.expm1(t * log_m) / jnp.expm1((t + 1) * log_m)
-    # Their limits: m = 1 averages all batches, m = 0 keeps the last.
-    return jnp.where(m < 1, jnp.where(m > 0, m * ratio, 0), cumulative_momentum(t))
-
-
-def merge_states(
-    states: BatchNormState, weights: Array | None = None
-) -> BatchNormState:
-    """Merge moving averages that diverged, such as those of devices without sync.
-
-    The merged variance is the mean of the variances plus the variance of the means;
-    the mean of the variances alone would miss what the devices differ by.
-
-    Args:
-      states: stacked along a leading axis: mean and var of shape `[D, C]`.
-      weights: of the states, shape `[D]`, such as their batch sizes; equal by default.
-        At least one must be positive: traced weights, which cannot be checked, give
-        mean 0 and variance 0 where all are 0.
-
-    Raises:
-      ValueError: if weights are negative, all 0, or not one for each state.
-    """
-    num_states = len(states.mean)
-    w = jnp.ones(num_states) if weights is None else jnp.asarray(weights)
-    if w.shape != (num_states,):
-        raise ValueError(
-            f"weights have shape {list(w.shape)}; expected one for each of the "
-            f"{num_states} states: [{num_states}]"
-        )
-    if weights is not None and not isinstance(weights, jax.core.Tracer):
-        with jax.ensure_compile_time_eval():
-            weigh_nothing = not jnp.any(jnp.asarray(weights))
-        if weigh_nothing:
-            raise ValueError(
-                f"the weights of all {num_states} states are 0, which leaves nothing "
-                "to merge; give at least one a positive weight, or leave weights out"
-            )
-    _, mean, var = merge_stacked(Moments(w, *states))
-    return BatchNormState(mean, var)
 
 
 def batch_norm(

@@ -18,8 +18,8 @@ from jax import Array
 
 from bn_jax import moments as moments_lib
 from bn_jax import transforms
+from bn_jax.averages import BatchNormState
 from bn_jax.contract import Transform
-from bn_jax.functional import BatchNormState
 from bn_jax.moments import Moments
 from bn_jax.transforms import Average
 

@@ -18,6 +18,12 @@ from jax import Array, lax
 
 from bn_jax import functional as functional_lib
 from bn_jax import moments as moments_lib
+from bn_jax.averages import (
+    BatchNormState,
+    CountedState,
+    cumulative_momentum,
+    debiased_momentum,
+)
 from bn_jax.contract import (
     MOMENTS,
     Epsilon,
@@ -27,7 +33,6 @@ from bn_jax.contract import (
     with_options,
 )
 from bn_jax.fields import ConfigError
-from bn_jax.functional import BatchNormState, CountedState
 from bn_jax.names import Table
 from bn_jax.variants.one_moment import center_transform as center
 from bn_jax.variants.one_moment import scale_transform as scale
@@ -101,9 +106,9 @@ def batch_norm(
     def apply_counted(
         x: Array, params: Any, state: CountedState, *, train: bool, **call: Any
     ) -> tuple[Array, CountedState]:
-        momentum_now = functional_lib.cumulative_momentum(state.count)
+        momentum_now = cumulative_momentum(state.count)
         if average == "debiased":
-            momentum_now = functional_lib.debiased_momentum(momentum, state.count)
+            momentum_now = debiased_momentum(momentum, state.count)
         averages = BatchNormState(state.mean, state.var)
         y, moved = functional_lib.batch_norm(
             x,

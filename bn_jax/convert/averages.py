@@ -7,8 +7,8 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
+from bn_jax.averages import BatchNormState, cumulative_momentum
 from bn_jax.convert.layer import BatchNormLayer
-from bn_jax.functional import BatchNormState, cumulative_momentum
 from bn_jax.moments import Moments
 
 

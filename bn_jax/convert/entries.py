@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from bn_jax.averages import BatchNormState
 from bn_jax.convert.averages import debias
 from bn_jax.convert.layer import BatchNormLayer, Entries, Like
-from bn_jax.functional import BatchNormParams, BatchNormState
+from bn_jax.functional import BatchNormParams
 from bn_jax.moments import statistics_dtype
 
 # Where each library keeps what: {} is the name of the layer, levels are joined by "/".

@@ -6,7 +6,8 @@ import types
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
-from bn_jax.functional import BatchNormParams, BatchNormState
+from bn_jax.averages import BatchNormState
+from bn_jax.functional import BatchNormParams
 
 Library = Literal[
     "torch", "keras", "flax", "nnx", "haiku", "equinox_ema", "equinox_batch"

@@ -28,8 +28,8 @@ from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from bn_jax import data as data_lib
+from bn_jax.averages import BatchNormState, merge_states
 from bn_jax.fields import ConfigError
-from bn_jax.functional import BatchNormState, merge_states
 from bn_jax.training import step as step_lib
 from bn_jax.training.config import TrainConfig
 from bn_jax.training.state import TrainState
@@ -171,7 +171,7 @@ def merged(batch_stats: Any, rule: str) -> Any:
     Args:
       batch_stats: collection with a leading axis of groups in each array.
       rule: "exact" merges means and variances, the variance between groups included
-        (`bn_jax.functional.merge_states`); "first" takes the first group's.
+        (`bn_jax.averages.merge_states`); "first" takes the first group's.
     """
 
     def is_layer(node: Any) -> bool:

@@ -15,8 +15,8 @@ from flax import traverse_util
 from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 
+from bn_jax.averages import debiased_momentum
 from bn_jax.fields import ConfigError
-from bn_jax.functional import debiased_momentum
 from bn_jax.training.augment import Augmentation, Unchanged
 from bn_jax.training.losses import losses
 from bn_jax.training.state import Network, TrainState

@@ -18,6 +18,7 @@ from jax import Array, lax
 from bn_jax import checks
 from bn_jax import functional as functional_lib
 from bn_jax import moments as moments_lib
+from bn_jax.averages import BatchNormState, update_average
 from bn_jax.contract import (
     MOMENTS,
     Epsilon,
@@ -26,7 +27,7 @@ from bn_jax.contract import (
     initializer,
     without_batch_axis,
 )
-from bn_jax.functional import BatchNormParams, BatchNormState, update_average
+from bn_jax.functional import BatchNormParams
 from bn_jax.moments import AxisIndexGroups, AxisName, Moments, measure
 
 

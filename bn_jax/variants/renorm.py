@@ -21,6 +21,7 @@ from jax.typing import ArrayLike
 
 from bn_jax import checks
 from bn_jax import functional as functional_lib
+from bn_jax.averages import BatchNormState, CountedState
 from bn_jax.contract import (
     MOMENTS,
     Epsilon,
@@ -30,12 +31,7 @@ from bn_jax.contract import (
     without_batch_axis,
 )
 from bn_jax.fields import AT_LEAST_1, NOT_NEGATIVE, ConfigError
-from bn_jax.functional import (
-    BatchNormParams,
-    BatchNormState,
-    CountedState,
-    batch_norm,
-)
+from bn_jax.functional import BatchNormParams, batch_norm
 from bn_jax.moments import AxisIndexGroups, AxisName, Moments, measure
 from bn_jax.names import TRACEABLE
 

@@ -8,7 +8,7 @@ import pytest
 
 import reference
 from bn_jax import BatchNormParams, BatchNormState, batch_norm
-from bn_jax.functional import CountedState
+from bn_jax.averages import CountedState
 from bn_jax.variants.renorm import batch_renorm, limits
 from reference import normal
 

@@ -9,12 +9,8 @@ from jax.test_util import check_grads
 
 from bn_jax import BatchNormParams, batch_norm
 from bn_jax import init as init_batch_norm
-from bn_jax.variants.whitening import (
-    WhiteningState,
-    init,
-    inverse_square_root,
-    whiten,
-)
+from bn_jax.variants.whitening import WhiteningState, init, whiten
+from bn_jax.variants.whitening_matrices import inverse_square_root
 from marks import slow_but
 from reference import normal
 

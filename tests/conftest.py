@@ -42,7 +42,7 @@ if "BN_JAX_TESTS_COMPILED" not in os.environ:
     COMPILED = tempfile.TemporaryDirectory(prefix="bn_jax-compiled-")
     os.environ["BN_JAX_TESTS_COMPILED"] = COMPILED.name
 jax.config.update("jax_compilation_cache_dir", os.environ["BN_JAX_TESTS_COMPILED"])
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -245,8 +245,8 @@ def to_equinox(
 
     Args:
       layer: to be written. Mode "batch" needs `num_batches`; for averages of a constant
-        momentum give a large number, as for `to_haiku`. With 0, training continues as
-        if from the start, but from these averages.
+        momentum give a large number, as for `to_haiku`. With 0 the layer trains as a
+        new one does, but starts from these averages.
       mode: of the layer.
       momentum: weight of the OLD average, of the layer; for mode "batch".
 

@@ -85,8 +85,9 @@ def layers_into(
 
     Args:
       library: see `layers_from`.
-      entries: of the model, such as its initial state, as for `layers_from`. They say
-        which shapes are expected, and whether there are scale and bias.
+      entries: the model's state in the form that `layers_from` takes; its initial state
+        will do. They say which shapes are expected, and whether there are scale and
+        bias.
       layers: by the names that `names` maps to.
       names: maps a layer's name in `entries` to its name in `layers`, or to None to
         leave that layer as it is; see `layers_from`.

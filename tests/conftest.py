@@ -23,10 +23,10 @@ from bn_jax import data as data_lib
 from bn_jax.training import loop, memory
 from bn_jax.training.config import TrainConfig
 
-# Tracing makes many small objects that live long; looking for garbage among them takes
-# a twentieth of the time.
+# Tracing makes many small objects that live long. Looking for garbage among them takes
+# seconds each time, so that it is left to the end of a file (see below).
 gc.freeze()
-gc.set_threshold(100_000, 50, 100)
+gc.set_threshold(100_000, 50, 1_000_000)
 
 QUICK = ["--xla_backend_optimization_level=0"]
 if jax.__version_info__ < (0, 11):  # later ones have no other emitters
@@ -36,7 +36,7 @@ os.environ.setdefault("XLA_FLAGS", " ".join(QUICK))
 NUM_DEVICES = 8
 jax.config.update("jax_num_cpu_devices", NUM_DEVICES)
 
-# Many tests train the same small LeNet; it is compiled once in a session, whose worker
+# Many tests use the same programs; each is compiled once in a session, whose worker
 # processes find the folder in the environment.
 if "BN_JAX_TESTS_COMPILED" not in os.environ:
     COMPILED = tempfile.TemporaryDirectory(prefix="bn_jax-compiled-")
@@ -60,7 +60,7 @@ def compiled_programs_are_dropped():
     Files share small ones, so those of the last files are kept.
     """
     yield
-    if resident_bytes() > 700e6:
+    if resident_bytes() > 1100e6:
         jax.clear_caches()
         gc.collect()
         memory.return_freed()

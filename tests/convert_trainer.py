@@ -1,5 +1,6 @@
 """Trains a layer of ours and one of another library side by side."""
 
+import functools
 from typing import NamedTuple
 
 import chex
@@ -59,9 +60,13 @@ class Ours:
 
     def predict(self, x):
         params, state, _ = self.layer
+        return self._predicted(x, params, state)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def _predicted(self, x, params, state):
         return batch_norm(x, params, state, train=False, **self.options)[0]
 
-    def forward(self, params, state, x, momentum):
+    def _forward(self, params, state, x, momentum):
         """Return y and the new state, with what the other library averages."""
         if self.average is None:
             return batch_norm(
@@ -82,16 +87,22 @@ class Ours:
         )
         return y, new
 
-    def step(self, batch):
-        params, state, num_batches = self.layer
-        momentum = self.momentum_at(num_batches)
+    @functools.partial(jax.jit, static_argnums=0)
+    def _stepped(self, params, state, batch, momentum):
+        """Return y, the new parameters and the new state."""
 
         def loss(params):
-            y, new = self.forward(params, state, jnp.asarray(batch.x), momentum)
+            y, new = self._forward(params, state, batch.x, momentum)
             return jnp.mean((y - batch.target) ** 2), (y, new)
 
         grads, (y, state) = jax.grad(loss, has_aux=True)(params)
         params = jax.tree.map(lambda p, g: p - LEARNING_RATE * g, params, grads)
+        return y, params, state
+
+    def step(self, batch):
+        params, state, num_batches = self.layer
+        momentum = self.momentum_at(num_batches)
+        y, params, state = self._stepped(params, state, batch, momentum)
         count = None if num_batches is None else num_batches + 1
         self.layer = BatchNormLayer(params, state, count)
         return y

@@ -85,4 +85,5 @@ def batch_norm_vjp(x, g, scale, epsilon=1e-5):
 def normal(shape, *, mean=0.0, std=1.0, seed=0, dtype=jnp.float32):
     """Return an array of independent normal numbers."""
     draws = np.random.default_rng(seed).normal(mean, std, shape)
-    return jnp.asarray(draws, jax.dtypes.canonicalize_dtype(np.float64)).astype(dtype)
+    widest = jax.dtypes.canonicalize_dtype(np.float64)
+    return jnp.asarray(draws.astype(widest).astype(dtype))

@@ -27,13 +27,22 @@ BATCHES = [normal((16, 3), mean=5.0 + i, std=1.0 + i, seed=i) for i in range(12)
 MOMENTS = [reference.moments(x) for x in BATCHES]
 
 
+@jax.jit
+def after(state, x, momentum):
+    params, _ = init(3)
+    return batch_norm(x, params, state, train=True, momentum=momentum)[1]
+
+
 def after_all(momentum_at, dtype=jnp.float32):
-    params, state = init(3)
+    _, state = init(3)
     for t, x in enumerate(BATCHES):
-        _, state = batch_norm(
-            x.astype(dtype), params, state, train=True, momentum=momentum_at(t)
-        )
+        state = after(state, x.astype(dtype), momentum_at(t))
     return state
+
+
+@jax.jit
+def moved(state, x, momentum):
+    return update_average(state, measure(x), momentum=momentum)
 
 
 @pytest.mark.parametrize("m", [0.0, 0.5, 0.9, 0.999])
@@ -43,8 +52,7 @@ def test_debiased_average_is_adams_from_the_first_step(m):
         weights = (1 - m) * m ** (n - 1 - np.arange(n)) / (1 - m**n)
         _, state = init(3)
         for t in range(n):
-            moments = measure(BATCHES[t])
-            state = update_average(state, moments, momentum=debiased_momentum(m, t))
+            state = moved(state, BATCHES[t], debiased_momentum(m, t))
         for name in ("mean", "var"):
             values = np.stack([getattr(b, name) for b in MOMENTS[:n]])
             np.testing.assert_allclose(
@@ -78,8 +86,9 @@ def test_half_precision_inputs_do_not_freeze_a_slow_average(dtype):
 def test_module_counts_its_batches(average):
     norm = BatchNorm(use_running_average=False, momentum=0.9, average=average)
     variables = norm.init(jax.random.key(0), BATCHES[0])
+    train = jax.jit(functools.partial(norm.apply, mutable=["batch_stats"]))
     for x in BATCHES:
-        _, updates = norm.apply(variables, x, mutable=["batch_stats"])
+        _, updates = train(variables, x)
         variables = {**variables, **updates}
     stats = variables["batch_stats"]
     at = cumulative_momentum
@@ -95,10 +104,9 @@ def test_module_counts_its_batches(average):
 def test_batch_that_weighs_nothing_is_not_counted(average):
     norm = BatchNorm(use_running_average=False, momentum=0.9, average=average)
     variables = norm.init(jax.random.key(0), BATCHES[0])
+    train = jax.jit(functools.partial(norm.apply, mutable=["batch_stats"]))
     for weights in (jnp.zeros(16), jnp.ones(16)):
-        _, updates = norm.apply(
-            variables, BATCHES[0], weights=weights, mutable=["batch_stats"]
-        )
+        _, updates = train(variables, BATCHES[0], weights=weights)
         variables = {**variables, **updates}
     stats = variables["batch_stats"]
     assert stats["count"] == 1
@@ -114,36 +122,40 @@ def test_unknown_average_is_refused():
 
 def test_moments_of_micro_batches_committed_once_are_those_of_the_big_batch():
     _, state = init(3)
-    parts = [measure(x) for x in BATCHES]
-    accumulated = update_average(state, functools.reduce(merge, parts), momentum=0.9)
-    at_once = update_average(state, measure(jnp.concatenate(BATCHES)), momentum=0.9)
+
+    @jax.jit
+    def accumulate(state, batches):
+        moments = functools.reduce(merge, [measure(x) for x in batches])
+        return update_average(state, moments, momentum=0.9)
+
+    accumulated = accumulate(state, BATCHES[:4])
+    at_once = moved(state, np.concatenate(BATCHES[:4]), 0.9)
     chex.assert_trees_all_close(accumulated, at_once, rtol=1e-5)
 
 
 def test_merged_states_hold_the_variance_between_them():
     # Means 0 and 2 with variances 1 and 3: 2 within, 1 between.
     states = BatchNormState(jnp.array([[0.0], [2.0]]), jnp.array([[1.0], [3.0]]))
+    merged = jax.jit(merge_states)
     chex.assert_trees_all_close(
-        merge_states(states), BatchNormState(jnp.array([1.0]), jnp.array([3.0]))
+        merged(states), BatchNormState(jnp.array([1.0]), jnp.array([3.0]))
     )
     # Weights 1 and 3: mean 1.5, within 2.5, between .25 * 2.25 + .75 * .25 = .75.
     chex.assert_trees_all_close(
-        merge_states(states, jnp.array([1.0, 3.0])),
+        merged(states, jnp.array([1.0, 3.0])),
         BatchNormState(jnp.array([1.5]), jnp.array([3.25])),
     )
 
 
 def test_merging_unsynced_devices_recovers_the_statistics_of_all_rows(devices):
-    x = normal((8, 4, 3)) + 10 * jnp.arange(8.0)[:, None, None]
-    params, state = init(3)
+    x = normal((8, 4, 3)) + 10 * np.arange(8, dtype=np.float32)[:, None, None]
 
     def unsynced(x):
-        return batch_norm(x, params, state, train=True, momentum=0.0)[1]
+        return after(init(3)[1], x, 0.0)
 
     states = jax.device_get(jax.pmap(unsynced, devices=devices)(x))
-    merged = merge_states(states)
-    _, together = batch_norm(x, params, state, train=True, momentum=0.0)
-    chex.assert_trees_all_close(merged, together, rtol=1e-5)
+    together = jax.jit(unsynced)(x)
+    chex.assert_trees_all_close(merge_states(states), together, rtol=1e-5)
 
 
 @pytest.mark.parametrize("weights", [[1.0], [1.0, 2.0, 3.0], [[1.0, 2.0]]])

@@ -30,8 +30,22 @@ class Block(nn.Module):
         return jnp.tanh(norm(x)), None
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def apply(module, variables, x):
     (y, _), updates = module.apply(variables, x, None, mutable=["batch_stats"])
+    return y, updates["batch_stats"]
+
+
+def init(module, *args, **options):
+    return jax.device_get(
+        jax.jit(functools.partial(module.init, **options))(KEY, *args)
+    )
+
+
+def moved(norm, variables, x=X, **given):
+    """The output of a step, and the statistics after it."""
+    step = functools.partial(norm.apply, mutable=["batch_stats"])
+    y, updates = jax.device_get(jax.jit(step)(variables, x, **given))
     return y, updates["batch_stats"]
 
 
@@ -43,8 +57,8 @@ def test_vmapped_ensemble_is_its_members_one_by_one():
         in_axes=None,
         axis_size=4,
     )()
-    variables = ensemble.init(KEY, X, None)
-    y, stats = apply(ensemble, variables, X)
+    variables = init(ensemble, X, None)
+    y, stats = jax.device_get(apply(ensemble, variables, X))
     assert variables["params"]["norm"]["scale"].shape == (4, 3)
     for i in range(4):
         member = jax.tree.map(lambda a, i=i: a[i], variables)
@@ -60,8 +74,8 @@ def test_scan_over_layers_is_the_layers_one_after_another():
         split_rngs={"params": True},
         length=3,
     )()
-    variables = stack.init(KEY, X, None)
-    y, stats = apply(stack, variables, X)
+    variables = init(stack, X, None)
+    y, stats = jax.device_get(apply(stack, variables, X))
     x = X
     for i in range(3):
         layer = jax.tree.map(lambda a, i=i: a[i], variables)
@@ -74,15 +88,15 @@ def test_scan_over_layers_is_the_layers_one_after_another():
 
 @pytest.mark.parametrize("lift", [nn.remat, nn.jit])
 def test_lifted_layer_moves_its_statistics_once_and_has_the_same_gradients(lift):
-    variables = Block().init(KEY, X, None)
+    variables = init(Block(), X, None)
 
     def loss(params, module):
         y, stats = apply(module, {**variables, "params": params}, X)
         return jnp.sum(jnp.sin(y * jnp.arange(1, 25).reshape(8, 3))), stats
 
-    gradient = jax.grad(loss, has_aux=True)
+    gradient = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1)
     plain = gradient(variables["params"], Block())
-    lifted = jax.jit(gradient, static_argnums=1)(variables["params"], lift(Block)())
+    lifted = gradient(variables["params"], lift(Block)())
     chex.assert_trees_all_close(lifted, plain, rtol=1e-4, atol=1e-4)
 
 
@@ -96,7 +110,7 @@ class Twice(nn.Module):
 
 
 def test_reused_layer_moves_twice_and_its_init_needs_no_axis(devices):
-    variables = Twice().init(KEY, X)
+    variables = init(Twice(), X)
     step = functools.partial(Twice().apply, variables, mutable=["batch_stats"])
     shards = normal((8, 2, 3), mean=4.0)
     _, updates = jax.pmap(step, axis_name="d", devices=devices)(shards)
@@ -108,6 +122,7 @@ def test_reused_layer_moves_twice_and_its_init_needs_no_axis(devices):
 
 
 def test_checkpoint_moves_from_flaxs_layer_to_ours_and_back():
+    @functools.partial(jax.jit, static_argnums=0)
     def trained(module):
         norm = module(use_running_average=False)
         variables = norm.init(KEY, X)
@@ -118,10 +133,11 @@ def test_checkpoint_moves_from_flaxs_layer_to_ours_and_back():
 
     for source, target in ((nn.BatchNorm, BatchNorm), (BatchNorm, nn.BatchNorm)):
         written = serialization.to_bytes(trained(source))
-        blank = target(use_running_average=True).init(KEY, X)
+        blank = init(target(use_running_average=True), X)
         loaded = serialization.from_bytes(blank, written)
-        y = target(use_running_average=True).apply(loaded, X)
-        expected = source(use_running_average=True).apply(trained(source), X)
+        y = jax.jit(target(use_running_average=True).apply)(loaded, X)
+        predict = jax.jit(source(use_running_average=True).apply)
+        expected = predict(trained(source), X)
         np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -133,24 +149,22 @@ def test_mask_and_weights_together_are_refused():
 
 def test_real_weights_reach_the_statistics():
     norm = BatchNorm(use_running_average=False, momentum=0.0)
-    variables = norm.init(KEY, X)
-    weights = jnp.array([1, 2, 0, 0, 1, 3, 0, 1])
-    rows = jnp.repeat(X, weights, axis=0, total_repeat_length=8)
-    _, weighted = norm.apply(variables, X, weights=weights, mutable=["batch_stats"])
-    _, repeated = norm.apply(variables, rows, mutable=["batch_stats"])
+    variables = init(norm, X)
+    weights = np.array([1, 2, 0, 0, 1, 3, 0, 1])
+    _, weighted = moved(norm, variables, weights=weights)
+    _, repeated = moved(norm, variables, np.repeat(X, weights, axis=0))
     chex.assert_trees_all_close(weighted, repeated, rtol=1e-5)
 
 
 def test_ghost_batches_are_the_functions():
-    variables = BatchNorm(use_running_average=False).init(KEY, X)
     ghost = BatchNorm(use_running_average=False, ghost_batch_size=2)
-    y, _ = ghost.apply(variables, X, mutable=["batch_stats"])
-    np.testing.assert_allclose(np.asarray(y).reshape(4, 2, 3).mean(1), 0, atol=1e-5)
+    y, _ = moved(ghost, init(BatchNorm(use_running_average=False), X))
+    np.testing.assert_allclose(y.reshape(4, 2, 3).mean(1), 0, atol=1e-5)
 
 
 def test_examples_one_by_one_along_an_axis_are_the_batch_as_with_flax():
-    results = []
-    for module in (BatchNorm, nn.BatchNorm):
+    @functools.partial(jax.jit, static_argnums=0)
+    def step_and_prediction(module):
         norm = module(axis_name="examples", momentum=0.9)
         variables = norm.init(KEY, X[0], use_running_average=True)
         step = functools.partial(
@@ -158,15 +172,16 @@ def test_examples_one_by_one_along_an_axis_are_the_batch_as_with_flax():
         )
         y, updates = jax.vmap(step, axis_name="examples")(X)
         prediction = norm.apply(variables, X[0], use_running_average=True)
-        results.append((y, updates["batch_stats"], prediction))
-    chex.assert_trees_all_close(*results, rtol=1e-5, atol=1e-5)
+        return y, updates["batch_stats"], prediction
+
+    ours, flaxs = step_and_prediction(BatchNorm), step_and_prediction(nn.BatchNorm)
+    chex.assert_trees_all_close(ours, flaxs, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("running", [True, False])
 def test_given_statistics_normalise_in_place_of_the_others(running):
-    norm = BatchNorm(momentum=0.9)
-    variables = norm.init(KEY, X, use_running_average=True)
-    given = BatchNormState(jnp.array([1.0, 2.0, 3.0]), jnp.array([4.0, 5.0, 6.0]))
-    y, _ = norm.apply(variables, X, running, statistics=given, mutable=["batch_stats"])
-    expected = (X - given.mean) / jnp.sqrt(given.var + 1e-5)
+    norm = BatchNorm(momentum=0.9, use_running_average=running)
+    given = BatchNormState(np.float32([1, 2, 3]), np.float32([4, 5, 6]))
+    y, _ = moved(norm, init(norm, X), statistics=given)
+    expected = (np.asarray(X) - given.mean) / np.sqrt(given.var + 1e-5)
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)

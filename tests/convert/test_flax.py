@@ -16,12 +16,29 @@ from convert_trainer import LAYER, LEARNING_RATE, C, Ours, check_parity, start
 SHAPE = (4, 3, 2, C)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def apply_linen(bn, variables, x, running):
+    return bn.apply(variables, x, running, mutable=[] if running else ["batch_stats"])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def train_linen(bn, variables, batch):
+    def loss(params):
+        y, new = apply_linen(bn, {**variables, "params": params}, batch.x, False)
+        return jnp.mean((y - batch.target) ** 2), (y, new)
+
+    params = variables["params"]
+    grads, (y, new) = jax.grad(loss, has_aux=True)(params)
+    params = jax.tree.map(lambda p, g: p - LEARNING_RATE * g, params, grads)
+    return {"params": params, **new}, y
+
+
 class Linen:
     def __init__(self, module, *, count=False):
         self.bn = module
         self.count = count
-        x = jnp.zeros(SHAPE)
-        self.variables = module.init(jax.random.key(0), x, use_running_average=True)
+        init = jax.jit(functools.partial(module.init, use_running_average=True))
+        self.variables = init(jax.random.key(0), jnp.zeros(SHAPE))
 
     def load(self, layer):
         variables = convert.to_flax(layer, count=self.count)
@@ -33,23 +50,28 @@ class Linen:
         return convert.from_flax(self.variables)
 
     def predict(self, x):
-        return self.bn.apply(self.variables, x, use_running_average=True)
+        return apply_linen(self.bn, self.variables, x, True)[0]
 
     def step(self, batch):
-        def loss(params):
-            y, new = self.bn.apply(
-                {**self.variables, "params": params},
-                batch.x,
-                use_running_average=False,
-                mutable="batch_stats",
-            )
-            return jnp.mean((y - batch.target) ** 2), (y, new)
-
-        params = self.variables["params"]
-        grads, (y, new) = jax.grad(loss, has_aux=True)(params)
-        params = jax.tree.map(lambda p, g: p - LEARNING_RATE * g, params, grads)
-        self.variables = {"params": params, **new}
+        self.variables, y = train_linen(self.bn, self.variables, batch)
         return y
+
+
+@nnx.jit
+def predict_nnx(bn, x):
+    return bn(x, use_running_average=True)
+
+
+@nnx.jit
+def train_nnx(bn, batch):
+    def loss(bn):
+        y = bn(batch.x, use_running_average=False)
+        return jnp.mean((y - batch.target) ** 2), y
+
+    grads, y = nnx.grad(loss, has_aux=True)(bn)
+    params = nnx.state(bn, nnx.Param)
+    nnx.update(bn, jax.tree.map(lambda p, g: p - LEARNING_RATE * g, params, grads))
+    return y
 
 
 class NNX:
@@ -67,19 +89,10 @@ class NNX:
         return convert.from_nnx(nnx.state(self.bn))
 
     def predict(self, x):
-        return self.bn(x, use_running_average=True)
+        return predict_nnx(self.bn, x)
 
     def step(self, batch):
-        def loss(bn):
-            y = bn(batch.x, use_running_average=False)
-            return jnp.mean((y - batch.target) ** 2), y
-
-        grads, y = nnx.grad(loss, has_aux=True)(self.bn)
-        params = nnx.state(self.bn, nnx.Param)
-        nnx.update(
-            self.bn, jax.tree.map(lambda p, g: p - LEARNING_RATE * g, params, grads)
-        )
-        return y
+        return train_nnx(self.bn, batch)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +145,7 @@ class Block(nn.Module):
 @pytest.mark.parametrize("flattened", [None, "/", "tuples"])
 def test_a_whole_model_is_filled_and_its_other_layers_kept(flattened):
     x = np.ones((2, 3), np.float32)
-    variables = Net().init(jax.random.key(0), x)
+    variables = jax.jit(Net().init)(jax.random.key(0), x)
     unbiased = LAYER._replace(params=LAYER.params._replace(bias=None))
     layers = {"a": LAYER, "b": unbiased}
     names = {"one": "a", "block/two": "b"}
@@ -150,7 +163,7 @@ def test_a_whole_model_is_filled_and_its_other_layers_kept(flattened):
             new["params"]["Dense_0"]["kernel"]
             is variables["params"]["Dense_0"]["kernel"]
         )
-        Net().apply(new, x)
+        jax.jit(Net().apply)(new, x)
 
 
 def test_a_whole_nnx_model_is_read_by_the_names_of_its_attributes():

@@ -8,6 +8,7 @@ import pytest
 
 from bn_jax import convert, cumulative_momentum
 from convert_trainer import LAYER, LEARNING_RATE, C, Ours, batches, check_parity, start
+from marks import slow_but
 
 torch = pytest.importorskip("torch", reason="needs the extra `peers`")
 
@@ -45,7 +46,7 @@ class Peer:
         return y.detach().numpy()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", slow_but(["BatchNorm1d", "BatchNorm2d"], KINDS))
 def test_predictions_steps_and_state_agree(kind, direction):
     peer = Peer(kind)
     layer = start(peer, direction, KINDS[kind], transpose=channels_first)

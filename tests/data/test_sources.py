@@ -100,10 +100,12 @@ def test_sample_refuses_data_files(tiny):
         load("sample", data_files=tiny.idx_dir)
 
 
-def test_strict_name_without_data_tells_the_three_ways(tiny):
+def test_strict_name_without_data_tells_the_three_ways(tiny, caplog, capfd):
     with pytest.raises(DataError) as caught:
         load(NAME)
+    assert (capfd.readouterr(), caplog.records) == (("", ""), [])
     message = str(caught.value)
+    assert "\n" not in message
     assert str(tiny.prepared) in message
     assert tiny.spec.system_folder in message
     assert "Connection refused" in message
@@ -220,6 +222,7 @@ def test_server_that_never_answers_is_given_up(tiny, monkeypatch):
         assert time.monotonic() - start < 5
 
 
+@pytest.mark.slow
 def test_unreachable_download_is_reported_once(run_python):
     result = run_python(
         "from bn_jax.data import DataError\n"

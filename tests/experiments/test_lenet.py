@@ -1,18 +1,27 @@
 import contextlib
+import functools
+import io
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import chex
 import jax
 import numpy as np
 import pytest
+from absl import app
 
 from bn_jax.runs import results
 from bn_jax.runs import run as run_lib
+from experiments import lenet as experiment
+from marks import slow_but
+
+app.define_help_flags()  # once in a process
 
 MODULE = ("-m", "experiments.lenet")
 
@@ -44,43 +53,79 @@ def lenet(*arguments, cwd, program=MODULE):
     return ended(start(*arguments, cwd=cwd, program=program))
 
 
-def test_help_explains_itself_to_a_newcomer(tmp_path):
-    shown = lenet("--help", cwd=tmp_path)
-    assert "python -m experiments.lenet --workdir=" in shown.stdout
+@pytest.fixture
+def command(in_process):
+    """Runs the experiment's file here; returns what it printed."""
+    start = functools.partial(runpy.run_path, experiment.__file__, run_name="__main__")
+    return functools.partial(in_process, start)
+
+
+def test_help_explains_itself_to_a_newcomer(command, capsys):
+    with pytest.raises(SystemExit):
+        command("--help")
+    shown = capsys.readouterr().out
+    assert "python -m experiments.lenet --workdir=" in shown
     flags = "model norm trained optimizer schedule epochs batch_size learning_rate seed"
     flags += " dataset validation inputs augment accumulate precision smoke data_dir"
     flags += " data_files workdir load sweep batch_stats merged_stats devices parallel"
     flags += " input checkpoint_every resume coordinator_address num_processes"
     for flag in flags.split():
-        assert f"--{flag}:" in shown.stdout or f"--[no]{flag}:" in shown.stdout
+        assert f"--{flag}:" in shown or f"--[no]{flag}:" in shown
 
 
-def test_smoke_run_trains_reports_and_reads_back(tmp_path):
-    ran = lenet("--workdir=run", "--smoke", cwd=tmp_path)
-    assert ran.returncode == 0, ran.stderr
-    said = ran.stdout.splitlines()
+def assert_reports(said, num_features):
+    """These are the lines of a smoke run whose first norm has so many features."""
     assert "6,000 + 1,000 images, the sample embedded in bn_jax" in said[0]
     assert said[1].startswith("epoch 1/1  loss ")
     assert "train accuracy" in said[1] and "test accuracy" in said[1]
     assert said[1].endswith("examples/s")
-    assert said[2].startswith("norm1 gamma") and len(said[2].split()) == 8
-    assert said[3].startswith("norm1 beta") and len(said[3].split()) == 8
+    for line, greek in zip(said[2:4], ("gamma", "beta"), strict=True):
+        assert line.startswith(f"norm1 {greek}")
+        assert len(line.split()) == 2 + num_features
     assert "by exact statistics" in said[4]
     assert "written to run: checkpoints, config.json, curves.png" in said[-1]
-    assert ran.stderr == ""
     # One epoch of 23 steps on 6,000 images: far from trained, far from chance.
-    assert results.read_json(tmp_path / "run/results.json")["train_accuracy"] > 0.3
+    assert results.read_json(Path("run/results.json"))["train_accuracy"] > 0.3
+
+
+SAME_NUMBERS = "the same numbers as in run/results.json"
+IS_FINISHED = "error: run holds a finished run of this config; read it with --load=run"
+
+
+def test_smoke_run_trains_reports_and_reads_back(command):
+    model = "--model=mlp:activation=relu,widths=16"
+    arguments = ("--workdir=run", "--smoke", "--devices=1", model)
+    with contextlib.redirect_stderr(io.StringIO()) as stderr:
+        said = command(*arguments)
+    assert stderr.getvalue() == ""
+    assert_reports(said.splitlines(), 16)
+    config = results.read_json(Path("run/config.json"))
+    assert config["model"] == "mlp:widths=16,activation=relu"
+    assert SAME_NUMBERS in command("--load=run")
+
+    before = contents(Path())
+    with pytest.raises(SystemExit, match=f"^{IS_FINISHED}.*$"):
+        command(*arguments)
+    assert contents(Path()) == before
+
+
+@pytest.mark.slow
+def test_smoke_run_of_lenet_in_a_process_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ran = lenet("--workdir=run", "--smoke", cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stderr == ""
+    assert_reports(ran.stdout.splitlines(), 6)
 
     read = lenet("--load=run", cwd=tmp_path)
     assert read.returncode == 0, read.stderr
-    assert "the same numbers as in run/results.json" in read.stdout
+    assert SAME_NUMBERS in read.stdout
 
-    config = contents(tmp_path)
+    before = contents(tmp_path)
     again = lenet("--workdir=run", "--smoke", cwd=tmp_path)
     assert again.returncode == 1
-    message = "error: run holds a finished run of this config; read it with --load=run"
-    assert again.stderr.startswith(message) and again.stderr.count("\n") == 1
-    assert contents(tmp_path) == config
+    assert again.stderr.startswith(IS_FINISHED) and again.stderr.count("\n") == 1
+    assert contents(tmp_path) == before
 
 
 def contents(folder):
@@ -118,22 +163,19 @@ def steps_in(workdir):
 
 # Of each way to end: absl's, ours, and ours when the folder is opened. The other
 # mistakes are made in test_train.py, in this process.
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--workdir=a", "run"], r"unexpected arguments \['run'\]"),
-        (["--workdir=a", "--epohcs=3"], "Unknown command line flag 'epohcs'"),
-        (["--workdir=a", "--norm=nrom"], "norm='nrom'; expected one of batch_norm"),
-        (
-            ["--workdir=/proc/a", "--smoke"],
-            "cannot write to the working directory /proc/a: .*--workdir",
-        ),
-    ],
-)
-def test_mistake_ends_in_a_line_that_says_the_mend(tmp_path, arguments, message):
-    ran = lenet(*arguments, cwd=tmp_path)
+MISTAKES = {
+    "run": r"unexpected arguments \['run'\]",
+    "--epohcs=3": "Unknown command line flag 'epohcs'",
+    "--norm=nrom": "norm='nrom'; expected one of batch_norm",
+    "--workdir=/proc/a": "cannot write to the working directory /proc/a: .*--workdir",
+}
+
+
+@pytest.mark.parametrize("mistake", slow_but(["--norm=nrom"], MISTAKES))
+def test_mistake_ends_in_a_line_that_says_the_mend(tmp_path, mistake):
+    ran = lenet("--workdir=a", "--smoke", mistake, cwd=tmp_path)
     assert ran.returncode == 1
-    assert re.search(message, ran.stderr)
+    assert re.search(MISTAKES[mistake], ran.stderr)
     assert "Traceback" not in ran.stderr
     assert not any(tmp_path.iterdir())
 

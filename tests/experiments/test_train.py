@@ -58,6 +58,7 @@ OWN_IMAGES = ("--dataset=npz:images.npz", "--devices=1", "--batch_size=20")
 MLP = ("--model=mlp:activation=relu,widths=8x8", "--learning_rate=0.1")
 
 
+@pytest.mark.slow
 def test_mlp_on_the_sample_is_trained_and_evaluated_again(command):
     said = command(
         "--workdir=run",
@@ -207,7 +208,7 @@ def test_file_that_cannot_be_read_ends_in_a_line_and_leaves_no_folder(
             "batch_size=256 does not divide over 3 devices; give a multiple of 3",
         ),
         (
-            ["--workdir=/dev/null/a", "--smoke"],
+            ["--workdir=/dev/null/a", "--smoke", *MLP],
             "cannot write to the working directory /dev/null/a: .*--workdir",
         ),
         (

@@ -7,7 +7,6 @@ import threading
 import pytest
 
 from bn_jax.runs import interrupt
-from marks import slow_but
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -31,13 +30,14 @@ def test_each_time_of_listening_begins_without_a_request():
 
 @pytest.mark.parametrize(
     ("first", "second"),
-    slow_but([SIGNALS], [SIGNALS, SIGNALS[::-1], SIGNALS[:1] * 2, SIGNALS[1:] * 2]),
+    [SIGNALS, SIGNALS[::-1], SIGNALS[:1] * 2, SIGNALS[1:] * 2],
 )
 def test_second_signal_ends_the_process_at_once(first, second):
+    # The file alone: the package takes seconds to import.
     program = f"""
-import os
-from bn_jax.runs import interrupt
-with interrupt.listening():
+import os, runpy
+listening = runpy.run_path({interrupt.__file__!r})["listening"]
+with listening():
     os.kill(os.getpid(), {int(first)})
     print("goes on", flush=True)
     os.kill(os.getpid(), {int(second)})

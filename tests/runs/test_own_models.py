@@ -1,6 +1,8 @@
 """A user's own Linen or NNX module, trained as ours are."""
 
 import dataclasses
+import functools
+import signal
 
 import chex
 import jax
@@ -32,11 +34,9 @@ class Own(nn.Module):
         x = nn.BatchNorm(
             use_running_average=not train, axis_name=self.axis_name, name="bn"
         )(x)
-        x = nn.relu(x).reshape(len(x), -1)
-        x = nn.Dropout(0.1, deterministic=not train)(x)
-        x = nn.Dense(16)(x)
+        x = nn.Dropout(0.1, deterministic=not train)(nn.relu(x))
         x = BatchNorm(use_running_average=not train, axis_name=self.axis_name)(x)
-        return nn.Dense(10)(nn.relu(x))
+        return nn.Dense(10)(x.reshape(len(x), -1))
 
 
 class OwnNnx(nnx.Module):
@@ -51,7 +51,7 @@ class OwnNnx(nnx.Module):
         return self.head(self.dropout(x).reshape(len(x), -1))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def config(tiny_config):
     """Of a model that is passed in: the choice of one of ours is left as it is."""
     return dataclasses.replace(
@@ -62,16 +62,37 @@ def config(tiny_config):
 MODELS = {"linen": Own, "nnx": lambda: OwnNnx}
 
 
+# A checkpoint amid an epoch of five steps.
+OPTIONS = RunOptions(devices="1", checkpoint_every="2steps")
+
+
+@pytest.fixture(scope="module")
+def trained(config, tiny_data, tmp_path_factory):
+    """Gives the run of a model and its folder; each is trained once for this file."""
+
+    @functools.cache
+    def trained(kind):
+        folder = tmp_path_factory.mktemp(kind)
+        model = MODELS[kind]()
+        run = runs.train(
+            config, tiny_data, model=model, workdir=folder, options=OPTIONS
+        )
+        return run, folder
+
+    return trained
+
+
 @pytest.mark.parametrize("kind", MODELS)
-def test_own_module_trains_and_is_read_back(kind, config, tiny_data, tmp_path):
-    model = MODELS[kind]()
-    run = runs.train(config, tiny_data, model=model, workdir=tmp_path)
+def test_own_module_trains_and_is_read_back(kind, trained, tiny_data):
+    run, folder = trained(kind)
     assert run.metrics[-1]["loss"] < run.metrics[0]["loss"]
     assert run.config.model == f"own:{'Own' if kind == 'linen' else 'OwnNnx'}"
-    again = runs.load(tmp_path, model=model)
+    again = runs.load(folder, model=MODELS[kind]())
     chex.assert_trees_all_equal(again.variables, run.variables)
     images = tiny_data.test.images[:3]
-    np.testing.assert_array_equal(again.predict(images), run.predict(images))
+    np.testing.assert_array_equal(
+        jax.jit(again.predict)(images), jax.jit(run.predict)(images)
+    )
     if kind == "linen":
         assert np.isfinite(run.results["test_loss_exact"])
     else:
@@ -79,34 +100,31 @@ def test_own_module_trains_and_is_read_back(kind, config, tiny_data, tmp_path):
         assert "Linen" in run.results["exact_refused"]
 
 
-def test_own_run_is_not_read_without_its_model(config, tiny_data, tmp_path):
-    config = dataclasses.replace(config, epochs=1)
-    runs.train(config, tiny_data, model=Own(), workdir=tmp_path)
+def test_own_run_is_not_read_without_its_model(trained):
+    _, folder = trained("linen")
     with pytest.raises(ConfigError, match="of the class Own; pass one like it"):
-        runs.load(tmp_path)
+        runs.load(folder)
     with pytest.raises(ConfigError, match="of the class Own, and model is of OwnNnx"):
-        runs.load(tmp_path, model=OwnNnx)
+        runs.load(folder, model=OwnNnx)
 
 
 @pytest.mark.parametrize("kind", slow_but(["linen"], MODELS))
 def test_stopped_own_run_resumes_bit_for_bit(
-    kind, config, tiny_data, tmp_path, signal_at, monkeypatch
+    kind, config, trained, tiny_data, tmp_path, signal_at, monkeypatch
 ):
-    options = RunOptions(devices="1", checkpoint_every="2steps")
-    model = MODELS[kind]()
-    whole = runs.train(
-        config, tiny_data, model=model, workdir=tmp_path / "a", options=options
+    train = functools.partial(
+        runs.train,
+        config,
+        tiny_data,
+        model=MODELS[kind](),
+        workdir=tmp_path,
+        options=OPTIONS,
     )
-    with monkeypatch.context() as patch:
-        signal_at(4, 15, patch)
-        with pytest.raises(Interrupted):
-            runs.train(
-                config, tiny_data, model=model, workdir=tmp_path / "b", options=options
-            )
-    resumed = runs.train(
-        config, tiny_data, model=model, workdir=tmp_path / "b", options=options
-    )
-    chex.assert_trees_all_equal(resumed.variables, whole.variables)
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        signal_at(4, signal.SIGTERM, patch)
+        train()
+    whole, _ = trained(kind)
+    chex.assert_trees_all_equal(train().variables, whole.variables)
 
 
 @pytest.mark.slow
@@ -215,9 +233,10 @@ def test_seed_decides_an_nnx_modules_weights_where_it_is_made_for_the_run(
     )
 
 
+@pytest.mark.slow
 def test_names_of_ours_are_loaded_without_anything_else(tiny_data, tmp_path):
     config = TrainConfig(
-        model="mlp:widths=8x8,activation=relu", norm="layer", epochs=1, batch_size=30
+        model="mlp:widths=8,activation=relu", norm="layer", epochs=1, batch_size=30
     )
     run = runs.train(config, tiny_data, workdir=tmp_path)
     again = runs.load(tmp_path)

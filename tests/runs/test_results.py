@@ -91,27 +91,59 @@ def test_folder_that_cannot_be_made_is_refused(tmp_path, parent):
         pass
 
 
-HOLD = """
-import sys, time
+# Holds a folder; then no file that it writes can grow, as if the disk were full.
+OTHER = """
+import resource, sys, time
+from pathlib import Path
 from bn_jax.runs import results
-with results.locked(sys.argv[1]):
+held, folder = map(Path, sys.argv[1:])
+with results.locked(held):
     print("held", flush=True)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20, -1))
+    for write in (
+        lambda: results.write_json(folder / "a.json", {"loss": [2.0] * 100}),
+        lambda: results.append_metrics(folder, {"epoch": 2, "loss": [2.0] * 100}),
+    ):
+        try:
+            write()
+        except results.RunError as error:
+            print(error, flush=True)
+    print("written", flush=True)
     time.sleep(600)
 """
 
 
-def test_folder_is_held_against_other_processes_until_this_one_ends(tmp_path):
-    command = [sys.executable, "-c", HOLD, str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE) as other:
-        assert other.stdout.readline() == b"held\n"
-        message = f"another process is at work in {tmp_path}; wait for it, or give"
-        try:
-            with pytest.raises(RunError, match=message):
-                start(tmp_path)
-            assert [path.name for path in tmp_path.iterdir()] == [".lock"]
-        finally:
-            other.kill()
-    start(tmp_path)
+@pytest.fixture(scope="module")
+def other(tmp_path_factory):
+    """Another process, the folder that it holds, one that it wrote to, what it said."""
+    held, folder = (tmp_path_factory.mktemp(name) for name in ("held", "full"))
+    results.write_json(folder / "a.json", {"loss": 1.0})
+    command = [sys.executable, "-c", OTHER, str(held), str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        said = list(iter(lambda: process.stdout.readline().rstrip("\n"), "written"))
+        yield process, held, folder, said
+        process.kill()
+
+
+def test_folder_is_held_against_other_processes_until_this_one_ends(other):
+    process, held, _, said = other
+    assert said[0] == "held"
+    with pytest.raises(
+        RunError, match=f"another process is at work in {held}; wait for it, or give"
+    ):
+        start(held)
+    assert [path.name for path in held.iterdir()] == [".lock"]
+    process.kill()
+    process.wait()
+    start(held)
+
+
+def test_full_disk_is_named_and_files_are_left_whole(other):
+    _, _, folder, (_, *messages) = other
+    for name, message in zip(("a.json", "metrics.jsonl"), messages, strict=True):
+        expected = f"cannot write {folder / name}: File too large; what was written"
+        assert message.startswith(expected)
+    assert results.read_json(folder / "a.json") == {"loss": 1.0}
 
 
 def test_number_that_json_cannot_hold_leaves_the_old_file_whole(tmp_path):
@@ -136,37 +168,3 @@ def test_metrics_that_are_written_anew_leave_no_line_of_the_old_ones(tmp_path):
     results.append_metrics(tmp_path, {"epoch": 2})
     assert results.read_metrics(tmp_path) == [{"epoch": 1}, {"epoch": 2}]
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
-
-
-# As if the disk were full; in a process of its own, which can write no file then.
-FULL_DISK = """
-import resource, sys
-from pathlib import Path
-from bn_jax.runs import results
-folder = Path(sys.argv[1])
-resource.setrlimit(resource.RLIMIT_FSIZE, (20, -1))
-for write in (
-    lambda: results.write_json(folder / "a.json", {"loss": [2.0] * 100}),
-    lambda: results.append_metrics(folder, {"epoch": 2, "loss": [2.0] * 100}),
-):
-    try:
-        write()
-    except results.RunError as error:
-        print(error)
-"""
-
-
-def test_full_disk_is_named_and_files_are_left_whole(tmp_path):
-    results.write_json(tmp_path / "a.json", {"loss": 1.0})
-    ran = subprocess.run(
-        [sys.executable, "-c", FULL_DISK, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    for name, message in zip(
-        ("a.json", "metrics.jsonl"), ran.stdout.splitlines(), strict=True
-    ):
-        expected = f"cannot write {tmp_path / name}: File too large; what was written"
-        assert message.startswith(expected)
-    assert results.read_json(tmp_path / "a.json") == {"loss": 1.0}

@@ -1,6 +1,7 @@
 """Gradient accumulation, and the average of the weights."""
 
 import dataclasses
+import functools
 
 import chex
 import jax
@@ -18,6 +19,7 @@ from bn_jax.training.config import TrainConfig
 from bn_jax.training.state import Network, init_state
 from bn_jax.training.step import Batch
 from marks import slow_but
+from small_runs import trained
 
 N, PARTS = 24, 3
 
@@ -47,17 +49,28 @@ def batch():
     return Batch(jnp.asarray(images), jnp.asarray(np.arange(N) % 10))
 
 
-def after_steps(batch, num_steps=3, model=None, **options):
-    model = model or Small()
-    network = Network(model, (4, 4, 1))
-    optimizer = optax.sgd(0.5)
+class Linear(nn.Module):
+    """Logits linear in the pixels."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        return nn.Dense(10)(x.reshape(len(x), -1))
+
+
+@functools.cache  # several tests take the same steps
+def start_and_step(model, **options):
+    """The first state, and the compiled step."""
+    network, optimizer = Network(model, (4, 4, 1)), optax.sgd(0.5)
     variables = network.init(jax.random.key(1))
     state = init_state(variables, optimizer, averages="average_weights" in options)
-    step = jax.jit(
-        step_lib.make_train_step(
-            network, optimizer, dropout_key=jax.random.key(2), **options
-        )
+    train_step = step_lib.make_train_step(
+        network, optimizer, dropout_key=jax.random.key(2), **options
     )
+    return state, jax.jit(train_step)
+
+
+def after_steps(batch, num_steps=3, model=None, **options):
+    state, step = start_and_step(model or Small(), **options)
     states = [state]
     for _ in range(num_steps):
         state, metrics = step(state, batch)
@@ -114,11 +127,6 @@ def test_each_moves_the_averages_by_one_micro_batch_after_another(batch):
 
 
 def test_without_norm_accumulation_changes_nothing_but_rounding(batch):
-    class Linear(nn.Module):
-        @nn.compact
-        def __call__(self, x, train):
-            return nn.Dense(10)(x.reshape(len(x), -1))
-
     whole, of_whole = after_steps(batch, model=Linear())
     parts, of_parts = after_steps(batch, model=Linear(), accumulate=PARTS)
     chex.assert_trees_all_close(whole[-1].params, parts[-1].params, atol=1e-6)
@@ -128,14 +136,20 @@ def test_without_norm_accumulation_changes_nothing_but_rounding(batch):
 @pytest.mark.parametrize("parallel_by", slow_but(["pmap"], ["pmap", "jit"]))
 def test_devices_accumulate_as_one_does(parallel_by, tiny_config, tiny_data):
     config = dataclasses.replace(
-        tiny_config, batch_size=32, epochs=1, accumulate=4, accumulate_stats="once"
+        tiny_config,
+        model="mlp:widths=8",
+        batch_size=32,
+        accumulate=4,
+        accumulate_stats="once",
     )
     found = []
     for devices in ("1", "2"):
         placement = parallel.place(config, devices=devices, parallel=parallel_by)
-        trainer = loop.Trainer(config, tiny_data, placement=placement)
-        for _ in trainer.train():
-            pass
+        trainer = loop.Trainer(
+            config, tiny_data, placement=placement, checkpoint_steps=4
+        )
+        next(trainer.train())
+        assert trainer.step == 4
         found.append(trainer.state())
     chex.assert_trees_all_close(
         found[0].variables, found[1].variables, atol=2e-4, rtol=1e-3
@@ -145,6 +159,7 @@ def test_devices_accumulate_as_one_does(parallel_by, tiny_config, tiny_data):
 def test_statistics_that_cannot_be_merged_are_refused(tiny_config, tiny_data):
     config = dataclasses.replace(
         tiny_config,
+        model="mlp:widths=8",
         norm="whitening:max_group_size=4",
         accumulate=2,
         accumulate_stats="once",
@@ -174,23 +189,20 @@ def test_average_of_the_weights_is_that_of_all_steps_free_of_the_start(batch):
 
 def test_average_changes_no_number_of_the_training(batch):
     plain, _ = after_steps(batch)
-    averaged, _ = after_steps(batch, average_weights=0.9)
+    averaged, _ = after_steps(batch, average_weights=0.8)
     chex.assert_trees_all_equal(plain[-1].variables, averaged[-1].variables)
     assert plain[-1].average == {}
 
 
 def test_average_is_scored_with_statistics_of_its_own(tiny_config, tiny_data):
-    config = dataclasses.replace(tiny_config, average_weights=0.9)
-    trainer = loop.Trainer(config, tiny_data)
-    for _ in trainer.train():
-        pass
-    score = trainer.score()
-    state = trainer.state()
-    swapped = loop.Trainer(config, tiny_data)
-    swapped.restore(trainer.progress()._replace(
-        state=trainer.progress().state.replace(params=state.average)
-    ))  # fmt: skip
-    of_average = swapped.score()
+    config = dataclasses.replace(
+        tiny_config, model="mlp:widths=8", epochs=1, average_weights=0.9
+    )
+    trainer = trained(config, tiny_data)
+    score, progress = trainer.score(), trainer.progress()
+    swapped = progress.state.replace(params=progress.state.average)
+    trainer.restore(progress._replace(state=swapped))
+    of_average = trainer.score()
     assert score.test_loss_averaged == pytest.approx(of_average.test_loss_exact)
     assert score.test_loss_averaged != score.test_loss_exact
     assert score.to_row()["test_accuracy_averaged"] == score.test_accuracy_averaged

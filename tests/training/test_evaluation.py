@@ -8,6 +8,7 @@ from bn_jax.data import Split
 from bn_jax.training import evaluation
 from bn_jax.training.evaluation import Evaluator
 from bn_jax.training.state import Network
+from marks import slow_but
 
 
 class LogOfMean(nn.Module):
@@ -42,9 +43,24 @@ def expected(split):
     return -of_label.mean(), (logits.argmax(1) == split.labels).mean()
 
 
-@pytest.mark.parametrize("part_size", [2**16, 37, 36, 10])
+DIVISIONS = [(1, 500), (1, 37), (1, 10), (1, 1), (3, 5), (8, 4)]
+
+
 @pytest.mark.parametrize(
-    ("num_devices", "batch_size"), [(1, 500), (1, 37), (1, 10), (1, 1), (3, 5), (8, 4)]
+    ("num_devices", "batch_size", "part_size"),
+    slow_but(
+        [
+            (1, 500, 37),
+            (1, 37, 2**16),
+            (1, 10, 36),
+            (1, 1, 10),
+            (3, 5, 2**16),
+            (3, 5, 36),
+            (8, 4, 37),
+            (8, 4, 10),
+        ],
+        [(*each, size) for each in DIVISIONS for size in (2**16, 37, 36, 10)],
+    ),
 )
 def test_every_example_counts_once_however_they_are_divided(
     split, expected, devices, num_devices, batch_size, part_size, monkeypatch

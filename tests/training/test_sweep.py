@@ -2,7 +2,6 @@ import contextlib
 import dataclasses
 import json
 
-import chex
 import jax
 import numpy as np
 import pytest
@@ -10,11 +9,11 @@ import pytest
 from bn_jax.fields import ConfigError
 from bn_jax.runs import interrupt, sweeps
 from bn_jax.runs.results import RunError
-from bn_jax.training import mapped, members
+from bn_jax.training import loop, mapped, members
 from bn_jax.training.config import RunOptions, TrainConfig
 from bn_jax.training.members import parse
 from bn_jax.training.sweep import Sweep
-from marks import rounding_of_plain_code
+from marks import rounding_of_plain_code, slow_but
 from small_runs import swept, trained
 
 
@@ -33,27 +32,52 @@ def difference(single, sweep, i):
 
 
 SLOW = pytest.mark.slow
+SWITCHED = {"model": "mlp:widths=16x16,bias_before_norm=true", "epochs": 4}
 SPECS = [
-    "learning_rate=0.05,0.2;seed=0..1",
-    pytest.param("model.norm_layers=11,01,00;trained.gamma=true,false", marks=SLOW),
-    pytest.param(
-        "norm.momentum=0.5,0.99;norm.epsilon=1e-5,1e-2;trained.beta=false", marks=SLOW
+    (
+        "learning_rate=0.05,0.2;seed=0..1",
+        {"model": "mlp:widths=8", "inputs": "standardised"},
     ),
-    pytest.param("optimizer.momentum=0,0.9;seed=0..1", marks=SLOW),
+    pytest.param("learning_rate=0.05,0.2;seed=0..1", SWITCHED, marks=SLOW),
+    pytest.param(
+        "model.norm_layers=11,01,00;trained.gamma=true,false", SWITCHED, marks=SLOW
+    ),
+    pytest.param(
+        "norm.momentum=0.5,0.99;norm.epsilon=1e-5,1e-2;trained.beta=false",
+        SWITCHED,
+        marks=SLOW,
+    ),
+    pytest.param("optimizer.momentum=0,0.9;seed=0..1", SWITCHED, marks=SLOW),
+    pytest.param(
+        "model.norm_layers=11,01",
+        {"model": "mlp:widths=8x8,bias_before_norm=true"},
+        marks=SLOW,
+    ),
+    pytest.param(
+        "norm.momentum=0.9,0.5", {"model": "resnet:depth=8,width=2"}, marks=SLOW
+    ),
+    pytest.param(
+        "seed=0,1",
+        {
+            "model": "mlp:widths=8",
+            "augment": "crop_and_flip:padding=2,size=26",
+            "inputs": "norm",
+            "average_weights": 0.5,
+            "label_smoothing": 0.1,
+            "accumulate": 2,
+            "schedule": "cosine",
+        },
+        marks=SLOW,
+    ),
 ]
 
 
-@pytest.mark.parametrize("spec", SPECS)
-def test_members_train_as_they_would_alone(spec, tiny_config, tiny_data):
-    base = dataclasses.replace(
-        tiny_config,
-        epochs=4,
-        learning_rate=0.1,
-        model="mlp:widths=16x16,bias_before_norm=true",  # so that norms are switched
-    )
+@pytest.mark.parametrize(("spec", "choices"), SPECS)
+def test_members_train_as_they_would_alone(spec, choices, tiny_config, tiny_data):
+    base = dataclasses.replace(tiny_config, learning_rate=0.1, **choices)
     configs = parse(spec, base)
     sweep = swept(configs, tiny_data)
-    assert sweep.step == 20
+    assert sweep.step == 5 * base.epochs
     rows = sweep.rows()
     for i in (0, len(configs) - 1):
         assert_as_alone(sweep, rows[i], i, tiny_data)
@@ -71,13 +95,33 @@ def assert_as_alone(sweep, row, i, data):
     assert row["test_loss_exact"] == pytest.approx(score.test_loss_exact, rel=1e-4)
 
 
-@pytest.mark.parametrize("num_devices", [2, pytest.param(8, marks=SLOW)])
-def test_devices_share_the_members_and_change_no_number(
-    num_devices, tiny_config, tiny_data
-):
-    configs = parse("learning_rate=0.1,0.5,1.0", tiny_config)
-    one = swept(configs, tiny_data).progress()
-    many = swept(configs, tiny_data, devices=jax.devices()[:num_devices]).progress()
+@pytest.fixture(scope="module")
+def configs(tiny_config):
+    """Three members, the last of which diverges."""
+    base = dataclasses.replace(tiny_config, model="mlp:widths=8")
+    return parse("learning_rate=0.1,1e38;seed=0..1", base)[:3]
+
+
+@pytest.fixture(scope="module")
+def three(configs, tiny_data):
+    """A sweep of `configs` on one device."""
+    return swept(configs, tiny_data)
+
+
+def test_two_devices_share_three_members_and_change_no_number(rows, three):
+    one = three.progress()
+    # JSON's null is NaN here.
+    losses = np.array([row["first_step_losses"] for row in rows], np.float32)
+    accuracies = np.array([row["test_accuracy"] for row in rows], np.float32)
+    assert losses.shape == (3, 10)
+    np.testing.assert_allclose(losses, one.step_losses, atol=1e-5)
+    np.testing.assert_array_equal(accuracies, one.scores["test_accuracy"])
+
+
+@pytest.mark.slow
+def test_eight_devices_share_three_members_and_change_no_number(three, tiny_data):
+    one = three.progress()
+    many = swept(three.configs, tiny_data, devices=jax.devices()).progress()
     assert many.step_losses.shape == (3, 10)
     np.testing.assert_allclose(many.step_losses, one.step_losses, atol=1e-5)
     np.testing.assert_array_equal(
@@ -95,40 +139,47 @@ def test_vmapped_members_are_those_that_take_turns(tiny_config, tiny_data, monke
     np.testing.assert_allclose(vmapped.step_losses, in_turns.step_losses, atol=1e-5)
 
 
-def test_diverged_member_leaves_the_others_alone(tiny_config, tiny_data):
-    alone = swept(parse("learning_rate=0.1", tiny_config), tiny_data)
-    both = swept(parse("learning_rate=0.1,1e38", tiny_config), tiny_data)
-    chex.assert_trees_all_close(
-        alone.rows(exact=False)[0]["loss"],
-        both.rows(exact=False)[0]["loss"],
+def test_diverged_member_leaves_the_others_alone(three, tiny_data):
+    alone = swept(three.configs[:1], tiny_data).progress()
+    np.testing.assert_allclose(
+        three.progress().step_losses[0],
+        alone.step_losses[0],
         rtol=rounding_of_plain_code(),
     )
-    diverged = both.rows()[1]
+    rows = three.rows()
+    diverged = rows[2]
     assert diverged["diverged_at_step"] == 2
     assert diverged["loss"] == [None, None]
     assert diverged["test_accuracy_exact"] is None
     assert diverged["first_step_losses"][0] > 0
-    json.dumps(both.rows(exact=False), allow_nan=False)
+    json.dumps(rows, allow_nan=False)
 
 
-def test_frozen_gamma_and_beta_stay_at_their_start(tiny_config, tiny_data):
-    for greek, name, start in (("gamma", "scale", 1), ("beta", "bias", 0)):
-        config = dataclasses.replace(
-            tiny_config, epochs=1, trained=f"all:{greek}=false"
-        )
-        params = trained(config, tiny_data).state().params
-        for norm in ("norm1", "norm2"):
-            np.testing.assert_array_equal(params[norm][name], start)
-        other = {"scale": "bias", "bias": "scale"}[name]
-        assert np.ptp(params["norm2"][other]) > 0
-        assert np.ptp(params["dense3"]["bias"]) > 0
+@pytest.mark.parametrize(
+    ("greek", "name", "start", "other"),
+    slow_but(
+        [("beta", "bias", 0, "scale")],
+        [("gamma", "scale", 1, "bias"), ("beta", "bias", 0, "scale")],
+    ),
+)
+def test_frozen_gamma_and_beta_stay_at_their_start(
+    greek, name, start, other, tiny_config, tiny_data
+):
+    config = dataclasses.replace(
+        tiny_config, model="mlp:widths=8x8", trained=f"all:{greek}=false"
+    )
+    trainer = loop.Trainer(config, tiny_data, checkpoint_steps=1)
+    next(trainer.train())
+    params = trainer.state().params
+    for norm in ("norm1", "norm2"):
+        np.testing.assert_array_equal(params[norm][name], start)
+    assert np.ptp(params["norm2"][other]) > 0
+    assert np.ptp(params["dense3"]["bias"]) > 0
 
 
 def test_layers_without_norm_have_none(tiny_config, tiny_data):
-    config = dataclasses.replace(
-        tiny_config, epochs=1, model="mlp:widths=16x16x16,norm_layers=011"
-    )
-    assert set(trained(config, tiny_data).state().batch_stats) == {"norm2", "norm3"}
+    config = dataclasses.replace(tiny_config, model="mlp:widths=8x8,norm_layers=01")
+    assert set(loop.Trainer(config, tiny_data).state().batch_stats) == {"norm2"}
 
 
 @pytest.fixture(scope="module")
@@ -151,9 +202,8 @@ def test_members_are_scored_on_the_images_set_aside(validated, tiny_data):
     assert diverged["validation_accuracy"] == [None, None]
 
 
-def test_members_without_images_set_aside_have_no_score_of_them(tiny_config, tiny_data):
-    sweep = Sweep([tiny_config], tiny_data)
-    assert set(sweep.progress().scores) == {"test_loss", "test_accuracy"}
+def test_members_without_images_set_aside_have_no_score_of_them(three):
+    assert set(three.progress().scores) == {"test_loss", "test_accuracy"}
 
 
 def test_spec_combines_all_values_the_last_fastest():
@@ -255,11 +305,6 @@ def finished(tmp_path_factory):
 
 
 @pytest.fixture
-def configs(tiny_config):
-    return parse("learning_rate=0.1,1e38;seed=0..1", tiny_config)
-
-
-@pytest.fixture
 def rows(finished, configs, tiny_data):
     """Rows of a finished sweep; trained once for this file."""
     return sweeps.sweep(configs, tiny_data, workdir=finished, options=OPTIONS)
@@ -278,13 +323,24 @@ def test_sweep_leaves_a_row_for_each_member_and_is_not_repeated(
         "sweep.png",
         "variables",
     ]
-    assert [row["config"]["learning_rate"] for row in rows] == [0.1, 0.1, 1e38, 1e38]
+    assert [row["config"]["learning_rate"] for row in rows] == [0.1, 0.1, 1e38]
     before = (finished / "results.json").stat().st_mtime_ns
     again = sweeps.sweep(configs, tiny_data, workdir=finished, options=OPTIONS)
     assert again == rows
     assert (finished / "results.json").stat().st_mtime_ns == before
     with pytest.raises(RunError, match="another config .learning_rate"):
-        sweeps.sweep(configs[:3], tiny_data, workdir=finished, options=OPTIONS)
+        sweeps.sweep(configs[:2], tiny_data, workdir=finished, options=OPTIONS)
+
+
+def test_variables_of_a_sweep_are_read_back(rows, finished, configs, tiny_data):
+    assert rows[1]["config"] == configs[1].to_dict()
+    variables = sweeps.load_variables(finished)
+    single = trained(configs[1], tiny_data).state()
+    np.testing.assert_allclose(
+        variables["params"]["norm1"]["scale"][1],
+        single.params["norm1"]["scale"],
+        atol=1e-5,
+    )
 
 
 def test_stopped_sweep_resumes_to_the_same_numbers(
@@ -356,39 +412,3 @@ def test_members_of_several_norms_are_trained_as_alone(
     assert "norm=" in summary["best_by_validation"]
     # They are read again, not trained.
     assert sweeps.sweep(configs, tiny_data, workdir=tmp_path) == rows
-
-
-@pytest.mark.parametrize(
-    ("spec", "choices"),
-    [
-        pytest.param(
-            "model.norm_layers=01",
-            {"model": "mlp:widths=8x8,bias_before_norm=true"},
-            marks=SLOW,
-        ),
-        pytest.param(
-            "norm.momentum=0.5", {"model": "resnet:depth=8,width=2"}, marks=SLOW
-        ),
-        pytest.param(
-            "seed=1",
-            {
-                "model": "mlp:widths=8",
-                "augment": "crop_and_flip:padding=2,size=26",
-                "inputs": "norm",
-                "average_weights": 0.5,
-                "label_smoothing": 0.1,
-                "accumulate": 2,
-                "schedule": "cosine",
-            },
-            marks=SLOW,
-        ),
-        ("seed=1", {"model": "mlp:widths=8", "inputs": "standardised"}),
-    ],
-)
-def test_members_of_other_configs_train_as_they_would_alone(
-    spec, choices, tiny_config, tiny_data
-):
-    base = dataclasses.replace(tiny_config, learning_rate=0.1, **choices)
-    configs = [base, *parse(spec, base)]
-    sweep = swept(configs, tiny_data)
-    assert_as_alone(sweep, sweep.rows()[1], 1, tiny_data)

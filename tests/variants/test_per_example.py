@@ -1,3 +1,5 @@
+import functools
+
 import chex
 import flax.linen
 import jax
@@ -18,18 +20,32 @@ NONE = BatchNormParams(None, None)
 EMPTY = EmptyState()
 
 
-def group_norm(x, params, *, train=True, **options):
-    return per_example.group_norm(x, params, EMPTY, train=train, **options)
+def group_norm(x, params, **options):
+    return output(per_example.group_norm, x, params, **options)
 
 
-def layer_norm(x, params, *, train=True, **options):
-    return per_example.layer_norm(x, params, EMPTY, train=train, **options)
+def layer_norm(x, params, **options):
+    return output(per_example.layer_norm, x, params, **options)
 
 
-def instance_norm(x, params, *, train=True, **options):
-    return per_example.instance_norm(x, params, EMPTY, train=train, **options)
+def instance_norm(x, params, **options):
+    return output(per_example.instance_norm, x, params, **options)
 
 
+def output(norm, x, params, **options):
+    """Return y in training mode; the state is given back as it is."""
+    y, state = norm(x, params, EMPTY, train=True, **options)
+    assert state is EMPTY
+    return y
+
+
+@functools.cache
+def compiled(norm, **options):
+    """Return a norm with these options, compiled."""
+    return jax.jit(functools.partial(norm, **options))
+
+
+@functools.partial(jax.jit, static_argnums=0)
 def flax_result(module, x):
     return module.apply({"params": PARAMS._asdict()}, x)
 
@@ -37,20 +53,19 @@ def flax_result(module, x):
 @pytest.mark.parametrize("groups", [1, 2, 3, 6])
 def test_group_norm_is_flaxs(groups):
     module = flax.linen.GroupNorm(num_groups=groups, epsilon=1e-5)
-    y, state = group_norm(X, PARAMS, num_groups=groups)
+    y = compiled(group_norm, num_groups=groups)(X, PARAMS)
     np.testing.assert_allclose(y, flax_result(module, X), rtol=1e-5, atol=1e-5)
-    assert state is EMPTY
 
 
 def test_layer_norm_is_flaxs_over_all_but_the_batch():
     module = flax.linen.LayerNorm(epsilon=1e-5, reduction_axes=(1, 2, 3))
-    y, _ = layer_norm(X, PARAMS)
+    y = compiled(layer_norm)(X, PARAMS)
     np.testing.assert_allclose(y, flax_result(module, X), rtol=1e-5, atol=1e-5)
 
 
 def test_instance_norm_is_flaxs():
     module = flax.linen.InstanceNorm(epsilon=1e-5)
-    y, _ = instance_norm(X, PARAMS)
+    y = compiled(instance_norm)(X, PARAMS)
     np.testing.assert_allclose(y, flax_result(module, X), rtol=1e-5, atol=1e-5)
 
 
@@ -60,7 +75,7 @@ def test_is_the_formula_in_float64(groups):
     mean, var = (f(x, axis=(1, 3), keepdims=True) for f in (np.mean, np.var))
     expected = ((x - mean) / np.sqrt(var + 1e-5)).reshape(X.shape)
     expected = expected * np.float64(PARAMS.scale) + np.float64(PARAMS.bias)
-    y, _ = group_norm(X, PARAMS, num_groups=groups)
+    y = compiled(group_norm, num_groups=groups)(X, PARAMS)
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -69,29 +84,36 @@ def test_is_the_formula_in_float64(groups):
     [((3, 1, 2, 0), 0, 3), ((0, 3, 1, 2), 1, 0), ((1, 3, 0, 2), 1, -2)],
 )
 def test_layout_does_not_matter(order, feature_axis, batch_axis):
-    expected, _ = group_norm(X, PARAMS, num_groups=3)
+    expected = compiled(group_norm, num_groups=3)(X, PARAMS)
     axes = {"feature_axis": feature_axis, "batch_axis": batch_axis}
-    y, _ = group_norm(jnp.transpose(X, order), PARAMS, num_groups=3, **axes)
-    np.testing.assert_allclose(y, jnp.transpose(expected, order), rtol=1e-5, atol=1e-5)
+    in_order = compiled(group_norm, num_groups=3, **axes)
+    y = in_order(np.transpose(np.asarray(X), order), PARAMS)
+    expected = np.transpose(np.asarray(expected), order)
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("norm", [layer_norm, instance_norm])
 def test_examples_do_not_see_each_other(norm):
-    y, _ = norm(X, PARAMS)
-    np.testing.assert_array_equal(norm(X.at[1:].set(7.0), PARAMS)[0][0], y[0])
-    np.testing.assert_allclose(norm(X[::-1], PARAMS)[0], y[::-1], rtol=1e-5, atol=1e-6)
+    norm = compiled(norm)
+    y = np.asarray(norm(X, PARAMS))
+    others = np.array(X)
+    others[1:] = 7.0
+    np.testing.assert_array_equal(np.asarray(norm(others, PARAMS))[0], y[0])
+    backwards = norm(np.asarray(X)[::-1], PARAMS)
+    np.testing.assert_allclose(backwards, y[::-1], rtol=1e-5, atol=1e-6)
 
 
 def test_shift_and_scale_of_an_example_do_not_matter():
-    factors = jnp.arange(1.0, 6.0).reshape(5, 1, 1, 1)
-    y, _ = layer_norm(X, PARAMS, epsilon=1e-12)
-    scaled, _ = layer_norm(X * factors + 10 * factors, PARAMS, epsilon=1e-12)
+    factors = np.arange(1.0, 6.0, dtype=np.float32).reshape(5, 1, 1, 1)
+    norm = compiled(layer_norm, epsilon=1e-12)
+    y = norm(X, PARAMS)
+    scaled = norm(np.asarray(X) * factors + 10 * factors, PARAMS)
     np.testing.assert_allclose(scaled, y, rtol=1e-4, atol=1e-4)
 
 
 def test_mean_far_beyond_the_deviation_costs_few_digits():
     far = np.float64(X) * 1e-2 + 100
-    y, _ = layer_norm(jnp.asarray(far, jnp.float32), NONE)
+    y = compiled(layer_norm)(np.float32(far), NONE)
     exact = np.float64(np.float32(far))
     axes = {"axis": (1, 2, 3), "keepdims": True}
     var = exact.var(**axes) + 1e-5
@@ -101,30 +123,24 @@ def test_mean_far_beyond_the_deviation_costs_few_digits():
 @pytest.mark.parametrize("groups", slow_but([2], [1, 2, 6]))
 def test_gradients_are_those_of_finite_differences(x64, groups):
     x = normal((2, 3, 6), dtype=jnp.float64)
-    params = jax.tree.map(lambda a: a.astype(jnp.float64), PARAMS)
-
-    @jax.jit
-    def y(x, params):
-        return group_norm(x, params, num_groups=groups)[0]
-
+    params = jax.tree.map(np.float64, PARAMS)
+    y = compiled(group_norm, num_groups=groups)
     check_grads(y, (x, params), order=2, rtol=1e-3)
 
 
 def test_bfloat16_is_widened_and_given_back():
-    y, _ = layer_norm(X.astype(jnp.bfloat16), PARAMS)
+    x = np.asarray(X).astype(jnp.bfloat16)
+    y = compiled(layer_norm)(x, PARAMS)
     assert y.dtype == jnp.bfloat16
-    chex.assert_trees_all_close(
-        y.astype(jnp.float32),
-        layer_norm(X.astype(jnp.bfloat16).astype(jnp.float32), PARAMS)[0],
-        rtol=1e-2,
-        atol=1e-2,
-    )
+    wide = compiled(layer_norm)(x.astype(np.float32), PARAMS)
+    y = np.asarray(y).astype(np.float32)
+    chex.assert_trees_all_close(y, wide, rtol=1e-2, atol=1e-2)
 
 
 def test_one_value_a_group_is_warned_of():
     with pytest.warns(UserWarning, match="one value a group.*y equals beta"):
-        y, _ = instance_norm(X[:, 0, 0], PARAMS)
-    np.testing.assert_array_equal(y, jnp.broadcast_to(PARAMS.bias, (5, 6)))
+        y = compiled(instance_norm)(np.asarray(X)[:, 0, 0], PARAMS)
+    np.testing.assert_array_equal(y, np.broadcast_to(PARAMS.bias, (5, 6)))
 
 
 @pytest.mark.parametrize(

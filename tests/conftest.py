@@ -60,7 +60,7 @@ def compiled_programs_are_dropped():
     Files share small ones, so those of the last files are kept.
     """
     yield
-    if resident_bytes() > 1100e6:
+    if resident_bytes() > 1000e6:
         jax.clear_caches()
         gc.collect()
         memory.return_freed()

@@ -116,6 +116,8 @@ def train(workdir: str, config: TrainConfig) -> None:
     )
     if "exact_refused" in found:
         print(f"exact statistics were not measured: {found['exact_refused']}")
+    if found.get("exact_mode") == "one_pass":
+        print("exact statistics of these many layers were measured in one pass")
     if "test_accuracy_averaged" in found:
         print(
             f"average of the weights: test accuracy "

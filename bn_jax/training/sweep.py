@@ -228,14 +228,17 @@ class Sweep:
         Args:
           exact: whether to measure loss and accuracy by exact statistics of the
             training set, too, where the norms have any; it takes about half an epoch a
-            member.
+            member. Of many layers they are measured in one pass, and rows have
+            `exact_mode` (see `scoring.exact_mode`).
           train: whether to evaluate on the training set, too.
         """
         progress = self.progress()
         by_epoch = (len(self.configs), -1, self.steps_per_epoch)
         losses = progress.step_losses.reshape(by_epoch).mean(2)
         accuracies = progress.step_accuracies.reshape(by_epoch).mean(2)
-        scores = self._final_scores(exact=exact, train=train)
+        mode = self._exact_mode() if exact else None
+        how = {"exact_mode": mode} if mode == "one_pass" else {}
+        scores = self._final_scores(mode, train=train)
         return [
             {
                 "config": config.to_dict(),
@@ -244,12 +247,15 @@ class Sweep:
                 "train_accuracy": _json(accuracies[i]),
                 **{name: _json(of[i]) for name, of in progress.scores.items()},
                 **{name: _json(values)[i] for name, values in scores.items()},
+                **how,
                 "first_step_losses": _json(progress.step_losses[i, :20]),
             }
             for i, config in enumerate(self.configs)
         ]
 
-    def _final_scores(self, *, exact: bool, train: bool) -> dict[str, np.ndarray]:
+    def _final_scores(
+        self, mode: population.Mode | None, *, train: bool
+    ) -> dict[str, np.ndarray]:
         """Return the members' scores at the end, but that on the test set by averages.
 
         Returns:
@@ -265,8 +271,8 @@ class Sweep:
         variables = state.variables
         states = {"average": variables}
         scores: dict[str, np.ndarray] = {}
-        if exact and self._has_exact_statistics():
-            found = self._exact_statistics(variables)
+        if mode is not None:
+            found = self._exact_statistics(variables, mode)
             states["exact"] = {**variables, "batch_stats": found}
             ratios = jax.tree.map(np.divide, variables["batch_stats"], found)
             for path, ratio in traverse_util.flatten_dict(ratios).items():
@@ -275,7 +281,7 @@ class Sweep:
                     scores[name] = np.median(ratio, -1)[: len(self.configs)]
             if self._base.average_weights:
                 averaged = {**variables, "params": state.average}
-                found = self._exact_statistics(averaged)
+                found = self._exact_statistics(averaged, mode)
                 states["averaged"] = {**averaged, "batch_stats": found}
         of_train = self._batched(self.data.train) if train else None
         wanted = [("test", self._test, name) for name in states if name != "average"]
@@ -328,16 +334,16 @@ class Sweep:
         swept = jax.tree.map(lambda leaf: jnp.asarray(leaf[i]), self._values)
         return {**own, "swept": swept}
 
-    def _has_exact_statistics(self) -> bool:
+    def _exact_mode(self) -> population.Mode | None:
+        """Return how exact statistics are measured; None if there are none."""
         own = self._variables(0, self._map.get(self._state).variables)
         own.pop("swept")
-        images = self.data.train.images[:1]
-        return (
-            bool(jax.tree.leaves(own["batch_stats"]))
-            and scoring.exact_refusal(self._network(), own, images) is None
-        )
+        of_one = (self._network(), own, self.data.train.images[:1])
+        if not jax.tree.leaves(own["batch_stats"]) or scoring.exact_refusal(*of_one):
+            return None
+        return scoring.exact_mode(*of_one)
 
-    def _exact_statistics(self, variables: Any) -> Any:
+    def _exact_statistics(self, variables: Any, mode: population.Mode) -> Any:
         """Return each member's exact statistics of the training set, stacked."""
         inputs = jnp.asarray(self.data.train.images)
         stats = [
@@ -346,6 +352,7 @@ class Sweep:
                 self._variables(i, variables),
                 inputs,
                 batch_size=evaluation.BATCH_SIZE,
+                mode=mode,
             )
             for i in range(len(self._members))
         ]

@@ -98,10 +98,10 @@ def whiten(
 ) -> tuple[Array, WhiteningState]:
     """Whiten by the batch in training, by the moving averages in prediction.
 
-    Where the covariance is singular, as with no more values than features, y is finite
-    and of covariance v / (v + epsilon) in a direction of variance v: 0 where x does not
-    vary. "cholesky" alone can fail there, and gives NaN, if rounding in float32 (some
-    1e-7 of the largest variance) exceeds epsilon.
+    In a direction in which x has variance v, y has variance v / (v + epsilon). So where
+    the covariance is singular, as with no more values than features, y is finite, and 0
+    in the directions in which x does not vary. "cholesky" alone can fail there and give
+    NaN, if rounding in float32 (1e-7 of the largest variance) exceeds epsilon.
 
     Args:
       x: batch of shape `[N, C]`, `[N, H, W, C]`, `[C, H, W, N]` or any other of rank 2

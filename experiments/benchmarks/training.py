@@ -1,4 +1,4 @@
-"""Our own training, as benchmarks time it: what they make of a config is made here."""
+"""Trainers, sweeps and evaluations of ours, made for the benchmarks that time them."""
 
 from __future__ import annotations
 

@@ -18,6 +18,7 @@ from flax import linen as nn
 from flax import traverse_util
 from jax import Array
 
+from bn_jax.linen import check_variables
 from bn_jax.moments import reduction_axes
 
 Path = tuple[str, ...]
@@ -54,8 +55,10 @@ def fold(predict: Predict, variables: Any, inputs: Array) -> dict[str, Any]:
       The new `params`.
 
     Raises:
-      ValueError: if a norm cannot be folded; all such norms and reasons are named.
+      ValueError: if a norm cannot be folded; all such norms and reasons are named. If
+        variables are no Linen model's.
     """
+    check_variables(variables)
     params: Flat = dict(traverse_util.flatten_dict(variables.get("params", {})))
     stats: Flat = dict(traverse_util.flatten_dict(variables.get("batch_stats", {})))
     norms = {path[:-1] for path in stats if path[-1] in ("mean", "var")}

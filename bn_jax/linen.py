@@ -369,3 +369,24 @@ def norm_param_mask(variables: Any) -> Any:
     statistics = traverse_util.flatten_dict(variables.get("batch_stats", {}))
     layers = {path[:-1] for path in statistics}
     return traverse_util.unflatten_dict({path: path[:-1] in layers for path in params})
+
+
+def check_variables(variables: Any) -> None:
+    """Refuse what are no variables of a Linen model, in which no layer would be found.
+
+    Raises:
+      ValueError: naming what was given.
+    """
+    classes = type(variables).__mro__
+    of_nnx = any(kind.__module__.startswith("flax.nnx") for kind in classes)
+    if of_nnx or not isinstance(variables, Mapping):
+        given = f"a {type(variables).__name__}" + " of Flax NNX" * of_nnx
+    elif not variables or variables.keys() & {"params", "batch_stats"}:
+        return
+    else:
+        given = f"a mapping of {', '.join(map(str, variables))}"
+    raise ValueError(
+        f"variables are {given}; expected those of a Flax Linen model, with params and "
+        "batch_stats, as its init returns them. NNX models are neither measured nor "
+        "folded: give a Linen model of the same layers"
+    )

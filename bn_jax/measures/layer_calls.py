@@ -19,7 +19,7 @@ from flax import linen as nn
 from flax import traverse_util
 from jax import Array
 
-from bn_jax.linen import Norm
+from bn_jax.linen import Norm, check_variables
 from bn_jax.moments import align_weights
 
 Path = tuple[str, ...]
@@ -39,8 +39,9 @@ def layer_calls(predict: Predict, variables: Any, inputs: Any) -> list[LayerCall
 
     Raises:
       ValueError: if a layer is inside a lifted transform, or predicts by other
-        statistics than a mean and a variance.
+        statistics than a mean and a variance; or as `check_variables` says.
     """
+    check_variables(variables)
     calls: list[LayerCall] = []
 
     def note(module: Any, x: Array, own_weights: Array | None) -> None:

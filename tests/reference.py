@@ -70,7 +70,9 @@ def batch_norm(x, scale=1.0, bias=0.0, weights=None, feature_axis=-1, epsilon=1e
 
 
 def batch_norm_vjp(x, g, scale, epsilon=1e-5):
-    r"""Return the gradients of sum(g y) in x, scale and bias for x of `[N, C]`.
+    r"""Return the gradients of sum(g * y) with respect to x, scale and bias.
+
+    x has shape `[N, C]`.
 
     The chain rule of Ioffe and Szegedy (2015), section 3, with its terms collected:
     dx = scale / sqrt(var + eps) (g - E[g] - x_hat E[g x_hat]).

@@ -168,9 +168,9 @@ def to_haiku(
     """Return `(params, state)` of an `hk.BatchNorm`.
 
     Args:
-      layer: to be written. Of averages with constant momentum, which know no number of
-        batches, a large one such as `layer._replace(num_batches=10**6)` makes Haiku go
-        on with constant momentum.
+      layer: to be written. Averages of a constant momentum know no number of batches;
+        give them a large one, as in `layer._replace(num_batches=10**6)`, and Haiku goes
+        on with that momentum.
       name: of the module.
       momentum: weight of the OLD average: the module's decay_rate.
       num_dims: number of axes of the module's inputs; Haiku keeps them all.
@@ -244,9 +244,9 @@ def to_equinox(
     keeps it weakly typed, which a NumPy array cannot be.
 
     Args:
-      layer: to be written. Mode "batch" needs `num_batches`; for averages of a constant
-        momentum give a large number, as for `to_haiku`. With 0 the layer trains as a
-        new one does, but starts from these averages.
+      layer: to be written. Mode "batch" needs `num_batches`. Give averages of a
+        constant momentum a large one, as `to_haiku` says. With 0, Equinox counts its
+        batches anew, from these averages on.
       mode: of the layer.
       momentum: weight of the OLD average, of the layer; for mode "batch".
 

@@ -20,7 +20,7 @@ import functools
 import inspect
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from bn_jax.fields import ConfigError, Range
@@ -168,19 +168,23 @@ class Table(Generic[T]):
         """
         name, _, rest = text.partition(":")
         if name not in self.rows:
-            close = difflib.get_close_matches(name, self.rows, 1)
-            hint = f" (did you mean {close[0]}?)" if close else ""
             raise ConfigError(
-                f"{self.kind}={text!r}; expected one of {', '.join(self.rows)}{hint}"
+                f"{self.kind}={text!r}; expected one of {', '.join(self.rows)}"
+                f"{_did_you_mean(name, self.rows)}"
             )
         options = self.options(name)
         values: dict[str, Any] = {}
         for part in filter(None, rest.split(",")):
             key, equals, value = (piece.strip() for piece in part.partition("="))
-            if key not in options or not equals or key in values:
+            if not equals or key in values:
                 raise ConfigError(
                     f"{self.kind}={text!r}: {part!r}; expected KEY=VALUE with each key "
                     f"once; {self._takes(name)}"
+                )
+            if key not in options:
+                raise ConfigError(
+                    f"{self.kind}={text!r}: no option {key!r}"
+                    f"{_did_you_mean(key, options)}; {self._takes(name)}"
                 )
             try:
                 values[key] = options[key].parse(value)
@@ -260,6 +264,11 @@ class Table(Generic[T]):
             listed = ",".join(f"{o.name}={o.written(o.default)}" for o in options)
             described.append(f"{name}:{listed}" if listed else name)
         return " | ".join(described)
+
+
+def _did_you_mean(given: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(given, known, 1)
+    return f" (did you mean {close[0]}?)" if close else ""
 
 
 @functools.cache

@@ -122,12 +122,11 @@ class Trainer:
         optimizer = make_optimizer(config, steps_per_epoch=self.steps_per_epoch)
         self._steps = parallel.make_steps(
             placement,
-            task.make_step(
+            make_train_step(
                 config,
                 trained,
                 optimizer,
                 axis_name=parallel.DATA if placement.uses_axis else None,
-                make_train_step=make_train_step,
             ),
         )
         self._evaluate = self._evaluator(data.test)

@@ -23,7 +23,7 @@ from bn_jax.training import step as step_lib
 from bn_jax.training.config import TrainConfig, traceable
 from bn_jax.training.optimizers import make_optimizer
 from bn_jax.training.state import Network, TrainState
-from bn_jax.training.task import Task, make_network, make_step
+from bn_jax.training.task import Task, make_network
 
 Values = dict[str, Any]  # numbers that differ, and the seed, as arrays, by dotted name
 
@@ -175,7 +175,7 @@ def run_member(
 ) -> tuple[TrainState, step_lib.Metrics]:
     """Take one member's steps; see `step.run_steps`."""
     config = base.with_traced(values)
-    train_step = make_step(
+    train_step = step_lib.make_train_step(
         config,
         make_network(config, task, model=model),
         make_optimizer(config, steps_per_epoch=steps_per_epoch),

@@ -6,7 +6,7 @@ Images reach the device as bytes; a step takes its batch and scales it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +17,13 @@ from jax.flatten_util import ravel_pytree
 
 from bn_jax.averages import debiased_momentum
 from bn_jax.fields import ConfigError
-from bn_jax.training.augment import Augmentation, Unchanged
+from bn_jax.training.augment import AUGMENTATIONS
+from bn_jax.training.config import TrainConfig
 from bn_jax.training.losses import losses
 from bn_jax.training.state import Network, TrainState
+
+# Streams of random numbers of a run; 0 and 1 are those of weights and `trained=random`.
+_DROPOUT, _AUGMENTATION = 2, 3
 
 
 class Batch(NamedTuple):
@@ -61,39 +65,33 @@ class Streamed(NamedTuple):
 
 
 def make_train_step(
+    config: TrainConfig,
     network: Network,
     optimizer: optax.GradientTransformation,
     *,
-    dropout_key: Array,
     axis_name: str | None = None,
-    augment: Augmentation = Unchanged(),  # noqa: B008 - it holds nothing
-    augment_key: Array | None = None,
-    label_smoothing: float = 0.0,
-    accumulate: int = 1,
-    accumulate_stats: Literal["each", "once"] = "each",
-    average_weights: float = 0.0,
 ) -> TrainStep:
     """Return `train_step(state, batch) -> (state, metrics)`, a pure function.
 
+    Of several micro-batches a step, micro-batch j holds the examples j, j + accumulate,
+    ..., so that it takes an equal part of each device's share. Each is normalised by
+    its own statistics; `config.accumulate_stats` says what moves the averages: "each"
+    one micro-batch after another, "once" the moments of all, merged exactly, as ghost
+    batches do.
+
     Args:
+      config: gives augmentation, accumulation, label smoothing, the average of weights,
+        and the seed of dropout and augmentation.
       network: what is trained.
       optimizer: of the parameters.
-      dropout_key: decides what each step drops, on each instance along the axis.
       axis_name: of the mapped axis whose instances each hold an equal part of the
-        batch; gradients and metrics are means over all of it. Whether statistics are
-        shared, too, is the model's affair.
-      augment: changes images at random.
-      augment_key: decides how, by step and place in the batch.
-      label_smoothing: share of a label that is spread over all classes.
-      accumulate: number of micro-batches whose gradients are averaged, a divisor of
-        the batch on each instance. Micro-batch j holds the examples j, j + accumulate,
-        ..., so that it takes an equal part of each device's share.
-      accumulate_stats: micro-batches are normalised each by its own statistics. "each"
-        moves the averages by one micro-batch after another; "once" moves them by the
-        moments of all, merged exactly, as ghost batches do.
-      average_weights: decay a step of the exponential average of the parameters, free
-        of its initial value; 0 keeps none.
+        batch; gradients and metrics are means over all of it. Each instance drops
+        features of its own. Whether statistics are shared, too, is the model's affair.
     """
+    dropout_key = _stream_key(config, _DROPOUT)
+    augment_key = _stream_key(config, _AUGMENTATION)
+    augment = AUGMENTATIONS.make(config.augment)
+    accumulate, average_weights = config.accumulate, config.average_weights
 
     def key_of(step: Array, key: Array) -> Array:
         key = jax.random.fold_in(key, step)
@@ -102,7 +100,6 @@ def make_train_step(
         return key
 
     def augmented(images: Array, step: Array) -> Array:
-        assert augment_key is not None
         first = 0 if axis_name is None else lax.axis_index(axis_name) * len(images)
         return augment(jax.random.fold_in(augment_key, step), images, first=first)
 
@@ -119,7 +116,9 @@ def make_train_step(
                 mutable=["batch_stats"],
                 rngs={"dropout": dropout_key},
             )
-            of_examples = losses(logits, batch.labels, label_smoothing=label_smoothing)
+            of_examples = losses(
+                logits, batch.labels, label_smoothing=config.label_smoothing
+            )
             return of_examples.mean(), (updates.get("batch_stats", {}), logits)
 
         gradient_of = jax.value_and_grad(loss_of, has_aux=True)
@@ -138,12 +137,12 @@ def make_train_step(
 
         def add(stats: Any, part: tuple[Batch, Array]) -> tuple[Any, Any]:
             of_part, key = part
-            start = old_stats if accumulate_stats == "once" else stats
+            start = old_stats if config.accumulate_stats == "once" else stats
             gradients, stats, metrics = gradients_of(params, start, of_part, key)
             return stats, (gradients, stats, metrics)
 
         last, (gradients, stats, metrics) = lax.scan(add, old_stats, (parts, keys))
-        if accumulate_stats == "once":
+        if config.accumulate_stats == "once":
             first = jax.tree.map(lambda x: x[0], parts)
             last = _moved_once(
                 old_stats,
@@ -154,8 +153,7 @@ def make_train_step(
         return gradients, last, metrics
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        if augment_key is not None:
-            batch = Batch(augmented(batch.images, state.step), batch.labels)
+        batch = Batch(augmented(batch.images, state.step), batch.labels)
         compute = gradients_of if accumulate == 1 else accumulated
         gradients, batch_stats, (loss, accuracy) = compute(
             state.params, state.batch_stats, batch, key_of(state.step, dropout_key)
@@ -184,6 +182,11 @@ def make_train_step(
         return state, Metrics(loss, accuracy)
 
     return train_step
+
+
+def _stream_key(config: TrainConfig, stream: int) -> Array:
+    """Return the key of a stream of random numbers, apart from all others of a run."""
+    return jax.random.fold_in(jax.random.key(config.seed), stream)
 
 
 def check_merges(batch_stats: Any) -> None:

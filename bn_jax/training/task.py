@@ -1,27 +1,20 @@
-"""What a config makes of a data set: the task, the network, the optimizer's step."""
+"""What a config makes of a data set: the task and the network."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-import optax
-from jax import Array
 
 from bn_jax import data as data_lib
 from bn_jax import linen, models
 from bn_jax.fields import ConfigError
 from bn_jax.training import inputs as inputs_lib
-from bn_jax.training import step as step_lib
 from bn_jax.training.augment import AUGMENTATIONS
 from bn_jax.training.config import OWN_MODEL, TrainConfig
 from bn_jax.training.state import Network
-
-# Streams of random numbers of a run; 0 and 1 are those of weights and `trained=random`.
-_DROPOUT, _AUGMENTATION = 2, 3
 
 
 def select(config: TrainConfig, data: data_lib.ImageData) -> data_lib.ImageData:
@@ -144,31 +137,3 @@ def make_network(
         assert of_inputs is not None
         made = inputs_lib.NormalisedInput(made, of_inputs)
     return Network(made, shape, task.num_classes, scale, augment.centre)
-
-
-def make_step(
-    config: TrainConfig,
-    network: Network,
-    optimizer: optax.GradientTransformation,
-    *,
-    axis_name: str | None = None,
-    make_train_step: Callable[..., step_lib.TrainStep] = step_lib.make_train_step,
-) -> step_lib.TrainStep:
-    """Return the training step that `config` names; see `step.make_train_step`."""
-    return make_train_step(
-        network,
-        optimizer,
-        axis_name=axis_name,
-        dropout_key=_stream_key(config, _DROPOUT),
-        augment=AUGMENTATIONS.make(config.augment),
-        augment_key=_stream_key(config, _AUGMENTATION),
-        label_smoothing=config.label_smoothing,
-        accumulate=config.accumulate,
-        accumulate_stats=config.accumulate_stats,
-        average_weights=config.average_weights,
-    )
-
-
-def _stream_key(config: TrainConfig, stream: int) -> Array:
-    """Return the key of a stream of random numbers, apart from all others of a run."""
-    return jax.random.fold_in(jax.random.key(config.seed), stream)

@@ -31,6 +31,7 @@ from bn_jax import fields, linen, plots
 from bn_jax.models import lenet, mlp, resnet
 from bn_jax.training import state as state_lib
 from bn_jax.training import step as step_lib
+from bn_jax.training.config import TrainConfig
 from experiments.benchmarks import benchmark, timing, training
 
 BATCH_SIZE = 256  # where the batch is not what grows
@@ -106,9 +107,7 @@ def step_call(model: Any, batch_size: int) -> Callable[[], float]:
     order = np.random.default_rng(0).integers(0, len(train.labels), shape)
     data = step_lib.Batch(jnp.asarray(train.images), jnp.asarray(train.labels))
     source = step_lib.Stored(data, jnp.asarray(order))
-    train_step = step_lib.make_train_step(
-        network, optimizer, dropout_key=jax.random.key(1)
-    )
+    train_step = step_lib.make_train_step(TrainConfig(), network, optimizer)
     run = jax.jit(
         functools.partial(step_lib.run_steps, train_step, max_steps=MAX_STEPS)
     )

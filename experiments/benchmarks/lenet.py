@@ -54,11 +54,13 @@ def ours(
 ) -> benchmark.Ready:
     """Set up our trainer."""
 
-    def make_train_step(network: Network, optimizer: Any, **options: Any) -> Any:
+    def make_train_step(
+        config: TrainConfig, network: Network, *arguments: Any, **options: Any
+    ) -> step_lib.TrainStep:
         # Parameters do not depend on the layout.
         model = network.model.clone(layout=layout)
         network = dataclasses.replace(network, model=model)
-        return step_lib.make_train_step(network, optimizer, **options)
+        return step_lib.make_train_step(config, network, *arguments, **options)
 
     trainer = training.trainer(
         design.load(),

@@ -51,13 +51,9 @@ def set_up(
     if one_thread and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:devices])
 
-    def make_train_step(
-        network: Any, optimizer: Any, *, axis_name: str | None, **options: Any
-    ) -> Any:
+    def make_train_step(*arguments: Any, axis_name: str | None) -> step_lib.TrainStep:
         axis_name = axis_name if collectives else None
-        return step_lib.make_train_step(
-            network, optimizer, axis_name=axis_name, **options
-        )
+        return step_lib.make_train_step(*arguments, axis_name=axis_name)
 
     trainer = training.trainer(
         design.load(), devices=devices, make_train_step=make_train_step, **choices

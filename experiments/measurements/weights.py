@@ -92,9 +92,7 @@ def compiled(config: TrainConfig, data: ImageData) -> Callable[[float, int], Pro
 
     @jax.jit
     def epoch(rate: Array, state: Any, order: Array) -> Any:
-        train_step = step_lib.make_train_step(
-            network, optimizer_of(rate), dropout_key=jax.random.key(0)
-        )
+        train_step = step_lib.make_train_step(config, network, optimizer_of(rate))
 
         def probed_step(state: Any, batch: Any) -> Any:
             state, metrics = train_step(state, batch)

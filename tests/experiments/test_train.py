@@ -126,7 +126,7 @@ SECOND_FAILS = "model.norm_layers=11,1"  # of two members that share a program
             r"momentum=2; expected a number in \[0, 1\]",
         ),
         (["--norm=group:num_groups=two"], "num_groups=two; expected an integer"),
-        (["--norm=layer:momentum=0.9"], "'momentum=0.9'; expected KEY=VALUE"),
+        (["--norm=layer:momentum=0.9"], "no option 'momentum'"),
         (
             ["--model=mlp:widths=64x"],
             "widths=64x; expected values with x between, each",

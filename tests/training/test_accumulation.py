@@ -63,9 +63,8 @@ def start_and_step(model, **options):
     network, optimizer = Network(model, (4, 4, 1)), optax.sgd(0.5)
     variables = network.init(jax.random.key(1))
     state = init_state(variables, optimizer, averages="average_weights" in options)
-    train_step = step_lib.make_train_step(
-        network, optimizer, dropout_key=jax.random.key(2), **options
-    )
+    config = TrainConfig(batch_size=N, **options)
+    train_step = step_lib.make_train_step(config, network, optimizer)
     return state, jax.jit(train_step)
 
 

@@ -48,9 +48,9 @@ def test_streamed_run_is_the_stored_run_bit_for_bit(by_epoch, tiny_config, tiny_
     assert_same(streamed.progress(), progress[1])
 
 
-def make_looking_step(network, optimizer, **options):
+def make_looking_step(config, network, optimizer, **options):
     """A step that trains nothing; the labels of its batch make the metrics."""
-    del network, optimizer, options
+    del config, network, optimizer, options
 
     def step(state, batch):
         hashed = (batch.labels * np.arange(len(batch.labels))).sum()

@@ -91,9 +91,9 @@ def small(config, placement, **model_options):
 def steps_of(config, placement, *, learning_rate=0.1, **model_options):
     """The compiled loop of `Small`, and of plain SGD."""
     train_step = step_lib.make_train_step(
+        config,
         small(config, placement, **model_options),
         optax.sgd(learning_rate),
-        dropout_key=jax.random.key(0),
         axis_name=parallel.DATA if placement.uses_axis else None,
     )
     return parallel.make_steps(placement, train_step)
@@ -559,9 +559,9 @@ def test_compilers_own_collectives_are_bounded(batch_stats, most):
 def test_members_of_an_ensemble_train_as_if_alone(batch_stats, x64):
     config, placement = placed(batch_stats, 4, "pmap")
     one_step = step_lib.make_train_step(
+        config,
         small(config, placement),
         optax.sgd(1.0),
-        dropout_key=jax.random.key(0),
         axis_name=parallel.DATA,
     )
 

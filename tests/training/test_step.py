@@ -27,9 +27,7 @@ class Linear(nn.Module):
         return nn.Dense(10, use_bias=False, name="dense")(x.reshape(len(x), -1))
 
 
-make_train_step = functools.partial(
-    step_lib.make_train_step, dropout_key=jax.random.key(7)
-)
+make_train_step = functools.partial(step_lib.make_train_step, TrainConfig())
 
 
 def test_step_is_gradient_descent_on_the_cross_entropy(tiny_data):
@@ -255,7 +253,9 @@ def test_smoothing_is_in_the_loss_of_training_alone(linear):
     _, state, source = linear
     network, optimizer = Network(Linear(), (4, 4, 1)), optax.sgd(0.1, momentum=0.9)
     batch = source.batch(0)
-    step = jax.jit(make_train_step(network, optimizer, label_smoothing=0.3))
+    step = jax.jit(
+        step_lib.make_train_step(TrainConfig(label_smoothing=0.3), network, optimizer)
+    )
     plain = jax.jit(make_train_step(network, optimizer))
     (_, smooth), (_, sharp) = step(state, batch), plain(state, batch)
     predict = jax.jit(network.predict)

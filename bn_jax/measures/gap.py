@@ -16,7 +16,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from bn_jax.measures.layer_calls import Predict, layer_calls
-from bn_jax.measures.population import batch_moments, exact_statistics, mean_and_var
+from bn_jax.measures.meshes import automatic, automatic_axes
+from bn_jax.measures.models import resolve
+from bn_jax.measures.population import batch_moments, with_exact_statistics
+from bn_jax.measures.variables import Statistics, statistics_of
 
 
 class LayerGap(NamedTuple):
@@ -31,31 +34,49 @@ class LayerGap(NamedTuple):
 
 
 class Gap(NamedTuple):
-    """What `gap` returns. The keys of loss and accuracy: training, running, exact."""
+    """What `gap` returns; printed, a table.
+
+    The keys of loss and accuracy are training, running and exact.
+    """
 
     training: dict[str, LayerGap]  # by layer: the mean over the batches
     running: dict[str, LayerGap]  # by layer
     loss: dict[str, float]  # cross-entropy in nats
     accuracy: dict[str, float]  # share of the examples
 
+    def __str__(self) -> str:
+        rows = [f"{'statistics':24s}{'loss':>10s}{'accuracy':>10s}"]
+        rows += [
+            f"{name:24s}{loss:10.4f}{self.accuracy[name]:10.4f}"
+            for name, loss in self.loss.items()
+        ]
+        if self.running:
+            rows += ["", f"{'from the exact ones':24s}{'batch':>20s}{'running':>20s}"]
+            rows.append(f"{'layer':24s}" + 2 * f"{'mean':>10s}{'log var':>10s}")
+        for name, running in self.running.items():
+            gaps = (*self.training[name], *running)
+            rows.append(f"{name:24s}" + "".join(f"{value:10.3g}" for value in gaps))
+        return "\n".join(rows)
+
 
 def gap(
-    predict: Predict,
+    model: Any,
     variables: Any,
     inputs: Array,
     labels: Array,
     *,
-    measure_on: Array,
+    measure_on: Any,
     batch_size: int,
 ) -> Gap:
     """Compare batch, running and exact statistics, by layer and in what they cost.
 
     Args:
-      predict: see `exact_statistics`; gives logits `[N, classes]`.
+      model: see `exact_statistics`; gives logits `[N, classes]`.
       variables: of the model, with the running averages.
       inputs: to evaluate on, shape `[N, ...]`.
       labels: of `inputs`, shape `[N]`, integers.
-      measure_on: the training set, whose statistics are the exact ones.
+      measure_on: the training set, whose statistics are the exact ones: an array, or
+        its batches, as for `exact_statistics`.
       batch_size: of the batches that normalise by themselves, of consecutive examples;
         a last smaller batch is one, too.
 
@@ -63,16 +84,41 @@ def gap(
       A report. "training" is by each batch's own statistics.
 
     Raises:
-      ValueError: if there is not one label for each input, or as `exact_statistics`
-        says.
+      ValueError: if there is not one label for each input, labels are no classes, or as
+        `exact_statistics` says.
     """
     if labels.shape != (len(inputs),) or not len(inputs):
         raise ValueError(
             f"labels have shape {list(labels.shape)} for {len(inputs)} inputs; "
             "expected at least one input and one label for each: [N]"
         )
-    exact = exact_statistics(predict, variables, measure_on, batch_size=batch_size)
-    by_exact = {**variables, "batch_stats": exact}
+    predict, variables = resolve(model, variables)
+    with automatic_axes():
+        return _gap(
+            predict,
+            automatic(variables),
+            automatic(inputs),
+            automatic(labels),
+            measure_on=measure_on,
+            batch_size=batch_size,
+        )
+
+
+def _gap(
+    predict: Predict,
+    variables: Any,
+    inputs: Array,
+    labels: Array,
+    *,
+    measure_on: Any,
+    batch_size: int,
+) -> Gap:
+    """Return the report; see `gap`."""
+    is_stored = hasattr(measure_on, "shape")
+    measure_on = automatic(measure_on if is_stored else list(measure_on))
+    by_exact = with_exact_statistics(
+        predict, variables, measure_on, batch_size=batch_size if is_stored else None
+    )
     by_batch = jax.jit(functools.partial(batch_moments, predict, variables))
 
     ways: dict[str, Callable[[Array], Array]] = {
@@ -83,22 +129,23 @@ def gap(
     loss, accuracy = {}, {}
     for name, logits_of in ways.items():
         logits = jnp.concatenate([logits_of(x) for x in _batches(inputs, batch_size)])
+        _check_labels(labels, logits)
         log_p = jax.nn.log_softmax(logits)
         of_label = jnp.take_along_axis(log_p, labels[:, None], axis=1)
         loss[name] = float(-of_label.mean())
         accuracy[name] = float(jnp.mean(logits.argmax(-1) == labels))
 
-    calls = layer_calls(predict, variables, measure_on[:batch_size])
-    epsilons = {call.path: call.epsilon for call in calls}
-    running, true = (
-        {path: mean_and_var(stats, path) for path in epsilons}
-        for stats in (variables.get("batch_stats", {}), exact)
-    )
-    of_batches = [by_batch(x)[1] for x in _batches(measure_on, batch_size)]
+    batches = _batches(measure_on, batch_size) if is_stored else measure_on
+    epsilons = {
+        call.path: call.epsilon
+        for call in layer_calls(predict, variables, inputs[:batch_size])
+    }
+    running, true = statistics_of(variables), statistics_of(by_exact)
+    of_batches = [by_batch(x)[1] for x in batches]
     report = Gap({}, {}, loss, accuracy)
     for path, epsilon in epsilons.items():
         gap_of = functools.partial(_layer_gap, exact=true[path], epsilon=epsilon)
-        gaps = [gap_of((batch[path].mean, batch[path].var)) for batch in of_batches]
+        gaps = [gap_of(Statistics(*batch[path][1:])) for batch in of_batches]
         name = "/".join(path)
         report.training[name] = LayerGap(
             mean=sum(g.mean for g in gaps) / len(gaps),
@@ -108,8 +155,30 @@ def gap(
     return report
 
 
+def _check_labels(labels: Array, logits: Array) -> None:
+    """Refuse labels that are no classes of the logits.
+
+    Raises:
+      ValueError: saying which labels there are.
+    """
+    if logits.ndim != 2:
+        raise ValueError(
+            f"the model gives outputs of shape {list(logits.shape)}; expected logits, "
+            "[N, classes]"
+        )
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise ValueError(f"labels have dtype {labels.dtype}; expected integers")
+    least, greatest = int(labels.min()), int(labels.max())
+    if least < 0 or greatest >= logits.shape[1]:
+        raise ValueError(
+            f"labels are from {least} to {greatest}, but the model has "
+            f"{logits.shape[1]} classes; expected labels from 0 to "
+            f"{logits.shape[1] - 1}"
+        )
+
+
 def _layer_gap(
-    statistics: tuple[Array, Array], *, exact: tuple[Array, Array], epsilon: float
+    statistics: Statistics, *, exact: Statistics, epsilon: float
 ) -> LayerGap:
     (mean, var), (true_mean, true_var) = statistics, exact
     var, true_var = var + epsilon, true_var + epsilon

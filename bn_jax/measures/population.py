@@ -6,39 +6,32 @@ predict with that. How far apart the statistics are is told by `bn_jax.measures.
 
 A model is given as `predict(variables, inputs)`, which applies it in prediction mode;
 where a layer is to normalise by its batch, its call is replaced, so that dropout stays
-off and no average moves. Which layers and calls there are is seen by `layer_calls`.
+off and no average moves. Which layers and calls there are is seen by `layer_calls`;
+what may be given as a model and its variables, by `resolve`.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
-from flax import traverse_util
 from jax import Array, lax
-from jax.typing import ArrayLike
 
-from bn_jax.functional import BatchNormParams, normalize
 from bn_jax.measures.layer_calls import (
-    LayerCall,
-    Path,
     Predict,
-    check_all_called,
-    intercepted,
     layer_calls,
+    pooled,
+    program,
+    with_moments,
 )
-from bn_jax.moments import (
-    Moments,
-    check_non_negative,
-    measure,
-    merge,
-    statistics_dtype,
-)
+from bn_jax.measures.meshes import automatic, automatic_axes, like
+from bn_jax.measures.models import resolve
+from bn_jax.measures.variables import Path, batch_stats_of
+from bn_jax.moments import Moments, check_non_negative, merge
 
 # What a layer is given is kept from one pass to the next up to this size.
 _MAX_KEPT_BYTES = 2**28
@@ -47,98 +40,137 @@ Mode = Literal["layerwise", "one_pass"]
 
 
 def exact_statistics(
-    predict: Predict,
+    model: Any,
     variables: Any,
-    inputs: Array,
+    inputs: Any,
     *,
-    batch_size: int,
+    batch_size: int | None = None,
     mode: Mode = "layerwise",
     weights: Array | None = None,
     num_examples: int | None = None,
-) -> dict[str, Any]:
+) -> Any:
     """Return `batch_stats` with the mean and variance of a whole data set.
 
     A layer that is called several times pools what its calls are given.
 
     Args:
-      predict: function of `(variables, inputs)` that applies a Flax model in prediction
-        mode. A mask or weights that the model gives to a layer count.
-      variables: of the model. A model without batch statistics gives an empty result.
-      inputs: the data set, shape `[N, ...]`. Where a mesh of automatic axes shares it
-        out along N, each device works on its own examples; explicit axes are refused
-        by JAX.
-      batch_size: number of examples measured at a time. Of T batches the first holds
-        the examples 0, T, 2T and so on; a last smaller one, of the examples left over
-        at the end, counts by its size.
+      model: function of `(variables, inputs)` that applies a Flax model in prediction
+        mode, a Linen or an NNX module: see `bn_jax.measures.models.resolve`. A mask or
+        weights that the model gives to a layer count.
+      variables: of the model, see there. A model without batch statistics gives an
+        empty result.
+      inputs: the data set, shape `[N, ...]`; or its batches, as a list or a loader:
+        anything that can be iterated over again and again, and yields the same. Where a
+        mesh shares an array out along N, each device works on its own examples.
+      batch_size: number of examples measured at a time, where inputs are an array. Of T
+        batches the first holds the examples 0, T, 2T and so on; a last smaller one, of
+        the examples left over at the end, counts by its size.
       mode: "layerwise" measures call after call, each with the exact statistics of
         those before it in place: what one batch of all examples would give, whatever
         the batch size and the moving averages, in as many passes as there are calls.
         "one_pass" lets each call normalise by its batch and pools what it is given,
         the variance between batches included: one pass, and a result that depends on
         the batches after the first layer.
-      weights: of the examples, non-negative, shape `[N]`.
+      weights: of the examples, non-negative, shape `[N]`, where inputs are an array.
       num_examples: measure the first so many examples only.
 
     Returns:
-      A collection like `variables["batch_stats"]`.
+      A collection like `variables["batch_stats"]`; of a TrainState, like its field; of
+      NNX, a state of the variables of type `nnx.BatchStat`, which `nnx.update(module,
+      ...)` puts in place.
 
     Raises:
-      ValueError: if there are no examples, the batch size is not positive, the mode is
-        unknown, weights do not fit or are all 0, a layer's input has no axis of
-        examples for them, or a layer's calls cannot be seen.
+      ValueError: if there are no examples, the batch size is missing or not positive,
+        the mode is unknown, weights do not fit or are all 0, a layer's input has no
+        axis of examples for them, batches can be iterated over only once, or a layer's
+        calls cannot be seen.
 
     References:
       Wu and Johnson, 2021, "Rethinking 'Batch' in BatchNorm", arXiv:2105.07576.
     """
+    predict, variables = resolve(model, variables)
+    with automatic_axes():
+        measured = with_exact_statistics(
+            predict,
+            automatic(variables),
+            inputs,
+            batch_size=batch_size,
+            mode=mode,
+            weights=weights,
+            num_examples=num_examples,
+        )
+    return like(batch_stats_of(measured), batch_stats_of(variables))
+
+
+def with_exact_statistics(
+    predict: Predict,
+    variables: Any,
+    inputs: Any,
+    *,
+    batch_size: int | None = None,
+    mode: Mode = "layerwise",
+    weights: Array | None = None,
+    num_examples: int | None = None,
+) -> Any:
+    """Return variables with exact statistics in place; see `exact_statistics`.
+
+    Args:
+      predict: as `resolve` returns it.
+      variables: likewise.
+      inputs: see `exact_statistics`, and so are all others.
+      batch_size: see `inputs`.
+      mode: see `inputs`.
+      weights: see `inputs`.
+      num_examples: see `inputs`.
+    """
     if mode not in ("layerwise", "one_pass"):
         raise ValueError(f"mode={mode!r}; expected layerwise or one_pass")
-    inputs, weights = _check_data(inputs, weights, batch_size, num_examples)
-    calls = layer_calls(predict, variables, inputs[:batch_size])
-    paths = [call.path for call in calls]
-    check_all_called(variables, paths)
-    pooled = functools.partial(
-        _pooled_moments, predict, inputs=inputs, weights=weights, batch_size=batch_size
-    )
+    source = _source(inputs, weights, batch_size, num_examples)
+    example = source.example()
     if mode == "one_pass":
-        of_calls, _ = pooled(variables)
-        moments = _by_layer(paths, of_calls)
-        return with_statistics(variables, moments)["batch_stats"]
+        moments, _ = source.measure(predict, variables)
+        return with_moments(variables, pooled(moments))
+    calls = program(predict, variables, example).calls
     # A pass measures one call. What that call is given is kept, if memory allows, so
     # that the next pass starts from there; what a pass does not need, XLA leaves out.
+    # Where a layer is called again, its first call has other statistics from then on.
     of_calls, kept, current = [], None, variables
-    for number, call in enumerate(calls):
-        size = math.prod(call.shape) / min(batch_size, len(inputs)) * len(inputs)
-        keep = number + 1 < len(calls) and 4 * size <= _MAX_KEPT_BYTES
-        (moments_of_call,), kept = pooled(current, kept=kept, number=number, keep=keep)
-        of_calls.append(moments_of_call)
-        current = with_statistics(variables, _by_layer(paths, of_calls))
-    return with_statistics(current, {})["batch_stats"]
+    seen: set[Path] = set()
+    for number, of_call in enumerate(calls):
+        paths = {call.path for call in of_call}
+        size = sum(math.prod(call.shape) for call in of_call) / len(example)
+        keep = number + 1 < len(calls) and 4 * size * len(source) <= _MAX_KEPT_BYTES
+        keep, seen = keep and not paths & seen, seen | paths
+        (moments,), kept = source.measure(
+            predict, current, kept=kept, number=number, keep=keep
+        )
+        of_calls.append(moments)
+        current = with_moments(variables, pooled(of_calls))
+    return current
 
 
-def refusal(predict: Predict, variables: Any, example: ArrayLike) -> str | None:
+def refusal(model: Any, variables: Any, example: Any) -> str | None:
     """Return why `exact_statistics` would refuse a model, or None if it takes it.
 
     Args:
-      predict: see `exact_statistics`.
+      model: see `exact_statistics`.
       variables: of the model.
       example: one input, shape `[1, ...]`.
     """
     try:
-        check_all_called(
-            variables, [call.path for call in layer_calls(predict, variables, example)]
-        )
+        layer_calls(*resolve(model, variables), example)
     except ValueError as error:
         return str(error)
     return None
 
 
 def batch_moments(
-    predict: Predict, variables: Any, inputs: Array
+    model: Any, variables: Any, inputs: Any
 ) -> tuple[Any, dict[Path, Moments]]:
     """Apply a model with each layer normalising by this batch.
 
     Args:
-      predict: see `exact_statistics`.
+      model: see `exact_statistics`.
       variables: of the model.
       inputs: one batch, shape `[N, ...]`.
 
@@ -149,27 +181,147 @@ def batch_moments(
     Raises:
       ValueError: if a layer's calls cannot be seen.
     """
-    paths = [call.path for call in layer_calls(predict, variables, inputs)]
-    check_all_called(variables, paths)
-    outputs, measured = _apply_and_measure(
-        predict, variables, inputs, None, by_batch=True
+    predict, variables = resolve(model, variables)
+    outputs, measured = program(predict, variables, inputs, by_batch=True)(
+        variables, inputs
     )
-    return outputs, _by_layer(paths, [call.moments for call in measured])
+    return outputs, pooled([call.moments for call in measured])
 
 
-def with_statistics(variables: Any, moments: Mapping[Path, Moments]) -> dict[str, Any]:
-    """Return `variables` with the layers' means and variances in place."""
-    flat = dict(traverse_util.flatten_dict(variables.get("batch_stats", {})))
-    for path, (_, mean, var) in moments.items():
-        flat[(*path, "mean")] = mean
-        flat[(*path, "var")] = var
-    return {**variables, "batch_stats": traverse_util.unflatten_dict(flat)}
+class _Stored:
+    """A data set that is one array."""
+
+    def __init__(self, inputs: Array, weights: Array | None, batch_size: int) -> None:
+        self._inputs, self._weights = inputs, weights
+        self._batch_size = batch_size
+
+    def __len__(self) -> int:
+        return len(self._inputs)
+
+    def example(self) -> Array:
+        """Return a batch."""
+        return self._inputs[: self._batch_size]
+
+    def measure(
+        self,
+        predict: Predict,
+        variables: Any,
+        *,
+        number: int | None = None,
+        kept: Any = None,
+        keep: bool = False,
+    ) -> tuple[Any, Any]:
+        """Return the moments of what calls are given over the data set.
+
+        Args:
+          predict: see `exact_statistics`.
+          variables: see `exact_statistics`.
+          number: of the call that is measured, whose moments alone are returned; None
+            measures all, each call normalising by its own batch.
+          kept: what the call before was given, as the last pass returned it, or None.
+          keep: whether to return what this call is given.
+
+        Returns:
+          A list of the calls' moments by layer, and what the call was given, or None.
+        """
+        return _of_stored(
+            predict,
+            variables,
+            inputs=self._inputs,
+            weights=self._weights,
+            batch_size=self._batch_size,
+            number=number,
+            kept=kept,
+            keep=keep,
+        )
 
 
-def mean_and_var(batch_stats: Any, path: Path) -> tuple[Array, Array]:
-    """Return the statistics of the layer at `path`."""
-    flat = traverse_util.flatten_dict(batch_stats)
-    return flat[(*path, "mean")], flat[(*path, "var")]
+class _Batches:
+    """A data set whose batches are iterated over, a pass at a time."""
+
+    def __init__(self, batches: Any, num_examples: int | None) -> None:
+        self._all, self._num_examples = batches, num_examples
+
+    def __iter__(self) -> Iterator[Array]:
+        left = math.inf if self._num_examples is None else self._num_examples
+        for batch in self._all:
+            if not hasattr(batch, "shape"):
+                raise ValueError(
+                    f"a batch is a {type(batch).__name__}; expected an array of inputs "
+                    "alone, [N, ...]: let the loader leave out labels"
+                )
+            if left <= 0:
+                return
+            if len(batch):
+                yield automatic(batch if len(batch) <= left else batch[: int(left)])
+            left -= len(batch)
+        if left > 0 and self._num_examples is not None:
+            raise ValueError(
+                f"num_examples={self._num_examples}, but the batches hold "
+                f"{self._num_examples - int(left)} examples; give at most as many"
+            )
+
+    def __len__(self) -> int:
+        return 2**62  # not known; too many to keep what layers are given
+
+    def example(self) -> Array:
+        """Return a batch.
+
+        Raises:
+          ValueError: if there is none.
+        """
+        for batch in self:
+            return batch
+        raise ValueError(
+            "there are no examples to measure; if the batches come from an iterator "
+            "that is used up, give a list of them"
+        )
+
+    def measure(
+        self, predict: Predict, variables: Any, *, number: int | None = None, **_: Any
+    ) -> tuple[Any, None]:
+        """Return the moments of what calls are given; see `_Stored.measure`."""
+        total = None
+        for batch in self:
+            of_batch = _of_batch(predict, variables, batch, number=number)
+            total = of_batch if total is None else _merged(total, of_batch)
+        return total, None
+
+
+def _source(
+    inputs: Any,
+    weights: Array | None,
+    batch_size: int | None,
+    num_examples: int | None,
+) -> _Stored | _Batches:
+    """Return the examples to measure."""
+    if hasattr(inputs, "shape"):
+        if batch_size is None:
+            raise ValueError(
+                f"batch_size is not given for an array of {len(inputs)} examples; give "
+                "how many are measured at a time, such as 500"
+            )
+        inputs, weights = _check_data(inputs, weights, batch_size, num_examples)
+        inputs, weights = automatic((inputs, weights))
+        return _Stored(inputs, weights, batch_size)
+    if weights is not None or batch_size is not None:
+        raise ValueError(
+            f"{'weights' if batch_size is None else 'batch_size'} is given for inputs "
+            f"that are a {type(inputs).__name__}; it is for one array of examples, "
+            "[N, ...]: batches are measured as they come"
+        )
+    if not hasattr(inputs, "__iter__") and not hasattr(inputs, "__getitem__"):
+        raise ValueError(
+            f"inputs are a {type(inputs).__name__}; expected an array of examples, "
+            "[N, ...], or their batches in a list or a loader"
+        )
+    if hasattr(inputs, "__iter__") and iter(inputs) is inputs:
+        raise ValueError(
+            f"inputs are a {type(inputs).__name__}, which can be iterated over only "
+            "once, and each layer takes a pass; give a list of batches, or a loader "
+            "that starts again at each `iter`"
+        )
+    return _Batches(inputs, num_examples)
 
 
 def _check_data(
@@ -206,16 +358,8 @@ def _check_data(
     return inputs, weights
 
 
-def _by_layer(paths: Sequence[Path], moments: Sequence[Moments]) -> dict[Path, Moments]:
-    """Return the pooled moments of each layer's calls, as far as they are known."""
-    pooled: dict[Path, Moments] = {}
-    for path, m in zip(paths, moments, strict=False):
-        pooled[path] = merge(pooled[path], m) if path in pooled else m
-    return pooled
-
-
 @functools.partial(jax.jit, static_argnames=("predict", "batch_size", "number", "keep"))
-def _pooled_moments(
+def _of_stored(
     predict: Predict,
     variables: Any,
     *,
@@ -226,43 +370,21 @@ def _pooled_moments(
     kept: Any = None,
     keep: bool = False,
 ) -> tuple[list[Moments], Any]:
-    """Return the moments of what calls are given over the data set.
-
-    Args:
-      predict: see `exact_statistics`.
-      variables: see `exact_statistics`.
-      inputs: see `exact_statistics`.
-      weights: see `exact_statistics`.
-      batch_size: see `exact_statistics`.
-      number: of the call that is measured; None measures all, each call normalising by
-        its own batch.
-      kept: what the call before was given, as the last pass returned it, or None.
-      keep: whether to return what this call is given.
-
-    Returns:
-      The moments, and what the call was given, or None.
-    """
+    """Return the moments of what calls are given; see `_Stored.measure`."""
     num_whole = len(inputs) // batch_size
     size = num_whole * batch_size
 
-    def of_batch(batch: Any) -> tuple[list[Moments], Any]:
+    def of_batch(batch: Any) -> tuple[Any, Any]:
         (inputs, weights), given = batch
-        _, measured = _apply_and_measure(
-            predict,
-            variables,
-            inputs,
-            weights,
-            by_batch=number is None,
-            given={} if given is None or number is None else {number - 1: given},
+        given = {} if given is None or number is None else {number - 1: given}
+        moments, xs = _measured(
+            predict, variables, inputs, weights, number=number, given=given
         )
-        if number is None:
-            return [call.moments for call in measured], None
-        call = measured[number]
-        return [call.moments], call.x if keep else None
+        return moments, xs[number] if number is not None and keep else None
 
-    def add(total: list[Moments], batch: Any) -> tuple[list[Moments], Any]:
+    def add(total: Any, batch: Any) -> tuple[Any, Any]:
         moments, x = of_batch(batch)
-        return list(map(merge, total, moments)), x
+        return _merged(total, moments), x
 
     def batch_at(t: Array) -> Any:
         # Every num_whole-th example: of data sharded in contiguous parts, each device
@@ -280,7 +402,7 @@ def _pooled_moments(
         moments, x = of_batch(rest)
         return moments, (None, x)
 
-    def add_at(total: list[Moments], at: Any) -> tuple[list[Moments], Any]:
+    def add_at(total: Any, at: Any) -> tuple[Any, Any]:
         t, given = at
         return add(total, (batch_at(t), given))
 
@@ -297,84 +419,40 @@ def _pooled_moments(
     return total, (xs, x)
 
 
-class _Measured(NamedTuple):
-    """What a call of a batch norm layer was given."""
+@functools.partial(jax.jit, static_argnames=("predict", "number"))
+def _of_batch(
+    predict: Predict, variables: Any, inputs: Any, *, number: int | None
+) -> Any:
+    """Return the moments of what calls are given; see `_Stored.measure`."""
+    moments, _ = _measured(predict, variables, inputs, None, number=number, given={})
+    return moments
 
-    moments: Moments
-    x: Array
 
-
-def _apply_and_measure(
+def _measured(
     predict: Predict,
     variables: Any,
-    inputs: Array,
+    inputs: Any,
     weights: Array | None,
     *,
-    by_batch: bool,
-    given: Mapping[int, Array] | None = None,
-) -> tuple[Any, list[_Measured]]:
-    """Apply a model and measure what each call of a batch norm layer is given.
-
-    With `by_batch` each call is normalised by its own moments. Weights, of the
-    examples, lie along that axis of a layer's input which has the batch's size; which
-    one is found by tracing the model with another batch size. `given` are known inputs
-    of calls, by their number.
-    """
-    larger: list[LayerCall] = []
-    if weights is not None:
-        one_more = (len(inputs) + 1, *inputs.shape[1:])
-        larger = layer_calls(
-            predict, variables, jax.ShapeDtypeStruct(one_more, inputs.dtype)
-        )
-    measured: list[_Measured] = []
-
-    def each_call(module: Any, x: Array, own_weights: Array | None) -> Any:
-        w = own_weights
-        if weights is not None:
-            w = _along_examples(weights, x, larger[len(measured)])
-            w = w if own_weights is None else w * own_weights
-        wide = x.astype(statistics_dtype(x.dtype))  # layers take integers, too
-        moments = measure(wide, feature_axis=module.axis, weights=w)
-        measured.append(_Measured(moments, x))
-        return _normalized(module, variables, x, moments) if by_batch else None
-
-    outputs = intercepted(predict, variables, inputs, each_call, given or {})
-    return outputs, measured
-
-
-def _normalized(module: Any, variables: Any, x: Array, moments: Moments) -> Array:
-    """Normalise by the moments, as the layer does in training mode."""
-    own: Mapping[str, Any] = variables.get("params", {})
-    for name in module.path:
-        own = own.get(name, {})
-    params = BatchNormParams(own.get("scale"), own.get("bias"))
-    dtype = nn.dtypes.canonicalize_dtype(x, *params, dtype=module.dtype)
-    mean, var = mean_and_var(variables["batch_stats"], module.path)
-    present = moments.count > 0  # a batch that is masked out has no moments
-    x = x.astype(moments.mean.dtype)
-    return normalize(
-        x,
-        jnp.where(present, moments.mean, mean),
-        jnp.where(present, moments.var, var),
-        params,
-        epsilon=module.epsilon,
-        feature_axis=module.axis,
-    ).astype(dtype)
-
-
-def _along_examples(weights: Array, x: Array, larger: LayerCall) -> Array:
-    """Return weights of the examples with x's rank.
+    number: int | None,
+    given: Mapping[int, Array],
+) -> tuple[list[Any], list[Array]]:
+    """Return the moments of what calls are given in a batch, and what they are given.
 
     Args:
-      weights: shape `[N]`.
-      x: the input of a call.
-      larger: the same call were there one example more.
+      predict: see `exact_statistics`.
+      variables: see `exact_statistics`.
+      inputs: of the batch.
+      weights: of its examples.
+      number: see `_Stored.measure`.
+      given: inputs of calls that are known, by their number.
     """
-    axes = [a for a in range(x.ndim) if x.shape[a] != larger.shape[a]]
-    if len(axes) != 1 or x.shape[axes[0]] != len(weights):
-        raise ValueError(
-            f"the input of layer {'/'.join(larger.path)}, of shape {list(x.shape)}, "
-            f"has no axis of the {len(weights)} examples to lay weights along; measure "
-            "it without weights"
-        )
-    return jnp.expand_dims(weights, [a for a in range(x.ndim) if a != axes[0]])
+    apply = program(predict, variables, inputs, weights, by_batch=number is None)
+    _, measured = apply(variables, inputs, weights, given=given)
+    chosen = measured if number is None else measured[number : number + 1]
+    return [call.moments for call in chosen], [call.x for call in measured]
+
+
+def _merged(a: Any, b: Any) -> Any:
+    """Return the moments of each call over two sets of examples."""
+    return jax.tree.map(merge, a, b, is_leaf=lambda leaf: isinstance(leaf, Moments))

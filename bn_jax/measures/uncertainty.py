@@ -8,12 +8,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from bn_jax.measures.layer_calls import Predict
-from bn_jax.measures.population import batch_moments, with_statistics
+from bn_jax.measures.layer_calls import with_moments
+from bn_jax.measures.meshes import automatic, automatic_axes
+from bn_jax.measures.models import resolve
+from bn_jax.measures.population import batch_moments
 
 
 def monte_carlo_batch_norm(
-    predict: Predict,
+    model: Any,
     variables: Any,
     inputs: Array,
     train_inputs: Array,
@@ -29,8 +31,7 @@ def monte_carlo_batch_norm(
     spread over passes is an estimate of the model's uncertainty.
 
     Args:
-      predict: function of `(variables, inputs)` that applies a Flax model in prediction
-        mode.
+      model: see `bn_jax.measures.population.exact_statistics`.
       variables: of the model.
       inputs: to predict, shape `[N, ...]`.
       train_inputs: the training set, shape `[M, ...]`.
@@ -55,12 +56,14 @@ def monte_carlo_batch_norm(
             f"one pass and a batch of 1 to {len(train_inputs)} training examples"
         )
 
-    train_inputs = jnp.asarray(train_inputs)
+    predict, variables = automatic(resolve(model, variables))
+    inputs, train_inputs, key = automatic((inputs, jnp.asarray(train_inputs), key))
 
     def one_pass(key: Array) -> Any:
         drawn = jax.random.choice(key, len(train_inputs), (batch_size,), replace=False)
         _, moments = batch_moments(predict, variables, train_inputs[drawn])
-        return predict(with_statistics(variables, moments), inputs)
+        return predict(with_moments(variables, moments), inputs)
 
-    outputs: Array = lax.map(one_pass, jax.random.split(key, num_passes))
+    with automatic_axes():
+        outputs: Array = lax.map(one_pass, jax.random.split(key, num_passes))
     return outputs

@@ -7,10 +7,8 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
 
-from bn_jax import models
 from bn_jax.measures import population
 from bn_jax.measures.layer_calls import layer_calls
 from bn_jax.measures.population import Mode
@@ -98,11 +96,6 @@ def exact_refusal(network: Network, variables: Any, example: np.ndarray) -> str 
       variables: its parameters and moving averages.
       example: one image, `[1, H, W, C]`.
     """
-    if not isinstance(network.model, nn.Module):
-        return (
-            f"{models.name_of(network.model)} is an NNX module, and the layers' calls "
-            "are seen in Flax Linen modules alone"
-        )
     return population.refusal(network.predict, variables, example)
 
 

@@ -349,7 +349,7 @@ def test_each_device_works_on_its_own_examples(mode, devices):
     predict_one, variables, x = mlp()
     mesh = jax.make_mesh((8,), ("d",), (AxisType.Auto,), devices=devices)
     sharded = jax.device_put(x, NamedSharding(mesh, PartitionSpec("d")))
-    program = population._pooled_moments.lower(
+    program = population._of_stored.lower(
         predict_one,
         jax.device_put(variables, NamedSharding(mesh, PartitionSpec())),
         inputs=sharded,
@@ -398,51 +398,8 @@ def test_weights_without_an_axis_of_examples_are_refused():
         )
 
 
-class Inner(nn.Module):
-    """One step of `nn.scan`, or a model by itself."""
-
-    @nn.compact
-    def __call__(self, x, _=None):
-        return BatchNorm(use_running_average=True, name="norm")(x), None
-
-
-PER_STEP = {"variable_axes": {True: 0}, "split_rngs": {"params": True}}
-LIFTS = {
-    "jit": nn.jit(Inner),
-    "remat": nn.remat(Inner),
-    "scan": nn.scan(Inner, length=3, **PER_STEP),
-    "vmap": nn.vmap(Inner, in_axes=None, axis_size=3, **PER_STEP),
-    "jit, traced before": nn.jit(Inner),
-}
-
-
-class Lifted(nn.Module):
-    lift: str
-
-    @nn.compact
-    def __call__(self, x, train):
-        return LIFTS[self.lift](name="inner")(x, None)[0]
-
-
 def measure_exactly(predict, variables, x):
     return exact_statistics(predict, variables, x, batch_size=len(x))
-
-
-@pytest.mark.parametrize("measured", [measure_exactly, batch_moments])
-@pytest.mark.parametrize("lift", ["jit", "remat", "scan", "vmap"])
-def test_layer_inside_a_lifted_transform_is_refused(lift, measured):
-    model, x = Lifted(lift), jnp.ones((4 + (measured is batch_moments), 2))
-    with pytest.raises(ValueError, match="inner/norm .* inside a lifted.* at inner"):
-        measured(functools.partial(predict, model), ones(model, x), x)
-
-
-@pytest.mark.parametrize("measured", [measure_exactly, batch_moments])
-def test_layer_that_nn_jit_hides_is_refused(measured):
-    model, x = Lifted("jit, traced before"), jnp.ones((4, 2))
-    variables = ones(model, x)
-    predict(model, variables, x)  # nn.jit keeps this trace and calls no module again
-    with pytest.raises(ValueError, match="no call of inner/norm was seen"):
-        measured(functools.partial(predict, model), variables, x)
 
 
 def test_statistics_of_a_layer_that_is_not_called_are_refused():

@@ -46,7 +46,8 @@ def update_average(
         may change from step to step: see `cumulative_momentum`, `debiased_momentum`.
 
     Raises:
-      ValueError: if momentum is outside [0, 1], or the state is narrower than float32.
+      ValueError: if momentum is outside [0, 1], where that is known, or the state is
+        narrower than float32.
     """
     checks.check_momentum(momentum)
     checks.check_state(state)
@@ -67,7 +68,11 @@ def cumulative_momentum(num_batches: ArrayLike) -> Array:
 
     Args:
       num_batches: number of batches in the old average, 0 at the first.
+
+    Raises:
+      ValueError: if num_batches is negative or infinite, where that is known.
     """
+    checks.check_num_batches(num_batches)
     t = jnp.asarray(num_batches, jnp.float32)
     return t / (t + 1)
 
@@ -84,12 +89,14 @@ def debiased_momentum(momentum: ArrayLike, num_batches: ArrayLike) -> Array:
       num_batches: t, number of batches in the old average, 0 at the first.
 
     Raises:
-      ValueError: if momentum is outside [0, 1], where that is known.
+      ValueError: if momentum is outside [0, 1], or num_batches negative or infinite,
+        where that is known.
 
     References:
       Kingma and Ba, 2015, "Adam", arXiv:1412.6980, section 3.
     """
     checks.check_momentum(momentum)
+    checks.check_num_batches(num_batches)
     m = jnp.asarray(momentum, jnp.float32)
     t = jnp.asarray(num_batches, jnp.float32)
     log_m = jnp.log(m)
@@ -113,7 +120,7 @@ def merge_states(
         mean 0 and variance 0 where all are 0.
 
     Raises:
-      ValueError: if weights are negative, all 0, or not one for each state.
+      ValueError: if weights are negative, infinite, all 0, or not one for each state.
     """
     num_states = len(states.mean)
     w = jnp.ones(num_states) if weights is None else jnp.asarray(weights)

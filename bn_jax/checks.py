@@ -13,7 +13,14 @@ import jax.numpy as jnp
 from jax import Array
 
 from bn_jax import moments as moments_lib
+from bn_jax.fields import POSITIVE, SHARE, Range
 from bn_jax.moments import AxisIndexGroups, AxisName
+
+_WEIGHT_OF_THE_OLD = Range("the weight of the old average, in [0, 1]", SHARE.holds)
+_NUMBER_OF_BATCHES = Range(
+    "the number of batches in the old average, 0 or more",
+    lambda v: 0 <= v < math.inf,
+)
 
 
 def check_batch_norm(
@@ -83,10 +90,35 @@ def check_batch_norm(
         )
 
 
+def check_known(name: str, value: Any, valid: Range) -> None:
+    """Refuse a number that is out of range, where it is known.
+
+    Args:
+      name: of the argument, for the message.
+      value: a number of Python, NumPy or JAX, or an array of them. A traced one passes,
+        and so does one of which other processes hold a part.
+      valid: the range.
+
+    Raises:
+      ValueError: if a number is complex or out of range.
+    """
+    if isinstance(value, jax.core.Tracer):
+        return
+    if isinstance(value, Array) and not (
+        value.is_fully_addressable or value.is_fully_replicated
+    ):
+        return
+    given = value.tolist() if hasattr(value, "tolist") else value
+    for number in given if isinstance(given, list) else [given]:
+        if isinstance(number, list):
+            check_known(name, number, valid)
+        elif isinstance(number, complex) or not valid.holds(number):
+            raise ValueError(f"{name}={number!r}; expected {valid.words}")
+
+
 def check_epsilon(epsilon: float | Array) -> None:
-    """Refuse a known number that is not positive."""
-    if not isinstance(epsilon, jax.Array) and not epsilon > 0:
-        raise ValueError(f"epsilon={epsilon!r}; expected a number greater than 0")
+    """Refuse a known number that is not positive and finite."""
+    check_known("epsilon", epsilon, POSITIVE)
 
 
 def check_static(**choices: bool | None) -> None:
@@ -127,12 +159,12 @@ def check_features(
 
 def check_momentum(momentum: Any) -> None:
     """Refuse a number that weighs no average, where it is known."""
-    if isinstance(momentum, jax.Array) or jnp.ndim(momentum):
-        return
-    if not 0 <= momentum <= 1:
-        raise ValueError(
-            f"momentum={momentum!r}; expected the weight of the old average, in [0, 1]"
-        )
+    check_known("momentum", momentum, _WEIGHT_OF_THE_OLD)
+
+
+def check_num_batches(num_batches: Any) -> None:
+    """Refuse a number of batches that is negative or infinite, where it is known."""
+    check_known("num_batches", num_batches, _NUMBER_OF_BATCHES)
 
 
 def check_state(state: Any) -> None:

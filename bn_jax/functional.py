@@ -200,7 +200,7 @@ def batch_norm(
 
     What normalises, whether the averages move, and whether gamma and beta learn are
     three choices: `train` and `statistics`, `update_state`, and the optimizer's mask
-    (`bn_jax.linen.norm_param_mask`).
+    (`bn_jax.variables.norm_param_mask`).
 
     Args:
       x: batch of shape `[N, C]`, `[N, H, W, C]`, `[N, C, H, W]` or any other of rank 2

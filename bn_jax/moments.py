@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.flatten_util import ravel_pytree
+from jax.typing import ArrayLike
 
 AxisName = Hashable | tuple[Hashable, ...]
 AxisIndexGroups = Sequence[Sequence[int]]
@@ -117,11 +118,11 @@ def measure(
       x: array of rank 2 or more, such as `[N, C]`, `[N, H, W, C]` or `[N, C, H, W]`, of
         a floating-point dtype. bfloat16 and float16 are widened to float32 first.
       feature_axis: axis (or axes) of the features; all others are reduced.
-      weights: non-negative weights, or booleans as a mask. Of x's rank with some axes
-        of size 1, or of x's rank less its feature axes: `[N]` for x of `[N, C]`,
-        `[N, 1, 1]` or `[N, H, W]` for `[N, H, W, C]`. A value of weight 0 counts as
-        absent, even where it is not finite; in the gradient with respect to that weight
-        it counts as 0.
+      weights: non-negative, finite weights, or booleans as a mask. Of x's rank with
+        some axes of size 1, or of x's rank less its feature axes: `[N]` for x of
+        `[N, C]`, `[N, 1, 1]` or `[N, H, W]` for `[N, H, W, C]`. A value of weight 0
+        counts as absent, even where it is not finite; in the gradient with respect to
+        that weight it counts as 0.
       axis_name: name, or tuple of names, of mapped axes over all of whose instances to
         measure; see `merge_across`.
       axis_index_groups: partition of that axis, to measure over each group.
@@ -195,7 +196,7 @@ def rough_mean(x: Array, axes: tuple[int, ...]) -> Array:
     shards = math.prod(mesh.shape[name] for name in explicit_axes(x, first))
     rows = -(-x.shape[first] // (16 * shards)) * shards
     share = lax.slice_in_dim(x, 0, rows, axis=first)
-    n = max(1, math.prod(share.shape[a] for a in axes))
+    n = math.prod(share.shape[a] for a in axes) or 1
     return lax.stop_gradient(jnp.sum(share, axes) / n)
 
 
@@ -350,7 +351,7 @@ def align_weights(weights: Array, x: Array, feature_axis: int | Sequence[int]) -
     """Return `weights` with x's rank, each axis of x's size or 1.
 
     Raises:
-      ValueError: if their shape does not fit, or one is negative or not a number.
+      ValueError: if their shape does not fit, or as `check_non_negative` says.
     """
     axes = reduction_axes(x.ndim, feature_axis)
     w = jnp.asarray(weights)
@@ -365,24 +366,36 @@ def align_weights(weights: Array, x: Array, feature_axis: int | Sequence[int]) -
             "axes, where any axis may be 1: one weight an example of [N, H, W, C] is "
             "weights[:, None, None]"
         )
-    check_non_negative(w)
+    check_non_negative(weights)
     return w
 
 
-def check_non_negative(weights: Array) -> None:
-    """Refuse weights that are negative or NaN, where they are known.
+def check_non_negative(weights: ArrayLike) -> None:
+    """Refuse weights that are negative, NaN or infinite, where they are known.
 
     Raises:
-      ValueError: saying the least.
+      ValueError: saying the least or the greatest; or if they are complex, known or
+        not.
     """
-    if not weights.size or isinstance(weights, jax.core.Tracer):
+    if jnp.iscomplexobj(weights):
+        raise ValueError(
+            f"weights have dtype {jnp.result_type(weights)}; expected real numbers: "
+            "give their real part"
+        )
+    if isinstance(weights, jax.core.Tracer) or not jnp.size(weights):
         return
     with jax.ensure_compile_time_eval():
-        least = jnp.min(weights).item()
+        known = jnp.asarray(weights)
+        least, greatest = jnp.min(known).item(), jnp.max(known).item()
     if not least >= 0:
         raise ValueError(
             f"weights must be non-negative numbers, but the least is {least}; give 0 "
             "to leave a value out"
+        )
+    if greatest == math.inf:
+        raise ValueError(
+            "weights must be finite numbers, but the greatest is inf; to leave all "
+            "others out, give it 1 and them 0"
         )
 
 

@@ -195,7 +195,7 @@ def resolve(spec: str, options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]
     Args:
       spec: a name of `NORMS` with its options.
       options: values that go before those in the text. Those that are marked as
-        traceable may be traced arrays.
+        traceable may be traced, or arrays.
 
     Raises:
       ConfigError: if there is no such name or option, or a value is out of range.
@@ -203,14 +203,25 @@ def resolve(spec: str, options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]
     named = NORMS.parse(spec)
     known = NORMS.options(named.name)
     concrete = {
-        key: value
+        key: _plain(value)
         for key, value in options.items()
-        if key not in known
-        or not (known[key].is_traceable and isinstance(value, jax.Array))
+        if key not in known or not (known[key].is_traceable and _is_open(value))
     }
     NORMS.written(named.name, concrete)  # refuses
     defaults = {key: option.default for key, option in known.items()}
-    return named.name, {**defaults, **named.options, **options}
+    return named.name, {**defaults, **named.options, **options, **concrete}
+
+
+def _is_open(value: Any) -> bool:
+    """Return whether a value is traced, or an array of several numbers."""
+    return isinstance(value, jax.core.Tracer) or bool(getattr(value, "shape", ()))
+
+
+def _plain(value: Any) -> Any:
+    """Return a known number of NumPy or JAX as Python's, and all else as it is."""
+    if isinstance(value, jax.core.Tracer) or getattr(value, "shape", None) != ():
+        return value
+    return value.item()
 
 
 class Layer(NamedTuple):

@@ -10,8 +10,9 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
+from experiments import intervals
 from experiments.estimate import Choice, Statistic
-from experiments.intervals import Interval
+from experiments.intervals import Exact, Interval
 from experiments.scores import NotTrained, Runs
 
 Outcome = Literal["supported", "refuted", "undecided"]
@@ -99,17 +100,21 @@ class Claim:
         """Return whether all, none or some of the interval is as claimed.
 
         An interval of NaN, of a statistic that could not be computed, decides nothing.
+        Neither does a single observation, unless the statistic is exact.
 
         Raises:
           NotTrained: if runs are missing.
+          ValueError: if the statistic is no interval; see `intervals.check`.
         """
         for choice in self.needs:
             runs[choice]
         found = self.value(runs)
+        intervals.check(found)
+        decides = found.n > 1 or isinstance(found, Exact)
         verdict: Outcome = "undecided"
-        if found.low > self.above and found.high < self.below:
+        if decides and found.low > self.above and found.high < self.below:
             verdict = "supported"
-        elif found.high <= self.above or found.low >= self.below:
+        elif decides and (found.high <= self.above or found.low >= self.below):
             verdict = "refuted"
         words = {name: word(runs) for name, word in self.words.items()}
         texts = (text.format(**words) for text in (self.text, self.statistic))

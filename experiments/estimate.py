@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from experiments import intervals
-from experiments.intervals import Interval
+from experiments.intervals import Exact, Interval
 from experiments.scores import NotTrained, Row, Runs, Score
 
 Statistic = Callable[[Runs], Interval]
@@ -65,7 +65,10 @@ def spread(score: Score, choice: Choice) -> Statistic:
 
 def spread_of(values: Sequence[float]) -> Interval:
     """Return the mean of values, from the least to the greatest."""
-    return Interval(sum(values) / len(values), min(values), max(values), len(values))
+    least, greatest = min(values), max(values)
+    # Rounding may put the mean of equal values beside them.
+    mean = min(max(sum(values) / len(values), least), greatest)
+    return Interval(mean, least, greatest, len(values))
 
 
 def exactly(value: Callable[[Runs], float]) -> Statistic:
@@ -73,7 +76,7 @@ def exactly(value: Callable[[Runs], float]) -> Statistic:
 
     def statistic(runs: Runs) -> Interval:
         found = value(runs)
-        return Interval(found, found, found, 1)
+        return Exact(found, found, found, 1)
 
     return statistic
 
@@ -83,7 +86,7 @@ def largest(score: Score, choice: Choice) -> Statistic:
 
     def statistic(runs: Runs) -> Interval:
         values = _scores(runs, score, choice)
-        return Interval(*[max(values)] * 3, len(values))
+        return Exact(*[max(values)] * 3, len(values))
 
     return statistic
 
@@ -92,6 +95,8 @@ def largest_difference(
     values: Callable[[Row], Sequence[float]], *choices: Choice
 ) -> Statistic:
     """Return how far apart choices are in any value from the same seed, at most.
+
+    It is taken as exact.
 
     Args:
       values: of a run, such as its losses by step.
@@ -105,7 +110,7 @@ def largest_difference(
             for rows in of_seeds
             for at_once in zip(*map(values, rows), strict=True)
         )
-        return Interval(value, value, value, len(of_seeds))
+        return Exact(value, value, value, len(of_seeds))
 
     return statistic
 
@@ -114,12 +119,9 @@ def magnitude(statistic: Statistic) -> Statistic:
     """Return a statistic with the sign that makes it positive."""
 
     def positive(runs: Runs) -> Interval:
-        value, low, high, n = statistic(runs)
-        return (
-            Interval(-value, -high, -low, n)
-            if value < 0
-            else Interval(value, low, high, n)
-        )
+        found = statistic(runs)
+        value, low, high, n = found
+        return type(found)(-value, -high, -low, n) if value < 0 else found
 
     return positive
 

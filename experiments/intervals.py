@@ -16,12 +16,36 @@ LEVEL = 0.95
 
 
 class Interval(NamedTuple):
-    """An estimate, and the range of values that are compatible with the data."""
+    """An estimate, and the range of values that are compatible with the data.
+
+    All three are NaN, and n is 0, of a statistic that could not be computed.
+    """
 
     value: float
     low: float
     high: float
     n: int  # number of independent values
+
+
+class Exact(Interval):
+    """An interval of no length, of a number that is what it is even at n = 1."""
+
+
+def check(interval: Interval) -> None:
+    """Refuse an interval that is none.
+
+    Raises:
+      ValueError: if it does not hold its value, or is NaN though there are values.
+    """
+    value, low, high, n = interval
+    if n == 0 and all(map(math.isnan, (value, low, high))):
+        return
+    if not (low <= value <= high and n >= 1):
+        raise ValueError(
+            f"value {value} in [{low}, {high}] with n={n} is no interval; expected "
+            "low <= value <= high and n of at least 1, or NaN for all three and n=0 "
+            "where the statistic could not be computed"
+        )
 
 
 def of_mean(values: Sequence[float], *, level: float = LEVEL) -> Interval:
@@ -30,11 +54,15 @@ def of_mean(values: Sequence[float], *, level: float = LEVEL) -> Interval:
     Args:
       values: of independent runs. From a single one the spread cannot be estimated: the
         interval is the whole line.
-      level: confidence level.
+      level: confidence level, in (0, 1).
 
     Raises:
-      ValueError: if there are no values, or one is not finite.
+      ValueError: if there are no values, one is not finite, or the level is no share.
     """
+    if not 0 < level < 1:
+        raise ValueError(
+            f"level={level!r}; expected a share in (0, 1), such as 0.95 for 95%"
+        )
     x = _finite(values)
     mean = float(x.mean())
     if len(x) == 1:

@@ -18,11 +18,19 @@ from bn_jax import (
     BatchNormState,
     Moments,
     batch_norm,
+    cumulative_momentum,
+    debiased_momentum,
     init,
     measure,
     normalize,
     update_average,
 )
+from bn_jax.variants.one_moment import center, init_center, init_scale, scale
+from bn_jax.variants.per_example import EmptyState, layer_norm
+from bn_jax.variants.quantile import init as init_quantile
+from bn_jax.variants.quantile import quantile_norm
+from bn_jax.variants.renorm import batch_renorm
+from bn_jax.variants.renorm import init as init_renorm
 from marks import slow_but
 from reference import assert_moments_close, normal
 
@@ -393,6 +401,64 @@ def test_update_average_ignores_an_empty_batch():
     state = BatchNormState(jnp.array([1.0]), jnp.array([2.0]))
     empty = Moments(jnp.float32(0), jnp.array([0.0]), jnp.array([0.0]))
     chex.assert_trees_all_equal(update_average(state, empty), state)
+
+
+@pytest.mark.parametrize(
+    "epsilon",
+    [jnp.float32(-100), np.array(0.0), np.float64(np.nan), jnp.inf, np.float32([1, 0])],
+)
+def test_epsilon_that_is_known_is_refused_whatever_type_it_has(epsilon):
+    x, (params, state) = normal((4, 2)), init(2)
+    for call in (
+        lambda: batch_norm(x, params, state, train=True, epsilon=epsilon),
+        lambda: normalize(x, *state, epsilon=epsilon),
+        lambda: jax.jit(lambda x: normalize(x, *state, epsilon=epsilon))(x),
+        lambda: layer_norm(x, params, EmptyState(), train=True, epsilon=epsilon),
+        lambda: scale(x, params, init_scale(2)[1], train=True, epsilon=epsilon),
+        lambda: batch_renorm(x, *init_renorm(2), train=True, epsilon=epsilon),
+        lambda: quantile_norm(x, *init_quantile(2), train=True, epsilon=epsilon),
+    ):
+        with pytest.raises(ValueError, match=r"epsilon=.*greater than 0 and finite"):
+            call()
+
+
+@pytest.mark.parametrize(
+    "momentum",
+    [jnp.float32(2), np.array(-0.1), jnp.bfloat16(jnp.nan), np.array([0.5, 1.5]), 1j],
+)
+def test_momentum_that_is_known_is_refused_whatever_type_it_has(momentum):
+    x, (params, state) = normal((4, 2)), init(2)
+    for call in (
+        lambda: batch_norm(x, params, state, train=True, momentum=momentum),
+        lambda: update_average(state, measure(x), momentum=momentum),
+        lambda: jax.jit(lambda m: update_average(state, m, momentum=momentum))(
+            measure(x)
+        ),
+        lambda: debiased_momentum(momentum, 1),
+        lambda: center(x, params, init_center(2)[1], train=True, momentum=momentum),
+        lambda: batch_renorm(x, *init_renorm(2), train=True, momentum=momentum),
+        lambda: quantile_norm(x, *init_quantile(2), train=True, momentum=momentum),
+    ):
+        with pytest.raises(ValueError, match=r"momentum=.*old average, in \[0, 1\]"):
+            call()
+
+
+@pytest.mark.parametrize("num_batches", [-1, jnp.float32(-1), np.array([1.0, np.inf])])
+def test_a_number_of_batches_that_cannot_be_is_refused(num_batches):
+    for call in (
+        lambda: cumulative_momentum(num_batches),
+        lambda: debiased_momentum(0.9, num_batches),
+    ):
+        with pytest.raises(ValueError, match="num_batches=.*old average, 0 or more"):
+            call()
+
+
+def test_numbers_of_any_type_that_are_in_range_are_taken_as_pythons():
+    x, (params, state) = normal((4, 2)), init(2)
+    expected = run(x, params, state, train=True, momentum=0.5)
+    for number in (np.float32, np.array, jnp.float32, lambda m: jnp.full(2, m)):
+        got = batch_norm(x, params, state, train=True, momentum=number(0.5))
+        chex.assert_trees_all_close(got, expected, rtol=1e-6, atol=1e-6)
 
 
 # Few shapes, so that compiled steps are used again.

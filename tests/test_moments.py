@@ -148,6 +148,25 @@ def test_weights_of_rank_one_of_a_higher_rank_are_refused_not_guessed():
         measure(jnp.zeros((4, 2, 5, 3)), weights=jnp.ones(4))
 
 
+@pytest.mark.parametrize(
+    ("weights", "words"),
+    [
+        (
+            jnp.array([1.0, jnp.inf]),
+            "finite numbers, but the greatest is inf.*give it 1",
+        ),
+        (np.array([np.inf, 0.0]), "finite numbers, but the greatest is inf"),
+        (np.array([-np.inf, 0.0]), "non-negative numbers, but the least is -inf"),
+        (jnp.array([1j, 1.0]), "dtype complex64; expected real numbers"),
+    ],
+)
+def test_weights_that_are_infinite_or_complex_are_refused(weights, words):
+    with pytest.raises(ValueError, match=words):
+        measure(jnp.ones((2, 3)), weights=weights)
+    with pytest.raises(ValueError, match=words):
+        jax.jit(lambda x: measure(x, weights=weights))(jnp.ones((2, 3)))
+
+
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
 def test_a_row_of_weight_zero_is_absent_whatever_it_holds(bad):
     x = np.array(normal((4, 3)))

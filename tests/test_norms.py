@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
+from jax import export
 
 from bn_jax import batch_norm, folding, transforms
 from bn_jax import linen as linen_lib
@@ -180,6 +181,73 @@ def test_layout_ensembles_and_traced_options_change_no_number(spec):
     chex.assert_trees_all_close(traced, static, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "spec",
+    slow_but(
+        ["batch_norm:average=debiased", "instance", "quantile:num_quantiles=8"],
+        SPECS,
+    ),
+)
+def test_a_step_is_exported_for_batches_and_images_of_any_size(spec):
+    transform = NORMS.make(spec)
+    params, state = transform.init(6)
+
+    @jax.jit
+    def step(x):
+        def loss(x):
+            y, moved = transform.apply(x, params, state, train=True)
+            return jnp.sum(jnp.sin(y)), (y, moved)
+
+        return jax.grad(loss, has_aux=True)(x)
+
+    shape = export.symbolic_shape("b, h, w, 6")
+    exported = export.export(step)(jax.ShapeDtypeStruct(shape, jnp.float32))
+    for size in ((2, 3, 4, 6), (40, 1, 2, 6)):
+        x = normal(size, mean=1.0, std=2.0)
+        got, expected = exported.call(x), step(x)
+        chex.assert_trees_all_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def complex_reference(spec, x):
+    """Return y in float64 of the norms that take complex numbers; None of others."""
+    x = np.complex128(x)
+    mean, var = x.mean((0, 1)), x.var((0, 1)) + 1e-5
+    name, _, options = spec.partition(":")
+    if name == "batch_norm" or "start=1" in options:  # as long as no limit has risen
+        return (x - mean) / np.sqrt(var)
+    if name == "renorm":
+        r = np.clip(np.sqrt(var / (1 + 1e-5)), 1 / 1.5, 1.5)
+        d = mean / np.sqrt(1 + 1e-5)
+        d = d * np.minimum(1, 0.5 / np.abs(d))  # as long, in the same direction
+        return (x - mean) / np.sqrt(var) * r + d
+    if name in ("center", "scale"):
+        return x - mean if name == "center" else x / np.sqrt(var)
+    if name in ("layer", "group", "instance"):
+        groups = x.reshape(8, 3, {"layer": 1, "group": 3, "instance": 6}[name], -1)
+        axes = {"axis": (1, 3), "keepdims": True}
+        y = (groups - groups.mean(**axes)) / np.sqrt(groups.var(**axes) + 1e-5)
+        return y.reshape(x.shape)
+    return None
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_complex_numbers_are_normalised_or_refused(spec):
+    x = X + 1j * normal(X.shape, mean=-2.0, std=3.0, seed=1)
+    transform = NORMS.make(spec)
+    params, state = transform.init(6)
+    step = jax.jit(functools.partial(transform.apply, train=True))
+    expected = complex_reference(spec, x)
+    if expected is None:
+        with pytest.raises(TypeError, match="complex64.*real and imaginary parts as"):
+            step(x, params, state)
+        return
+    y, moved = step(x, params, state)
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
+    if "mean" in state._fields and "average" not in spec:
+        average = 0.1 * np.complex128(x).mean((0, 1))
+        np.testing.assert_allclose(moved.mean, average, rtol=1e-4)
+
+
 @pytest.mark.parametrize("spec", SPECS)
 def test_scale_and_bias_may_be_left_out(spec):
     text = spec + (":" if ":" not in spec else ",") + "use_scale=false,use_bias=false"
@@ -262,7 +330,8 @@ def test_averages_move_apart_from_what_normalises(spec):
             {},
             "max_group_size=8 with group_size=4; give one",
         ),
-        ("renorm:start=5", {}, "r_end=0 is before start=5"),
+        ("renorm:start=5,r_end=4", {}, "r_end=4 is before start=5"),
+        ("scale", {"options": {"momentum": jnp.float32(2)}}, r"momentum=2; expected"),
         (
             "quantile",
             {"ghost_batch_size": 4},
@@ -363,6 +432,28 @@ def test_groups_are_of_the_greatest_divisor_up_to_the_largest_size(features, siz
     assert state.covariance.shape == (features // size, size, size)
 
 
+@pytest.mark.parametrize("spec", one_of_a_kind(STATEFUL))
+def test_a_transform_leaves_numpy_states_as_they_are(spec):
+    transform = NORMS.make(spec)
+    given = jax.tree.map(np.array, (X, *transform.init(6)))
+    for array in jax.tree.leaves(given):
+        array.setflags(write=False)
+    once, again = (transform.apply(*given, train=True) for _ in range(2))
+    chex.assert_trees_all_equal(once, again)
+    assert any((a != b).any() for a, b in zip(once[1], given[2], strict=True))
+
+
+def test_options_may_be_numbers_of_numpy_and_jax():
+    for momentum in (np.float64(0.5), jnp.float32(0.5), np.array(0.5)):
+        assert linen_lib.norm("batch_norm", options={"momentum": momentum})() == (
+            linen_lib.norm("batch_norm:momentum=0.5")()
+        )
+    groups = linen_lib.norm("group", options={"num_groups": np.int64(3)})()
+    by_text = linen_lib.norm("group:num_groups=3")()
+    variables = by_text.init(KEY, X)
+    chex.assert_trees_all_equal(groups.apply(variables, X), by_text.apply(variables, X))
+
+
 @pytest.mark.parametrize("make", [linen_lib.norm, nnx_lib.norm])
 def test_a_step_leaves_the_callers_numpy_variables_as_they_are(make):
     for spec in ("batch_norm:average=cumulative", "renorm"):
@@ -448,8 +539,8 @@ def test_exact_statistics_and_folding_refuse_other_statistics_in_words(spec, kep
     with pytest.raises(ValueError, match=f"norm1, norm='{spec}', predicts by {kept};"):
         exact_statistics(of_spec, variables, X, batch_size=8)
     if spec != "quantile":
-        with pytest.raises(ValueError, match="norm1 does not predict by a mean and a"):
-            folding.fold(of_spec, variables, X)
+        with pytest.raises(ValueError, match=f"norm1, norm='{spec}', predicts by"):
+            folding.fold(of_spec, variables, X, without_norms=of_spec)
 
 
 def test_statistics_beside_norms_are_none_of_ours_to_refuse():

@@ -8,8 +8,17 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from bn_jax.averages import BatchNormState, cumulative_momentum
+from bn_jax.checks import check_known
 from bn_jax.convert.layer import BatchNormLayer
+from bn_jax.fields import BELOW_1, NOT_NEGATIVE, Range
 from bn_jax.moments import Moments
+
+# But for rounding: weights may be sums.
+_NUMBER_OF_VALUES = Range(
+    "0, 1, or 2 and more: over n - 1, weights must be numbers of values, such as a "
+    "mask; multiply them so that their sum is one",
+    lambda n: n > 2 or min(abs(n - m) for m in range(3)) < 1e-3,
+)
 
 
 def momentum_from_torch(
@@ -55,10 +64,17 @@ def unbiased(moments: Moments) -> Moments:
     """Return moments with the variance that PyTorch averages: over n - 1, not n.
 
     Args:
-      moments: of a batch. Of a single value, which PyTorch refuses, the variance stays.
+      moments: of a batch, whose total weight n is a number of values, as of a mask. Of
+        a single value, which PyTorch refuses, the variance stays. So it does of a
+        traced n up to 1.5, where n / (n - 1) would grow beyond any bound.
+
+    Raises:
+      ValueError: if n is known and below 2, and neither 0 nor 1.
     """
     n = moments.count
-    ratio = jnp.where(n > 1, n / jnp.where(n > 1, n - 1, 1), 1)
+    check_known("moments.count", n, _NUMBER_OF_VALUES)
+    several = n > 1.5
+    ratio = jnp.where(several, n / jnp.where(several, n - 1, 1), 1)
     return moments._replace(var=moments.var * ratio)
 
 
@@ -108,17 +124,28 @@ def without_equinox_excess(layer: BatchNormLayer, *, momentum: float) -> BatchNo
       momentum: m, weight of the OLD average, of the layer.
 
     Raises:
-      ValueError: if the number of batches is not known.
+      ValueError: if the number of batches is not known or negative, momentum is outside
+        [0, 1), or a variance would be negative: then the layer was not trained so.
     """
     if layer.num_batches is None:
         raise ValueError(
             "num_batches is None; expected that of a layer of Equinox's mode 'batch': "
             "set it by layer._replace(num_batches=...)"
         )
+    check_known("momentum", momentum, BELOW_1)
+    check_known("num_batches", layer.num_batches, NOT_NEGATIVE)
     if layer.num_batches == 0:
         return layer
     excess = 1 / debias(momentum, layer.num_batches) - 1
-    return layer._replace(state=layer.state._replace(var=layer.state.var - excess))
+    var = layer.state.var - excess
+    # The variance of a constant feature is off by the rounding of the excess.
+    if (least := float(jnp.min(var))) < -1e-4 * (1 + excess):
+        raise ValueError(
+            f"the least variance would be {least:.3g} without the excess of "
+            f"{excess:.3g} that momentum={momentum} and {layer.num_batches} batches "
+            "leave; give a layer trained so from its initial state in mode 'batch'"
+        )
+    return layer._replace(state=layer.state._replace(var=jnp.maximum(var, 0)))
 
 
 def debias(momentum: float, num_batches: int) -> float:
@@ -131,7 +158,7 @@ def debias(momentum: float, num_batches: int) -> float:
 
 
 def _check_values(values_per_feature: int) -> int:
-    if values_per_feature < 2:
+    if not 2 <= values_per_feature < np.inf:
         raise ValueError(
             f"values_per_feature={values_per_feature!r}; expected at least 2, the "
             "batch size times height and width; a variance over n - 1 = 0 is undefined"

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -75,7 +76,16 @@ PLACES: dict[str, dict[str, str]] = {
 # PyTorch wrote no counter before 0.4.1; Flax has none, bn_jax.linen one on demand.
 _OPTIONAL = {"torch": {"num_batches"}, "flax": {"num_batches"}}
 SCALARS = {"num_batches", "var_num_batches", "first_time"}
+_VARIANCES = {"var", "var_hidden"}
+# What JAX has no dtype for.
+_NARROWER = {
+    np.dtype(np.longdouble): np.dtype(np.float64),
+    np.dtype(np.clongdouble): np.dtype(np.complex128),
+}
 _STATISTICS = {"mean", "var", "mean_hidden", "var_hidden"}
+
+
+_POSSIBLE = "finite numbers, variances of 0 or more, and whole numbers of batches"
 
 
 class Problems:
@@ -85,6 +95,8 @@ class Problems:
         self.missing: list[str] = []
         self.extra: list[str] = []
         self.misshapen: list[str] = []
+        self.unreadable: list[str] = []
+        self.impossible: list[str] = []
 
     def refuse(self, library: str) -> None:
         """Raise the error, if there is anything to name."""
@@ -93,6 +105,10 @@ class Problems:
             "like=bn_jax.init(..., scale=False, bias=False)",
             "extra": "map their layer in names (to None to leave it out), or drop them",
             "misshapen": "give the entries of a layer of the same size",
+            "unreadable": "give arrays of numbers; of a PyTorch tensor, "
+            "tensor.detach().float().cpu()",
+            "impossible": f"expected {_POSSIBLE}; give the entries of a layer that did "
+            "not diverge",
         }
         found = {kind: list(getattr(self, kind)) for kind in mends}
         lines = [
@@ -121,6 +137,7 @@ def read_layer(
     check_momentum(library, momentum, reading=True)
     problems = Problems()
     roles = read_entries(library, dict(flatten(entries)), name, like, problems)
+    note_impossible(library, roles, name, problems)
     problems.refuse(library)
     return roles_to_layer(roles, momentum)
 
@@ -169,7 +186,7 @@ def read_entries(
         elif key in flat:
             value = as_array(flat[key])
             if value is None:
-                problems.misshapen.append(f"{key} is a {type(flat[key]).__name__}")
+                problems.unreadable.append(f"{key} is {_described(flat[key])}")
             else:
                 roles[role] = value
         elif role not in _OPTIONAL.get(library, ()):
@@ -188,7 +205,7 @@ def read_entries(
             for role, value in roles.items()
         }
         counters = [
-            int(roles[role])
+            roles[role].item()
             for role in ("num_batches", "var_num_batches")
             if role in roles and roles[role].shape == ()
         ]
@@ -213,6 +230,31 @@ def read_entries(
                 f"{keys[role]} has shape {list(value.shape)}, expected {list(wanted)}"
             )
     return roles
+
+
+def note_impossible(
+    library: str, roles: Mapping[str, np.ndarray], name: str, problems: Problems
+) -> None:
+    """Note numbers that a layer cannot have, such as NaN or a negative variance."""
+    for role, value in roles.items():
+        if fault := _fault(role, value):
+            key = entry_key(PLACES[library][role], name)
+            problems.impossible.append(f"{key} {fault}")
+
+
+def _fault(role: str, value: np.ndarray) -> str | None:
+    """Describe the fault of an entry's numbers, or return None."""
+    finite = np.isfinite(value)
+    if not finite.all():
+        number = f"{(~finite).sum()} of {value.size} values"
+        return f"has {number} that are not finite in {value.dtype}"
+    if role in _VARIANCES and np.iscomplexobj(value):
+        return f"has dtype {value.dtype}"
+    if role in _VARIANCES and (value < 0).any():
+        return f"has the value {value.min()}"
+    if role in SCALARS and not ((value >= 0) & (value == np.floor(value))).all():
+        return f"is {value}"
+    return None
 
 
 def unmapped(
@@ -252,7 +294,12 @@ def roles_to_layer(
         return array.astype(statistics_dtype(array.dtype))
 
     def parameter(role: str) -> Array | None:
-        return jnp.array(roles[role]) if role in roles else None
+        if role not in roles:
+            return None
+        array = jnp.array(roles[role])
+        if jnp.issubdtype(array.dtype, jnp.inexact):
+            return array
+        return array.astype(statistics_dtype(array.dtype))
 
     return BatchNormLayer(
         BatchNormParams(scale=parameter("scale"), bias=parameter("bias")),
@@ -271,6 +318,7 @@ def layer_to_roles(
 ) -> dict[str, np.ndarray]:
     """Return a layer's entries by role, in the library's order and dtypes."""
     params, state, num_batches = layer
+    _check_layer(layer, name)
     places = PLACES[library]
     roles = {role: value for role, value in params._asdict().items()}
     roles |= state._asdict()
@@ -301,6 +349,20 @@ def layer_to_roles(
     return {
         role: np.array(roles[role]) for role in places if roles.get(role) is not None
     }
+
+
+def _check_layer(layer: BatchNormLayer, name: str | None) -> None:
+    """Refuse a layer with numbers that it cannot have, such as a negative variance."""
+    roles = {**layer.params._asdict(), **layer.state._asdict()}
+    roles["num_batches"] = layer.num_batches
+    faults = [
+        f"{role} {fault}"
+        for role, value in roles.items()
+        if value is not None and (fault := _fault(role, np.asarray(value)))
+    ]
+    if faults:
+        which = "the layer" if name is None else f"layer {name}"
+        raise ValueError(f"{which}: {', '.join(faults)}; expected {_POSSIBLE}")
 
 
 def flatten(entries: Entries, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -349,13 +411,32 @@ def layer_name(place: str, key: str) -> str | None:
 
 
 def as_array(value: Any) -> np.ndarray | None:
-    """Return a NumPy array of numbers, or None where there is no such thing."""
+    """Return a NumPy array of numbers, or None where there is no such thing.
+
+    Floating-point numbers come in JAX's dtype for them: float32 for float64, and in
+    the machine's byte order.
+    """
     try:
         array = np.asarray(value)
     except (TypeError, ValueError, RuntimeError):
         return None
-    numeric = array.dtype == bool or jnp.issubdtype(array.dtype, np.number)
-    return array if numeric else None
+    if array.dtype == bool or jnp.issubdtype(array.dtype, np.integer):
+        return array.astype(array.dtype.newbyteorder("="))
+    if not jnp.issubdtype(array.dtype, np.inexact):
+        return None
+    native = array.dtype.newbyteorder("=")
+    native = _NARROWER.get(native, native)
+    with np.errstate(over="ignore"):  # what is infinite then is refused as such
+        return array.astype(jax.dtypes.canonicalize_dtype(native))
+
+
+def _described(value: Any) -> str:
+    """Return the type of a value, and what of a tensor NumPy may not read."""
+    words = f"a {type(value).__name__}"
+    for prefix, attribute in (("of", "dtype"), ("on", "device")):
+        if (found := getattr(value, attribute, None)) is not None:
+            words += f" {prefix} {found}"
+    return words + " that requires grad" * (getattr(value, "requires_grad", 0) is True)
 
 
 def _without_unit_axes(value: np.ndarray) -> np.ndarray:

@@ -26,12 +26,14 @@ def from_torch(entries: Entries, *, like: Like | None = None) -> BatchNormLayer:
 
     Args:
       entries: weight, bias, running_mean, running_var and, unless from an old version,
-        num_batches_tracked. bfloat16 and CUDA tensors: `.float().cpu()` them first.
+        num_batches_tracked. Tensors that NumPy cannot read, of bfloat16, on a GPU or
+        with a gradient: `.detach().float().cpu()` them first.
       like: `(params, state)` as `bn_jax.init` returns, which says the expected shape
         and whether there are scale and bias; by default any one shape, and both.
 
     Raises:
-      ValueError: if entries are missing, extra or misshapen; all are named.
+      ValueError: if entries are missing, extra, misshapen, no arrays of numbers, or
+        impossible, as NaN or a negative variance is; all are named.
 
     Examples:
       >>> layer = from_torch({
@@ -65,7 +67,7 @@ def from_keras(entries: Entries, *, like: Like | None = None) -> BatchNormLayer:
       like: see `from_torch`.
 
     Raises:
-      ValueError: if entries are missing, extra or misshapen; all are named.
+      ValueError: as `from_torch` says.
     """
     return read_layer("keras", entries, like)
 
@@ -91,7 +93,7 @@ def from_flax(entries: Entries, *, like: Like | None = None) -> BatchNormLayer:
       like: see `from_torch`.
 
     Raises:
-      ValueError: if entries are missing, extra or misshapen; all are named.
+      ValueError: as `from_torch` says.
     """
     return read_layer("flax", entries, like)
 
@@ -120,7 +122,7 @@ def from_nnx(entries: Entries, *, like: Like | None = None) -> BatchNormLayer:
       like: see `from_torch`.
 
     Raises:
-      ValueError: if entries are missing, extra or misshapen; all are named.
+      ValueError: as `from_torch` says.
     """
     return read_layer("nnx", entries, like)
 
@@ -151,7 +153,7 @@ def from_haiku(
       like: see `from_torch`.
 
     Raises:
-      ValueError: if entries are missing, extra or misshapen; all are named.
+      ValueError: as `from_torch` says.
     """
     entries = {"params": params, "state": state}
     return read_layer("haiku", entries, like, name)
@@ -226,8 +228,8 @@ def from_equinox(
       like: see `from_torch`.
 
     Raises:
-      ValueError: if entries are missing, extra or misshapen, which are all named; or
-        if the mode is unknown, or its momentum missing.
+      ValueError: if the mode is unknown, or its momentum missing; or as `from_torch`
+        says.
     """
     return read_layer(_equinox(mode), entries, like, momentum=momentum)
 

@@ -15,6 +15,7 @@ from bn_jax.convert.entries import (
     entry_key,
     flatten,
     layer_to_roles,
+    note_impossible,
     read_entries,
     replace_entries,
     roles_to_layer,
@@ -46,9 +47,10 @@ def layers_from(
       momentum: see `from_equinox`; for equinox_batch alone.
 
     Raises:
-      ValueError: if entries of the named layers are missing or misshapen, or there are
-        others, of these or of batch norm layers without a name; all are named. If two
-        layers get the same name.
+      ValueError: if entries of the named layers are missing, misshapen, no arrays of
+        numbers, or impossible, as NaN or a negative variance is; or there are others,
+        of these or of batch norm layers without a name; all are named. If two layers
+        get the same name.
 
     Examples:
       >>> bn = {"weight": [1.0], "bias": [0.0], "running_mean": [2.0],
@@ -68,6 +70,8 @@ def layers_from(
         ours: read_entries(library, flat, theirs, like.get(ours), problems)
         for theirs, ours in chosen.items()
     }
+    for theirs, ours in chosen.items():
+        note_impossible(library, read[ours], theirs, problems)
     problems.extra += unmapped(library, flat, names)
     problems.refuse(library)
     return {ours: roles_to_layer(roles, momentum) for ours, roles in read.items()}
@@ -99,8 +103,9 @@ def layers_into(
       all others as they were.
 
     Raises:
-      ValueError: if entries of the layers are missing, extra or misshapen in one or the
-        other; all are named.
+      ValueError: if entries of the layers are missing, extra, misshapen or no arrays of
+        numbers in one or the other, which are all named; or if a layer has a NaN, a
+        negative variance or number of batches.
     """
     check_momentum(library, momentum, reading=False)
     chosen = check_names(names)

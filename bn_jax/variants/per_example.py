@@ -12,6 +12,7 @@ collective.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, NamedTuple
@@ -93,7 +94,8 @@ def group_norm(
             f"num_groups={num_groups} does not divide the {num_features} features of x "
             f"of shape {list(x.shape)}; give a divisor of {num_features}"
         )
-    if x.size == x.shape[batch] * num_groups:
+    of_example = math.prod(s for a, s in enumerate(x.shape) if a != batch)
+    if of_example == num_groups and x.shape[batch] != 0:
         warnings.warn(
             f"x of shape {list(x.shape)} in {num_groups} groups has one value a group: "
             "y equals beta whatever x is, and nothing before this layer learns; use "

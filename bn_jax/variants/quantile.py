@@ -34,7 +34,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array, export, lax
 
 from bn_jax import checks
 from bn_jax import functional as functional_lib
@@ -243,44 +243,55 @@ def _quantiles(rows: Array, num_quantiles: int) -> Array:
 
     The order statistic i of n has the level (i + 1/2) / n; between them is a line.
     """
-    n = rows.shape[1]
-    k = np.arange(num_quantiles)
-    place = np.clip((k + 0.5) / num_quantiles * n - 0.5, 0, n - 1)
-    lower = place.astype(int)
-    upper = np.minimum(lower + 1, n - 1)
-    share = jnp.asarray(place - lower, rows.dtype)
-    places = tuple(map(int, np.stack([lower, upper], 1).ravel()))
+    n, steps = rows.shape[1], 2 * num_quantiles
+    # A size that an exported program leaves open is a number of JAX.
+    numbers: Any = jnp if export.is_symbolic_dim(n) else np
+    # (k + 1/2) n / K - 1/2 by integers below 4 n or 4 K^2, of which no digit is lost.
+    odd = 2 * numbers.arange(num_quantiles) + 1
+    above = odd * (n % steps) - num_quantiles  # in parts of which `steps` are 1
+    lower = odd * (n // steps) + above // steps
+    share = jnp.asarray((above % steps) / steps, rows.dtype)
+    places = numbers.clip(numbers.stack([lower, lower + 1], 1).ravel(), 0, n - 1)
     values = _order_statistics(rows, places)
     values = values.reshape(-1, num_quantiles, 2)
     return values[..., 0] + share * (values[..., 1] - values[..., 0])
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _order_statistics(rows: Array, places: tuple[int, ...]) -> Array:
+@jax.custom_jvp
+def _order_statistics(rows: Array, places: Array) -> Array:
     """Return the i-th smallest value of each row for each i in `places`, ascending.
 
     The derivative of an order statistic is that of the value it is equal to; of several
     equal ones, their mean. This needs no permutation from the sort, which would make
     the sort on a CPU four times as slow.
     """
-    return _sort(rows)[:, np.asarray(places)]
+    return _at(_sort(rows), places)
 
 
 @_order_statistics.defjvp
 def _order_statistics_jvp(
-    places: tuple[int, ...], primals: tuple[Array], tangents: tuple[Array]
+    primals: tuple[Array, Array], tangents: tuple[Array, Any]
 ) -> tuple[Array, Array]:
+    rows, places = primals
+    num_places = places.shape[0]
+
     def of_row(row: Array, ordered: Array, tangent: Array) -> tuple[Array, Array]:
-        values = ordered[np.asarray(places)]
+        values = _at(ordered, places)
         count = _count_below(ordered, values, "right") - _count_below(ordered, values)
         # Of equal values the first place stands for all.
         first = _count_below(values, values)
-        nearest = jnp.minimum(_count_below(values, row), len(places) - 1)
+        nearest = jnp.minimum(_count_below(values, row), num_places - 1)
         share = jnp.where(row == values[nearest], tangent / count[nearest], 0)
         return values, jnp.zeros_like(values).at[nearest].add(share)[first]
 
-    rows, tangent = primals[0], tangents[0]
-    return jax.vmap(of_row)(rows, _sort(rows), tangent)
+    return jax.vmap(of_row)(rows, _sort(rows), tangents[0])
+
+
+def _at(ordered: Array, places: Array) -> Array:
+    """Return the values at some places of the last axis, ascending and within it."""
+    return ordered.at[..., places].get(
+        mode="promise_in_bounds", wrap_negative_indices=False, indices_are_sorted=True
+    )
 
 
 def _sort(rows: Array) -> Array:
@@ -304,6 +315,9 @@ def _count_below(
     ordered: Array, x: Array, side: Literal["left", "right"] = "left"
 ) -> Array:
     """Return how many of the ascending values are below x (or equal: "right")."""
+    if export.is_symbolic_dim(ordered.shape[0]):  # the search's steps are not known
+        below = jnp.less if side == "left" else jnp.less_equal
+        return jnp.sum(below(ordered[:, None], x), 0)
     # Unrolled, XLA fuses the search into what reads its result, once for each reader.
     return jnp.searchsorted(ordered, x, side=side, method="scan")
 

@@ -6,8 +6,17 @@ $$r = \sigma_B / \sigma \in [1 / r_{max}, r_{max}], \qquad
   d = (\mu_B - \mu) / \sigma \in [-d_{max}, d_{max}],$$
 
 both taken as constants by the gradient. With r_max 1 and d_max 0 this is batch norm;
-without limits, training normalises by the moving averages, as prediction does. The
-limits may rise over training: the state counts the batches.
+without limits, training normalises by the moving averages, as prediction does.
+
+The limits may rise over training, as the state counts the batches: linearly, as in the
+paper, or at once after a warm-up as batch norm, as is usual in reinforcement learning.
+
+References:
+  Ioffe, 2017, "Batch Renormalization: Towards Reducing Minibatch Dependence in
+  Batch-Normalized Models", arXiv:1702.03275.
+  Bhatt et al., 2024, "CrossQ: Batch Normalization in Deep Reinforcement Learning for
+  Greater Sample Efficiency and Simplicity", arXiv:1902.05605 (100,000 steps of batch
+  norm, then r_max 3 and d_max 5 at once).
 """
 
 from __future__ import annotations
@@ -66,8 +75,8 @@ def batch_renorm(
     r_max: float | Array = 3.0,
     d_max: float | Array = 5.0,
     start: int = 0,
-    r_end: int = 0,
-    d_end: int = 0,
+    r_end: int | None = None,
+    d_end: int | None = None,
     momentum: float | Array = 0.9,
     epsilon: float = 1e-5,
     feature_axis: int | Sequence[int] = -1,
@@ -85,8 +94,10 @@ def batch_renorm(
       state: moving mean and variance, and the number of batches in them, which is the
         step of the schedule.
       train: static. False is `batch_norm` in prediction.
-      r_max: largest correction of the deviation, at least 1; may be traced.
-      d_max: largest correction of the mean, in deviations, at least 0; may be traced.
+      r_max: largest correction of the deviation, at least 1, or infinite; may be
+        traced.
+      d_max: largest correction of the mean, in deviations, at least 0, or infinite; may
+        be traced.
       start: see `limits`, and so are `r_end` and `d_end`; by default the limits are
         constant.
       r_end: see `start`.
@@ -109,8 +120,7 @@ def batch_renorm(
         `limits` says, or as `batch_norm` says.
 
     References:
-      Ioffe, 2017, "Batch Renormalization: Towards Reducing Minibatch Dependence in
-      Batch-Normalized Models", arXiv:1702.03275.
+      Ioffe, 2017, arXiv:1702.03275; Bhatt et al., 2024, arXiv:1902.05605.
     """
     checks.check_static(train=train, update_state=update_state)
     r_limit, d_limit = limits(
@@ -132,7 +142,7 @@ def batch_renorm(
     if by_batch:
         sigma = jnp.sqrt(state.var + epsilon)
         r = jnp.clip(jnp.sqrt(moments.var + epsilon) / sigma, 1 / r_limit, r_limit)
-        d = jnp.clip((moments.mean - state.mean) / sigma, -d_limit, d_limit)
+        d = _limited((moments.mean - state.mean) / sigma, d_limit)
         # Without examples batch_norm normalises by the averages.
         r = lax.stop_gradient(jnp.where(present, r, 1))
         d = lax.stop_gradient(jnp.where(present, d, 0))
@@ -158,47 +168,59 @@ def batch_renorm(
     return y, CountedState(*averages, count)
 
 
+def _limited(d: Array, limit: Array) -> Array:
+    """Return d with |d| at most `limit`; of a complex number the direction stays."""
+    if not jnp.iscomplexobj(d):
+        return jnp.clip(d, -limit, limit)
+    size = jnp.abs(d)
+    return d * jnp.where(size > limit, limit / size, 1)
+
+
 def limits(
     step: ArrayLike,
     *,
     start: int = 5_000,
     r_max: float | Array = 3.0,
-    r_end: int = 40_000,
+    r_end: int | None = 40_000,
     d_max: float | Array = 5.0,
-    d_end: int = 25_000,
+    d_end: int | None = 25_000,
 ) -> tuple[Array, Array]:
-    """Return `(r_max, d_max)` at a step: the paper's schedule, batch norm at first.
+    """Return `(r_max, d_max)` at a step: batch norm at first, then a ramp or a jump.
 
-    The defaults are the paper's.
+    The defaults are those of Ioffe (2017). Those of CrossQ are `start=100_000` with
+    `r_end=None` and `d_end=None`.
 
     Args:
       step: number of the training step, from 0.
-      start: step at which the limits begin to rise, linearly, from 1 and 0.
-      r_max: final limit of the deviation's correction, at least 1, reached at step
-        `r_end`.
-      r_end: see `r_max`. With `r_end=start` the limit jumps there.
-      d_max: final limit of the mean's correction, at least 0, reached at step `d_end`.
-      d_end: see `d_max`. With `d_end=start` the limit jumps there.
+      start: step at which the limits begin to rise from 1 and 0.
+      r_max: final limit of the deviation's correction, at least 1.
+      r_end: step at which it is reached, linearly from `start` on. None, or `start`
+        itself, makes it jump at `start`.
+      d_max: final limit of the mean's correction, at least 0.
+      d_end: step at which it is reached, as `r_end`.
 
     Raises:
       ValueError: if a limit is too small, or reached before it begins to rise.
     """
-    for name, value, least in (("r_max", r_max, 1), ("d_max", d_max, 0)):
-        if isinstance(value, int | float) and not value >= least:
-            raise ValueError(f"{name}={value!r}; expected a number of at least {least}")
+    checks.check_known("r_max", r_max, AT_LEAST_1)
+    checks.check_known("d_max", d_max, NOT_NEGATIVE)
     t = jnp.asarray(step, jnp.float32)
 
-    def risen(name: str, end: int) -> Array:
-        if end < start:
+    def risen(name: str, end: int | None, first: int, last: float | Array) -> Array:
+        end = start if end is None else end
+        if not end >= start:
             raise ValueError(
                 f"{name}={end} is before start={start}; give the step at which the "
-                f"limit has risen, {start} or later"
+                f"limit has risen, {start} or later, or none for a jump at {start}"
             )
-        if end == start:
-            return (t >= start).astype(jnp.float32)
-        return jnp.clip((t - start) / (end - start), 0, 1)
+        if end > start:
+            share = jnp.clip((t - start) / (end - start), 0, 1)
+        else:
+            share = (t >= start).astype(jnp.float32)
+        # 0 times an infinite limit is not a number.
+        return jnp.where(share > 0, first + (last - first) * share, first)
 
-    return 1 + (r_max - 1) * risen("r_end", r_end), d_max * risen("d_end", d_end)
+    return risen("r_end", r_end, 1, r_max), risen("d_end", d_end, 0, d_max)
 
 
 def renorm_transform(
@@ -206,8 +228,8 @@ def renorm_transform(
     r_max: Annotated[float, AT_LEAST_1, TRACEABLE] = 3.0,
     d_max: Annotated[float, NOT_NEGATIVE, TRACEABLE] = 5.0,
     start: Annotated[int, NOT_NEGATIVE] = 0,
-    r_end: Annotated[int, NOT_NEGATIVE] = 0,
-    d_end: Annotated[int, NOT_NEGATIVE] = 0,
+    r_end: Annotated[int | None, NOT_NEGATIVE] = None,
+    d_end: Annotated[int | None, NOT_NEGATIVE] = None,
     momentum: Momentum = 0.9,
     epsilon: Epsilon = 1e-5,
     use_scale: bool = True,
@@ -215,13 +237,17 @@ def renorm_transform(
 ) -> Transform:
     """Return batch renormalisation: `bn_jax.variants.renorm.batch_renorm`.
 
+    `renorm:start=5000,r_end=40000,d_end=25000` is the schedule of Ioffe (2017), and
+    `renorm:start=100000` that of CrossQ (Bhatt et al., 2024).
+
     Args:
       r_max: largest correction of the deviation, at least 1.
       d_max: largest correction of the mean, in deviations, at least 0.
       start: step at which the limits begin to rise from 1 and 0; until then this is
-        batch norm. The paper's is 5,000.
-      r_end: step at which the first limit has risen to `r_max`; the paper's is 40,000.
-      d_end: step at which the second has risen to `d_max`; the paper's is 25,000.
+        batch norm.
+      r_end: step at which the first limit has risen to `r_max`, linearly from `start`
+        on; None makes it jump there.
+      d_end: step at which the second has risen to `d_max`; likewise.
       momentum: weight of the OLD average, in [0, 1].
       epsilon: added to the variance, greater than 0.
       use_scale: whether there is a scale (gamma).

@@ -1,5 +1,6 @@
 """What does not fit is named all at once, with what was expected and the mend."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -107,10 +108,107 @@ def test_a_single_layer_names_all_that_is_wrong():
 
 def test_what_is_no_array_of_numbers_is_named():
     entries = {**convert.to_keras(LAYER), "gamma": "ones", "beta": [[1.0], [1.0, 2.0]]}
-    assert kinds(refusal(convert.from_keras, entries))["misshapen"] == [
-        "beta is a list",
-        "gamma is a str",
-    ]
+    assert kinds(refusal(convert.from_keras, entries)) == {
+        "unreadable": ["beta is a list", "gamma is a str"]
+    }
+
+
+class Tensor:
+    """A tensor that NumPy cannot read, as PyTorch has them."""
+
+    def __init__(self, dtype="torch.float32", device="cpu", requires_grad=False):
+        self.dtype, self.device, self.requires_grad = dtype, device, requires_grad
+
+    def __array__(self, dtype=None, copy=None):
+        raise TypeError("can't convert it to numpy")
+
+
+def test_tensors_that_numpy_cannot_read_are_named_with_the_mend():
+    flat = state_dict()
+    flat["bn1.weight"] = Tensor(requires_grad=True)
+    flat["bn1.bias"] = Tensor("torch.bfloat16")
+    flat["bn2.running_mean"] = Tensor(device="cuda:0")
+    message = refusal(convert.layers_from, "torch", flat, NAMES)
+    assert "of a PyTorch tensor, tensor.detach().float().cpu()" in message
+    assert kinds(message) == {
+        "unreadable": [
+            "bn1.bias is a Tensor of torch.bfloat16 on cpu",
+            "bn1.weight is a Tensor of torch.float32 on cpu that requires grad",
+            "bn2.running_mean is a Tensor of torch.float32 on cuda:0",
+        ]
+    }
+
+
+def test_numbers_that_a_layer_cannot_have_are_named():
+    flat = state_dict()
+    flat["bn1.running_mean"] = np.array([0, np.nan, np.inf, 1])
+    flat["bn1.running_var"] = np.array([1, -0.5, 1, 1])
+    flat["bn1.weight"] = np.array([1, 1, 1, 1e300])  # JAX has it in float32
+    flat["bn2.running_var"] = np.ones(4, complex)
+    flat["bn2.num_batches_tracked"] = np.int64(-1)
+    message = refusal(convert.layers_from, "torch", flat, NAMES)
+    assert "expected finite numbers, variances of 0 or more" in message
+    assert kinds(message) == {
+        "impossible": [
+            "bn1.running_mean has 2 of 4 values that are not finite in float32",
+            "bn1.running_var has the value -0.5",
+            "bn1.weight has 1 of 4 values that are not finite in float32",
+            "bn2.num_batches_tracked is -1",
+            "bn2.running_var has dtype complex64",
+        ]
+    }
+
+
+@pytest.mark.parametrize("count", [2.5, -1, np.nan])
+@pytest.mark.parametrize("library", ["torch", "flax", "haiku", "equinox_batch"])
+def test_counts_that_cannot_be_are_named(library, count):
+    momentum = {} if library in ("torch", "flax") else {"momentum": 0.9}
+    read = {
+        "torch": lambda: convert.from_torch(
+            {**convert.to_torch(LAYER), "num_batches_tracked": count}
+        ),
+        "flax": lambda: convert.from_flax(
+            with_counts(convert.to_flax(LAYER, count=True))
+        ),
+        "haiku": lambda: convert.from_haiku(
+            *with_counts(convert.to_haiku(LAYER, num_dims=2, **momentum))
+        ),
+        "equinox_batch": lambda: convert.from_equinox(
+            with_counts(convert.to_equinox(LAYER, mode="batch", **momentum)),
+            mode="batch",
+            **momentum,
+        ),
+    }[library]
+
+    def with_counts(tree):
+        return jax.tree_util.tree_map_with_path(
+            lambda path, leaf: count if "count" in str(path[-1]) else leaf, tree
+        )
+
+    assert "num_batches_tracked" in refusal(read) or "count" in refusal(read)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"var": np.float32([1, -1, 1, 1])}, "the layer: var has the value -1.0"),
+        (
+            {"mean": np.float32([0, np.nan, 0, 0])},
+            "mean has 1 of 4 values that are",
+        ),
+        ({"num_batches": -2}, "num_batches is -2; expected finite numbers, variances"),
+    ],
+)
+def test_a_layer_that_cannot_be_is_not_written(changed, words):
+    num_batches = changed.pop("num_batches", 3)
+    layer = LAYER._replace(
+        state=LAYER.state._replace(**changed), num_batches=num_batches
+    )
+    for write in (convert.to_torch, convert.to_keras, convert.to_nnx):
+        assert words in refusal(write, layer)
+    flat, named = state_dict(), {"first": layer, "second": LAYER}
+    words = words.replace("the layer", "layer first")
+    assert words in refusal(convert.layers_into, "torch", flat, named, NAMES)
 
 
 def test_counters_of_haiku_that_differ_are_named():
@@ -215,6 +313,20 @@ def test_two_layers_under_one_name_are_refused():
         (
             lambda: convert.biased_average(LAYER.state, values_per_feature=1),
             "values_per_feature=1; expected at least 2",
+        ),
+        (
+            lambda: convert.unbiased_average(LAYER.state, values_per_feature=np.nan),
+            "values_per_feature=nan; expected at least 2",
+        ),
+        (lambda: convert.momentum_from_torch(np.float32(2)), r"2.0.*in \[0, 1\]"),
+        (lambda: convert.momentum_from_torch(None, -1), "num_batches=-1; expected"),
+        (
+            lambda: convert.without_equinox_excess(LAYER, momentum=1.0),
+            r"momentum=1.0; expected a number in \[0, 1\)",
+        ),
+        (
+            lambda: convert.without_equinox_excess(LAYER, momentum=0.9),
+            "least variance would be -2.19 .* momentum=0.9 and 3 batches",
         ),
     ],
 )

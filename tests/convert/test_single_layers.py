@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bn_jax import Moments, convert, init
+from bn_jax import Moments, convert, init, measure
 from bn_jax.convert import BatchNormLayer
 from convert_trainer import LAYER
 
@@ -156,6 +156,16 @@ def test_half_precision_statistics_become_float32():
     assert layer.params.scale.dtype == jnp.float16
 
 
+@pytest.mark.parametrize("dtype", [">f4", ">f8", np.longdouble, ">i2"])
+def test_numbers_of_any_width_and_byte_order_are_read(dtype):
+    entries = {name: np.array(value, dtype) for name, value in TORCH.items()}
+    layer = convert.from_torch(entries)
+    assert layer.num_batches == 9
+    assert layer.state.var.tolist() == [7, 8]
+    assert layer.params.scale.tolist() == [1, 2]
+    assert {a.dtype for part in layer[:2] for a in part} == {jnp.dtype(jnp.float32)}
+
+
 def test_written_arrays_are_copies_that_may_be_written_to():
     written = convert.to_torch(LAYER)
     written["running_mean"] += 1
@@ -209,6 +219,26 @@ def test_unbiased_divides_by_n_minus_one():
     """Of 1 and 3: variance 1 over n, 2 over n - 1. One value, or none, stays."""
     moments = Moments(jnp.array([2.0, 1.0, 0.0]), jnp.zeros(3), jnp.array([1.0, 5, 0]))
     assert convert.unbiased(moments).var.tolist() == [2, 5, 0]
+
+
+@pytest.mark.parametrize("total", [0.5, 1.04, 1.9, np.nan])
+def test_unbiased_refuses_weights_that_are_no_numbers_of_values(total):
+    """Of a total of 1.04, n / (n - 1) would be 26."""
+    moments = Moments(jnp.array([4.0, total]), jnp.zeros(2), jnp.ones(2))
+    with pytest.raises(ValueError, match=r"moments.count=.*expected 0, 1, or 2 and mo"):
+        convert.unbiased(moments)
+
+
+def test_unbiased_keeps_the_variance_of_weights_that_only_the_program_knows():
+    def var(weights):
+        return convert.unbiased(measure(jnp.array([[1.0], [3.0]]), weights=weights)).var
+
+    totals = {1.0: 1, 1.04: 1, 2.0: 2, 4.0: 4 / 3}
+    for total, expected in totals.items():
+        weights = np.full(2, total / 2, np.float32)
+        np.testing.assert_allclose(jax.jit(var)(weights), [expected], rtol=1e-6)
+    # Rounding is forgiven.
+    assert var(jnp.full(2, 0.5 + 1e-7)).tolist() == [1]
 
 
 def test_biased_average_scales_the_variance_alone():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from bn_jax import convert, cumulative_momentum
-from convert_trainer import LAYER, LEARNING_RATE, C, Ours, batches, check_parity, start
+from convert_trainer import LEARNING_RATE, C, Ours, batches, check_parity, start
 from marks import slow_but
 
 torch = pytest.importorskip("torch", reason="needs the extra `peers`")
@@ -125,6 +125,16 @@ def test_the_defaults_are_torchs():
 
 def test_bfloat16_is_named_as_not_readable():
     entries = {**Peer("BatchNorm1d").bn.bfloat16().state_dict()}
-    with pytest.raises(ValueError, match="running_var is a Tensor"):
+    with pytest.raises(ValueError, match="running_var is a Tensor of torch.bfloat16"):
         convert.from_torch(entries)
-    assert LAYER.num_batches == 3
+    mended = {name: value.detach().float().cpu() for name, value in entries.items()}
+    assert convert.from_torch(mended).state.var.tolist() == [1] * C
+
+
+def test_parameters_that_are_trained_are_named_with_the_mend():
+    bn = Peer("BatchNorm1d").bn
+    entries = {**dict(bn.named_parameters()), **dict(bn.named_buffers())}
+    with pytest.raises(ValueError, match="weight is a Parameter.*requires grad"):
+        convert.from_torch(entries)
+    mended = {name: value.detach().float().cpu() for name, value in entries.items()}
+    assert convert.from_torch(mended).params.scale.tolist() == [1] * C

@@ -133,13 +133,58 @@ def test_mean_effect_is_a_mean_over_pairs_for_each_seed():
         (-0.1, 0.6, {"above": 0.0, "below": 0.5}, "undecided"),
         (0.5, 0.6, {"above": 0.0, "below": 0.5}, "refuted"),
         (-math.inf, math.inf, {"above": 0.0}, "undecided"),
-        (math.nan, math.nan, {"above": 0.0}, "undecided"),
     ],
 )
 def test_verdict_is_by_the_whole_interval(low, high, bounds, expected):
-    interval = Interval((low + high) / 2, low, high, 3)
+    middle = 0.0 if math.isinf(high) else (low + high) / 2
+    interval = Interval(middle, low, high, 3)
     found = claim(lambda runs: interval, **bounds).judge(runs())
     assert found.verdict == expected
+
+
+def test_statistic_that_could_not_be_computed_decides_nothing():
+    unknown = Interval(math.nan, math.nan, math.nan, 0)
+    assert claim(lambda runs: unknown, above=0.0).judge(runs()).verdict == "undecided"
+
+
+@pytest.mark.parametrize(
+    "interval",
+    [
+        Interval(0.5, 1.0, 2.0, 3),  # does not hold its value
+        Interval(1.5, 2.0, 1.0, 3),  # upside down
+        Interval(1.0, math.nan, 2.0, 3),
+        Interval(math.nan, math.nan, math.nan, 3),
+        Interval(1.0, 1.0, 1.0, 0),
+    ],
+)
+def test_interval_that_is_none_is_refused(interval):
+    with pytest.raises(ValueError, match="no interval; expected low <= value <= high"):
+        claim(lambda runs: interval, above=0.0).judge(runs())
+
+
+def test_one_run_decides_only_what_is_exact():
+    found = runs(a=[1.0], b=[1.0])
+    for statistic, expected in (
+        (lambda runs: Interval(1.0, 1.0, 1.0, 1), "undecided"),
+        (estimate.mean(scores.loss, "a"), "undecided"),
+        (estimate.spread(scores.loss, "a"), "undecided"),
+        (estimate.magnitude(estimate.spread(scores.loss, "a")), "undecided"),
+        (estimate.exactly(lambda runs: 1.0), "supported"),
+        (estimate.magnitude(estimate.exactly(lambda runs: -1.0)), "supported"),
+        (estimate.largest(scores.loss, "a"), "supported"),
+    ):
+        assert claim(statistic, above=0.0).judge(found).verdict == expected
+        refuted = "refuted" if expected == "supported" else expected
+        assert claim(statistic, below=0.0).judge(found).verdict == refuted
+    apart = estimate.largest_difference(lambda row: row["loss"], "a", "b")
+    assert claim(apart, above=-1.0).judge(found).verdict == "supported"
+    two = estimate.spread(scores.loss, "a")
+    assert claim(two, above=0.0).judge(runs(a=[1.0, 2.0])).verdict == "supported"
+
+
+def test_mean_of_equal_values_lies_between_the_least_and_the_greatest():
+    # Their sum, .1 + .1 + .1, is rounded up.
+    assert estimate.spread_of([0.1] * 3) == (0.1, 0.1, 0.1, 3)
 
 
 def test_verdict_is_written_as_json_holds_it():

@@ -39,3 +39,10 @@ def test_runs_that_diverged_are_not_averaged_in_silence():
         intervals.of_mean([1.0, math.nan, 2.0])
     with pytest.raises(ValueError, match="no values"):
         intervals.of_mean([])
+
+
+@pytest.mark.parametrize("level", [95, 0.0, 1.0, -0.5, math.nan])
+def test_level_that_is_no_share_is_refused(level):
+    for values in ([1.0], [1.0, 2.0]):
+        with pytest.raises(ValueError, match=r"level=.*share in \(0, 1\), such as 0"):
+            intervals.of_mean(values, level=level)

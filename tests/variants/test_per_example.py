@@ -143,6 +143,12 @@ def test_one_value_a_group_is_warned_of():
     np.testing.assert_array_equal(y, np.broadcast_to(PARAMS.bias, (5, 6)))
 
 
+@pytest.mark.parametrize("norm", [layer_norm, instance_norm])
+@pytest.mark.parametrize("shape", [(0, 6), (0, 4, 3, 6), (5, 0, 3, 6)])
+def test_what_is_empty_stays_so_without_a_warning(norm, shape):
+    assert norm(np.zeros(shape, np.float32), PARAMS).shape == shape
+
+
 @pytest.mark.parametrize(
     ("bad", "message"),
     [

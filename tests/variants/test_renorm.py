@@ -9,6 +9,7 @@ import pytest
 import reference
 from bn_jax import BatchNormParams, BatchNormState, batch_norm
 from bn_jax.averages import CountedState
+from bn_jax.transforms import NORMS
 from bn_jax.variants.renorm import batch_renorm, limits
 from reference import normal
 
@@ -131,8 +132,11 @@ def test_schedule_is_the_papers():
     ("bad", "message"),
     [
         ({"r_max": 0.5}, "r_max=0.5.*at least 1"),
-        ({"d_max": -1}, "d_max=-1.*at least 0"),
-        ({"start": 5, "d_end": 9}, "r_end=0 is before start=5; give the step"),
+        ({"r_max": jnp.float32(0.5)}, "r_max=0.5.*at least 1"),
+        ({"r_max": np.nan}, "r_max=nan.*at least 1"),
+        ({"d_max": -1}, "d_max=-1.*0 or greater"),
+        ({"d_max": np.array(-1)}, "d_max=-1.*0 or greater"),
+        ({"start": 5, "r_end": 0}, "r_end=0 is before start=5; give the step"),
         ({"start": 5, "r_end": 9, "d_end": 4}, "d_end=4 is before start=5"),
     ],
 )
@@ -141,10 +145,47 @@ def test_limits_that_cannot_be_are_refused(bad, message):
         batch_renorm(X, PARAMS, COUNTED, train=True, **bad)
 
 
-def test_ramp_of_no_length_is_a_step():
-    at = functools.partial(limits, start=3, r_end=3, d_end=3, r_max=2.0, d_max=4.0)
+@pytest.mark.parametrize("end", [3, None])
+def test_ramp_of_no_length_is_a_jump(end):
+    at = functools.partial(limits, start=3, r_end=end, d_end=end, r_max=2.0, d_max=4.0)
     chex.assert_trees_all_equal([at(t) for t in (0, 2)], [(1.0, 0.0)] * 2)
     chex.assert_trees_all_equal([at(t) for t in (3, 4)], [(2.0, 4.0)] * 2)
+
+
+@pytest.mark.parametrize("end", [1, 3])
+def test_infinite_limits_are_batch_norm_until_they_begin_and_then_none(end):
+    schedule = {"start": 1, "r_end": end, "d_end": end}
+    at = functools.partial(limits, r_max=np.inf, d_max=np.inf, **schedule)
+    chex.assert_trees_all_equal([at(0), at(2)], [(1.0, 0.0), (np.inf, np.inf)])
+    renorm = functools.partial(
+        batch_renorm, X, PARAMS, r_max=np.inf, d_max=np.inf, train=True, **schedule
+    )
+    y, _ = renorm(COUNTED._replace(count=jnp.float32(0)))
+    plain, _ = batch_norm(X, PARAMS, STATE, train=True)
+    np.testing.assert_allclose(y, plain, rtol=1e-5, atol=1e-6)
+    y, _ = renorm(COUNTED)
+    predicted, _ = batch_norm(X, PARAMS, STATE, train=False)
+    np.testing.assert_allclose(y, predicted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("spec", "at"),
+    [
+        # As in CrossQ: 100,000 steps of batch norm, then the limits at once.
+        ("renorm:start=100000", {99_999: (1, 0), 100_000: (3, 5), 10**6: (3, 5)}),
+        # One limit rises, the other jumps.
+        ("renorm:start=2,r_end=6", {1: (1, 0), 2: (1, 5), 4: (2, 5), 6: (3, 5)}),
+    ],
+)
+def test_warm_up_as_batch_norm_ends_in_a_jump_or_a_ramp(spec, at):
+    transform = NORMS.make(spec)
+    step = jax.jit(functools.partial(transform.apply, train=True))
+    for count, (r_max, d_max) in at.items():
+        state = COUNTED._replace(count=jnp.float32(count))
+        got = step(X, PARAMS, state)
+        expected = batch_renorm(X, PARAMS, state, train=True, r_max=r_max, d_max=d_max)
+        chex.assert_trees_all_close(got, expected, rtol=1e-5, atol=1e-6)
+        assert got[1].count == count + 1
 
 
 def test_schedule_follows_the_batches_that_were_counted():

@@ -8,29 +8,42 @@ With fixed statistics, batch norm after a linear layer is a linear layer again:
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 from flax import traverse_util
 from jax import Array
+from jax.extend.core import ClosedJaxpr
 
-from bn_jax.linen import check_variables
+from bn_jax.measures import layers, tracing
+from bn_jax.measures.layer_calls import Predict
+from bn_jax.measures.layers import Layer, Linear, Proceed
+from bn_jax.measures.models import resolve
 from bn_jax.moments import reduction_axes
+from bn_jax.variables import (
+    Path,
+    collection,
+    leaves_of,
+    replaced,
+    statistics_of,
+)
 
-Path = tuple[str, ...]
 Flat = dict[Path, Array]
-Predict = Callable[[Any, Array], Any]
+
+# How far the folded model may be from the model: by roundings, and by more than these
+# where large means cancel.
+_TOLERANCE = 1e-2
 
 
-def fold(predict: Predict, variables: Any, inputs: Array) -> dict[str, Any]:
+def fold(model: Any, variables: Any, inputs: Array, *, without_norms: Any) -> Any:
     """Return the parameters of a Flax model with every batch norm folded away.
 
     They are those of the same model without norms, whose linear layers all have a bias:
-    `LeNet(norm=None).apply({"params": folded}, x, train=False)`.
+    `fold(LeNet(), variables, images, without_norms=LeNet(norm=None))`.
 
     That a layer's output goes to its norm as it is, and nowhere else, is read off a
     trace of the model. The rest cannot be, so it is tried out on `inputs`, in ways in
@@ -42,30 +55,32 @@ def fold(predict: Predict, variables: Any, inputs: Array) -> dict[str, Any]:
       norm made to take them back, the outputs must stay the same: to 1e-4 of their
       largest, or four roundings of their dtype where that is more.
 
-    The folded model rounds elsewhere than the model. Where that matters, as in half
-    precision or under inputs far from 0, compare their outputs.
+    Last, the model without norms is run on them. It must use all parameters, and give
+    the same outputs, to 1% of the largest, or 32 roundings of their dtype. The folded
+    model rounds elsewhere than the model. Where that matters, as in half precision or
+    under inputs far from 0, compare their outputs.
 
     Args:
-      predict: function of `(variables, inputs)` that applies the model in prediction
-        mode.
-      variables: of the model, with the statistics to fold.
+      model: function of `(variables, inputs)` that applies the model in prediction
+        mode, a Linen or an NNX module: see `bn_jax.measures.models.resolve`.
+      variables: of the model, with the statistics to fold; see there.
       inputs: a few examples, on which the folding is checked.
+      without_norms: the model without norms: of Linen, a module or a function as
+        `model`, which is given `{"params": folded}` and what other collections there
+        are; of NNX, a module with the same names.
 
     Returns:
-      The new `params`.
+      The new `params` of a Linen model; of NNX, a state that `nnx.update` puts into
+      `without_norms`.
 
     Raises:
       ValueError: if a norm cannot be folded; all such norms and reasons are named. If
-        variables are no Linen model's.
+        the model without norms leaves parameters out, or gives other outputs.
     """
-    check_variables(variables)
-    params: Flat = dict(traverse_util.flatten_dict(variables.get("params", {})))
-    stats: Flat = dict(traverse_util.flatten_dict(variables.get("batch_stats", {})))
-    norms = {path[:-1] for path in stats if path[-1] in ("mean", "var")}
-    pairs, faults = _find_pairs(predict, variables, inputs, norms, set(stats))
-    faults += _misfits(pairs, params, stats)
-    _refuse(faults)
-    _refuse(_used_elsewhere(predict, variables, inputs, pairs))
+    predict, variables = resolve(model, variables)
+    params, stats = (collection(variables, c) for c in ("params", "batch_stats"))
+    pairs, faults = _find_pairs(predict, variables, inputs)
+    _refuse(faults + _misfits(pairs, params, stats))
 
     folded = dict(params)
     for pair in pairs:
@@ -76,21 +91,15 @@ def fold(predict: Predict, variables: Any, inputs: Array) -> dict[str, Any]:
         for name in ("scale", "bias"):
             folded.pop((*pair.norm, name), None)
 
-    def with_flat(params: Flat, stats: Flat) -> dict[str, Any]:
-        return {
-            **variables,
-            "params": traverse_util.unflatten_dict(params),
-            "batch_stats": traverse_util.unflatten_dict(stats),
-        }
-
+    before = predict(variables, inputs)
     if pairs:
-        before = predict(variables, inputs)
-        after = predict(with_flat(*_rescaled(pairs, params, stats)), inputs)
-        _check_equal(before, after, pairs)
+        rescaled = _with_flat(variables, *_rescaled(pairs, params, stats))
+        _check_equal(before, predict(rescaled, inputs), pairs)
         zero = {(*p.linear, "kernel"): params[(*p.linear, "kernel")] * 0 for p in pairs}
-        calls = _calls(predict, with_flat(params | zero, stats), inputs)
-        _refuse(_wrong_shifts(calls, pairs, params, stats))
-    return traverse_util.unflatten_dict(folded)
+        zeroed = _with_flat(variables, params | zero, stats)
+        shifts = _outputs_of_norms(predict, zeroed, inputs)
+        _refuse(_wrong_shifts(shifts, pairs, params, stats))
+    return _run_without_norms(without_norms, variables, folded, inputs, before)
 
 
 class _Pair(NamedTuple):
@@ -98,104 +107,128 @@ class _Pair(NamedTuple):
 
     norm: Path
     linear: Path
-    output: Any  # of the linear layer, as traced: its shape and dtype
+    dtype: Any  # of the linear layer's output
     epsilon: float  # of the norm
     axis: int | Sequence[int]  # of the norm
 
 
-class _Call(NamedTuple):
-    """One call of a module."""
+class _Site(NamedTuple):
+    """A place in a model's code where a layer's value is marked."""
 
-    module: Any
-    x: Any  # input
-    y: Any  # output
-
-
-def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return args[0] if args else kwargs.get("x")
+    layer: Layer | Linear | None  # None of the output of a norm
+    dtype: Any  # of the value
 
 
-def _calls(predict: Predict, variables: Any, inputs: Array) -> list[_Call]:
-    """Apply a model and return the calls of its modules in order."""
-    calls: list[_Call] = []
+def _mark_layers(
+    predict: Predict, variables: Any, inputs: Any
+) -> tuple[ClosedJaxpr, list[_Site]]:
+    """Trace a model with the outputs of linear layers and norms, and norms' inputs."""
+    leaves, structure = jax.tree.flatten((variables, inputs))
+    sites: list[_Site] = []
 
-    def record(
-        next_fun: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        context: nn.module.InterceptorContext,
-    ) -> Any:
-        y = next_fun(*args, **kwargs)
-        if context.method_name == "__call__":
-            calls.append(_Call(context.module, _input(args, kwargs), y))
-        return y
+    def marked(x: Any, layer: Layer | Linear | None, carried: Sequence[Any]) -> Any:
+        if not isinstance(x, jax.Array):
+            return x  # no output of a layer that we know
+        sites.append(_Site(layer, x.dtype))
+        return tracing.mark(x, carried, site=len(sites) - 1)
 
-    with nn.intercept_methods(record):
-        predict(variables, inputs)
-    return calls
+    def each_norm(layer: Layer, x: Any, weights_given: Any, proceed: Proceed) -> Array:
+        del weights_given  # predictions do not depend on them
+        return marked(proceed(marked(x, layer, (layer.mean, layer.var))), None, ())
+
+    def each_linear(linear: Linear, x: Any, proceed: Proceed) -> Array:
+        return marked(proceed(x), linear, (linear.kernel,))
+
+    def function(*leaves: Any) -> list[Any]:
+        with layers.seen(each_norm, each_linear):
+            return jax.tree.leaves(predict(*jax.tree.unflatten(structure, leaves)))
+
+    return tracing.trace(function, *leaves), sites
 
 
 def _find_pairs(
-    predict: Predict,
-    variables: Any,
-    inputs: Array,
-    norms: set[Path],
-    stats: set[Path],
+    predict: Predict, variables: Any, inputs: Array
 ) -> tuple[list[_Pair], list[str]]:
-    """Return the norms with the linear layers before them, and what stands against."""
-    calls: list[_Call] = []
+    """Return the norms with the linear layers before them, and what stands against.
 
-    def trace(variables: Any, inputs: Array) -> None:
-        calls.extend(_calls(predict, variables, inputs))
+    The traced program is computed with nothing known. A value that is handed on as it
+    is stays the same object; one that an operation takes is said to be used.
+    """
+    traced, sites = _mark_layers(predict, variables, inputs)
+    keys, _, _ = leaves_of(variables)
+    arguments = [tracing.Unknown() for _ in traced.jaxpr.invars]
+    path_of = {id(a): path for a, (_, path) in zip(arguments, keys, strict=False)}
+    _, seen = tracing.evaluate(traced, arguments, {})
+    # What a norm does with its input is no other use of it.
+    own = {
+        number: tracing.Unknown()
+        for number, marked in enumerate(seen)
+        if isinstance(sites[marked.site].layer, Layer)
+    }
+    results, seen = tracing.evaluate(traced, arguments, own)
 
-    jax.eval_shape(trace, variables, inputs)
-    params = traverse_util.flatten_dict(variables.get("params", {}))
-    num_calls = Counter(module.path for module, _, _ in calls)
+    def variable(value: Any) -> Path:
+        return path_of.get(id(value), ())[:-1]
 
+    def calls_of(kind: Any) -> list[Any]:
+        return [m for m in seen if isinstance(sites[m.site].layer, kind)]
+
+    linear_of = {id(m.x): m for m in calls_of(Linear)}
+    num_calls = Counter(
+        variable(m.carried[0]) for m in calls_of(Linear) + calls_of(Layer)
+    )
     pairs: list[_Pair] = []
     faults: list[str] = []
-    for module, x, _ in calls:
-        norm = module.path
-        if norm not in norms or any(norm == pair.norm for pair in pairs):
-            continue
-        if {(*norm, "mean"), (*norm, "var")} - stats or module.epsilon is None:
+    for call in calls_of(Layer):
+        layer: Any = sites[call.site].layer
+        path, before = variable(call.carried[0]), linear_of.get(id(call.x))
+        if not path or call.mapped:
             faults.append(
-                f"{_name(norm)} does not predict by a mean and a variance, as batch "
-                "norm does"
+                f"{layer.name} does not read its statistics from variables as they "
+                "are, as inside nn.scan and nn.vmap"
             )
             continue
-        # Replacing outputs inside nn.jit would leave them in its cache.
-        if module.scope.root.path:
-            faults.append(
-                f"{_name(norm)} is inside a lifted transform (nn.jit, nn.remat, "
-                f"nn.scan or nn.vmap) at {_name(module.scope.root.path)}"
-            )
+        if any(pair.norm == path for pair in pairs):
             continue
-        sources = [
-            (other, y)
-            for other, _, y in calls
-            if y is x and (*other.path, "kernel") in params
-        ]
-        if not sources:
+        if before is None:
             faults.append(
-                f"{_name(norm)} is not given the output of a layer with a kernel as it "
+                f"{_name(path)} is not given the output of a layer with a kernel as it "
                 "is: something stands between, or nothing linear before"
             )
             continue
-        linear, y = sources[-1]
-        features = params[(*linear.path, "kernel")].shape[-1]
-        if getattr(linear, "features", features) != features:
+        linear: Any = sites[before.site].layer
+        of_kernel = variable(before.carried[0])
+        if not of_kernel:
             faults.append(
-                f"{_name(linear.path)} has features={linear.features}, not the last "
-                f"axis of its kernel, {features}"
+                f"{linear.name} does not read its kernel from variables as it is"
             )
-        for path in (norm, linear.path):
-            if num_calls[path] > 1:
-                faults.append(f"{_name(path)} is called {num_calls[path]} times")
-        axis = getattr(module, "axis", -1)
-        pairs.append(_Pair(norm, linear.path, y, module.epsilon, axis))
-    uncalled = sorted(norms - num_calls.keys())
-    faults += [f"no call of {_name(norm)} was seen" for norm in uncalled]
+            continue
+        features = linear.kernel.shape[-1]
+        if linear.features not in (None, features, (features,)):
+            faults.append(
+                f"{_name(of_kernel)} has features={linear.features}, not the last axis "
+                f"of its kernel, {features}"
+            )
+        if before.x.used or any(before.x is result for result in results):
+            faults.append(
+                f"the output of {_name(of_kernel)} is used elsewhere than in its norm"
+            )
+        for called in (path, of_kernel):
+            if num_calls[called] > 1:
+                faults.append(f"{_name(called)} is called {num_calls[called]} times")
+        dtype = sites[before.site].dtype
+        pairs.append(_Pair(path, of_kernel, dtype, layer.epsilon, layer.axis))
+    norms = statistics_of(variables).keys()
+    kept = collection(variables, "batch_stats")
+    others = {path[:-1] for path in kept if path[-1] in ("mean", "var")} - norms
+    faults += [
+        f"{_name(path)} does not predict by a mean and a variance, as batch norm does"
+        for path in sorted(others)
+    ]
+    faults += [
+        f"no call of {_name(path)} was seen"
+        for path in sorted(norms - num_calls.keys())
+    ]
     return pairs, list(dict.fromkeys(faults))
 
 
@@ -223,53 +256,30 @@ def _misfits(pairs: list[_Pair], params: Flat, stats: Flat) -> list[str]:
     return faults
 
 
-def _used_elsewhere(
-    predict: Predict, variables: Any, inputs: Array, pairs: list[_Pair]
-) -> list[str]:
-    """Return the linear layers whose output is used by more than their norm.
+def _outputs_of_norms(
+    predict: Predict, variables: Any, inputs: Array
+) -> dict[Path, Array]:
+    """Return what the norms give, by the paths of their layers."""
+    traced, sites = _mark_layers(predict, variables, inputs)
+    arguments = [tracing.Unknown() for _ in traced.jaxpr.invars]
+    keys, _, _ = leaves_of(variables)
+    path_of = {id(a): path for a, (_, path) in zip(arguments, keys, strict=False)}
+    _, seen = tracing.evaluate(traced, arguments, {})
 
-    The model is traced with each of these outputs replaced, for all but the norm, by an
-    argument of the trace; an argument that some operation uses tells on its layer.
-    """
-    linear_before = {pair.norm: pair.linear for pair in pairs}
+    @jax.jit
+    def compute(*leaves: Any) -> dict[str, Array]:
+        _, values = tracing.evaluate(traced, leaves, {})
+        return {
+            str(number): values[number + 1].x
+            for number, marked in enumerate(seen)
+            if isinstance(sites[marked.site].layer, Layer)
+        }
 
-    def with_outputs(replacements: dict[Path, Array]) -> Any:
-        outputs: dict[Path, Array] = {}
-
-        def intercept(
-            next_fun: Callable[..., Any],
-            args: tuple[Any, ...],
-            kwargs: dict[str, Any],
-            context: nn.module.InterceptorContext,
-        ) -> Any:
-            path = context.module.path
-            if context.method_name != "__call__":
-                return next_fun(*args, **kwargs)
-            if path in linear_before:
-                kwargs = {key: kwargs[key] for key in kwargs if key != "x"}
-                return next_fun(outputs[linear_before[path]], *args[1:], **kwargs)
-            y = next_fun(*args, **kwargs)
-            if path not in replacements:
-                return y
-            outputs[path] = y
-            return replacements[path]
-
-        with nn.intercept_methods(intercept):
-            return predict(variables, inputs)
-
-    replaced = {
-        pair.linear: jax.ShapeDtypeStruct(pair.output.shape, pair.output.dtype)
-        for pair in pairs
+    outputs = compute(*jax.tree.leaves((variables, inputs)))
+    return {
+        path_of[id(seen[int(number)].carried[0])][:-1]: y
+        for number, y in outputs.items()
     }
-    jaxpr = jax.make_jaxpr(with_outputs)(replaced).jaxpr
-    used = {id(var) for eqn in jaxpr.eqns for var in eqn.invars}
-    used |= {id(var) for var in jaxpr.outvars}
-    # Arguments come in the order of a tree's leaves: that of the sorted paths.
-    return [
-        f"the output of {_name(linear)} is used elsewhere than in its norm"
-        for linear, var in zip(sorted(replaced), jaxpr.invars, strict=True)
-        if id(var) in used
-    ]
 
 
 def _affine(pair: _Pair, params: Flat, stats: Flat) -> tuple[Array, Array, Array]:
@@ -284,25 +294,21 @@ def _affine(pair: _Pair, params: Flat, stats: Flat) -> tuple[Array, Array, Array
 
 
 def _wrong_shifts(
-    calls: list[_Call], pairs: list[_Pair], params: Flat, stats: Flat
+    outputs: Mapping[Path, Array], pairs: list[_Pair], params: Flat, stats: Flat
 ) -> list[str]:
     """Return the norms that, with kernels of 0, give other than the new bias.
 
-    Nothing of one layer reaches the next then, so that no rounding adds up. Calls that
-    are not seen, as a `predict` compiled before hides them, are not checked.
+    Nothing of one layer reaches the next then, so that no rounding adds up.
     """
-    of_norm = {call.module.path: call for call in calls}
     faults = []
     for pair in pairs:
-        call = of_norm.get(pair.norm)
-        if call is None or isinstance(call.y, jax.core.Tracer):
-            continue
+        y = outputs[pair.norm]
         _, new_bias, size = _affine(pair, params, stats)
-        axes = reduction_axes(call.y.ndim, pair.axis)
-        dtypes = (pair.output.dtype, call.y.dtype, new_bias.dtype)
+        axes = reduction_axes(y.ndim, pair.axis)
+        dtypes = (pair.dtype, y.dtype, new_bias.dtype)
         allowed = 4 * max(_rounding(dtype) for dtype in dtypes) * size
         # An infinite input times 0 is NaN, and no fault of the norm's.
-        difference = jnp.abs(call.y - jnp.expand_dims(new_bias, axes))
+        difference = jnp.abs(y - jnp.expand_dims(new_bias, axes))
         if jnp.any(difference > jnp.expand_dims(allowed, axes)):
             faults.append(
                 f"{_name(pair.norm)} does not give (bias - mean) gamma / sigma + beta "
@@ -341,10 +347,7 @@ def _rescaled(pairs: list[_Pair], params: Flat, stats: Flat) -> tuple[Flat, Flat
 
 def _check_equal(before: Any, after: Any, pairs: list[_Pair]) -> None:
     """Refuse to fold where features times powers of 2 change the outputs."""
-    leaves = zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
-    for old, new in (map(jnp.asarray, pair) for pair in leaves):
-        if not jnp.all(jnp.isfinite(old)):
-            _refuse(["the outputs of the model as it is are not finite on inputs"])
+    for old, new in _pairs_of_outputs(before, after):
         if not jnp.all(jnp.isfinite(new)):
             _refuse(
                 [
@@ -352,12 +355,8 @@ def _check_equal(before: Any, after: Any, pairs: list[_Pair]) -> None:
                     f"8 times as large, too much for {old.dtype}: fold in a wider dtype"
                 ]
             )
-        rounding = _rounding(old.dtype)
-        wide = jnp.promote_types(old.dtype, jnp.float32)
-        old, new = old.astype(wide), new.astype(wide)
-        size = float(jnp.max(jnp.abs(old)))
-        difference = float(jnp.max(jnp.abs(old - new)))
-        allowed = max(1e-4, 4 * rounding) * size
+        size, difference = _difference(old, new)
+        allowed = max(1e-4, 4 * _rounding(old.dtype)) * size
         if difference <= allowed:
             continue
         names = ", ".join(_name(pair.norm) for pair in pairs)
@@ -372,6 +371,118 @@ def _check_equal(before: Any, after: Any, pairs: list[_Pair]) -> None:
         _refuse([fault])
 
 
+def _run_without_norms(
+    without_norms: Any, variables: Any, folded: Flat, inputs: Array, before: Any
+) -> Any:
+    """Run the model without norms on folded parameters, and return them.
+
+    Raises:
+      ValueError: if it does not take them as they are, leaves some out, or gives other
+        outputs than `before`.
+    """
+    nnx = sys.modules.get("flax.nnx")
+    if nnx is not None and isinstance(variables, nnx.State):
+        predict, plain = _nnx_without_norms(without_norms, folded)
+        result = nnx.filter_state(plain, nnx.Param)
+    else:
+        result = traverse_util.unflatten_dict(folded)
+        others = {}
+        if isinstance(variables, Mapping):
+            skipped = ("params", "batch_stats")
+            others = {k: v for k, v in variables.items() if k not in skipped}
+        predict, plain = resolve(without_norms, {"params": result, **others})
+    try:
+        after = predict(plain, inputs)
+    except Exception as error:
+        raise ValueError(
+            "the model without norms cannot be run on the folded parameters, "
+            f"{_names(folded)}: {error}"
+        ) from error
+    unused = _unused(predict, plain, inputs)
+    if unused:
+        raise ValueError(
+            f"the model without norms does not use the folded parameters "
+            f"{_names(unused)}; expected the same layers, all with a bias "
+            "(use_bias=True)"
+        )
+    for old, new in _pairs_of_outputs(before, after):
+        size, difference = _difference(old, new)
+        if not difference <= max(_TOLERANCE, 32 * _rounding(old.dtype)) * size:
+            raise ValueError(
+                f"outputs of size {size:.2g} change by {difference:.2g} in the model "
+                "without norms; expected the same model without them, or, where means "
+                "are large beside deviations, fold in a wider dtype"
+            )
+    return result
+
+
+def _nnx_without_norms(without_norms: Any, folded: Flat) -> tuple[Predict, Any]:
+    """Return the predict function and the state of an NNX module without norms."""
+    predict, state = resolve(without_norms, None)
+    expected = collection(state, "params")
+    missing, surplus = expected.keys() - folded.keys(), folded.keys() - expected.keys()
+    if missing or surplus:
+        raise ValueError(
+            f"the model without norms has other parameters than are folded: "
+            f"{_names(missing) or 'none'} besides, {_names(surplus) or 'none'} "
+            "missing; expected the same layers under the same names, all with a bias "
+            "(use_bias=True)"
+        )
+    shapes = {path for path in folded if folded[path].shape != expected[path].shape}
+    if shapes:
+        raise ValueError(
+            f"the model without norms has {_names(shapes)} of other shapes; expected "
+            "the same layers"
+        )
+    return predict, replaced(state, {("params", p): v for p, v in folded.items()})
+
+
+def _unused(predict: Predict, variables: Any, inputs: Array) -> list[Path]:
+    """Return the parameters on which no output of a model depends."""
+    leaves, structure = jax.tree.flatten((variables, inputs))
+
+    def function(*leaves: Any) -> list[Any]:
+        return jax.tree.leaves(predict(*jax.tree.unflatten(structure, leaves)))
+
+    traced = tracing.trace(function, *leaves)
+    arguments = [tracing.Unknown() for _ in leaves]
+    results, _ = tracing.evaluate(traced, arguments, {})
+    keys, _, _ = leaves_of(variables)
+    return [
+        path
+        for (of_collection, path), argument in zip(keys, arguments, strict=False)
+        if of_collection == "params"
+        and not argument.used
+        and not any(argument is result for result in results)
+    ]
+
+
+def _with_flat(variables: Any, params: Flat, stats: Flat) -> Any:
+    of_params = {("params", path): value for path, value in params.items()}
+    of_stats = {("batch_stats", path): value for path, value in stats.items()}
+    return replaced(variables, of_params | of_stats)
+
+
+def _pairs_of_outputs(before: Any, after: Any) -> list[tuple[Array, Array]]:
+    """Return the arrays of a model's outputs with those that should be equal."""
+    old, new = (list(map(jnp.asarray, jax.tree.leaves(o))) for o in (before, after))
+    if [leaf.shape for leaf in old] != [leaf.shape for leaf in new]:
+        raise ValueError(
+            f"the outputs have shapes {[list(leaf.shape) for leaf in new]}, and "
+            f"{[list(leaf.shape) for leaf in old]} with norms; expected the same model"
+        )
+    if not all(jnp.all(jnp.isfinite(leaf)) for leaf in old):
+        _refuse(["the outputs of the model as it is are not finite on inputs"])
+    return list(zip(old, new, strict=True))
+
+
+def _difference(old: Array, new: Array) -> tuple[float, float]:
+    """Return the size of outputs, and how far others are from them at most."""
+    wide = jnp.promote_types(old.dtype, jnp.float32)
+    old, new = old.astype(wide), new.astype(wide)
+    return float(jnp.max(jnp.abs(old))), float(jnp.max(jnp.abs(old - new)))
+
+
 def _rounding(dtype: Any) -> float:
     """Return the relative distance of neighbouring numbers, 0 of integers."""
     return float(jnp.finfo(dtype).eps) if jnp.issubdtype(dtype, jnp.inexact) else 0.0
@@ -379,6 +490,10 @@ def _rounding(dtype: Any) -> float:
 
 def _name(path: Path) -> str:
     return "/".join(path)
+
+
+def _names(paths: Any) -> str:
+    return ", ".join(sorted(map(_name, paths)))
 
 
 def _refuse(faults: list[str]) -> None:

@@ -12,7 +12,6 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
-from flax import traverse_util
 from flax.linen import initializers
 from jax import Array
 
@@ -167,7 +166,7 @@ class BatchNorm(nn.Module):
 
     What normalises, whether the averages move, and whether scale and bias learn are
     three choices: `use_running_average`, `update_average` in the call, and an optimizer
-    masked by `norm_param_mask`.
+    masked by `bn_jax.variables.norm_param_mask`.
 
     Attributes:
       use_running_average: True normalises by the running averages (prediction), False
@@ -300,6 +299,7 @@ def _apply(
     num_features = shape if len(shape) > 1 else shape[0]
 
     _, initial = transform.init(num_features, x.dtype)
+    _check_complete(module, transform, initial._fields)
     variables = {
         name: module.variable("batch_stats", name, lambda value=value: value)
         for name, value in initial._asdict().items()
@@ -353,40 +353,21 @@ def _apply(
     return y.astype(dtype).reshape(given.shape)
 
 
-def norm_param_mask(variables: Any) -> Any:
-    """Return a tree of booleans: True at the scale and bias of normalisation layers.
+def _check_complete(module: Any, transform: Transform, names: Sequence[str]) -> None:
+    """Refuse statistics of which some are missing: they would begin anew.
 
-    With `optax.masked` it freezes them or singles them out, as in
-    `optax.chain(optax.sgd(1.0), optax.masked(optax.set_to_zero(), mask))`.
-
-    Args:
-      variables: of a model; layers that hold batch statistics count as normalisation.
-
-    Returns:
-      A tree like `variables["params"]`.
+    A count that began at 0 beside averages that were restored would let the first batch
+    replace them.
     """
-    params = traverse_util.flatten_dict(variables["params"])
-    statistics = traverse_util.flatten_dict(variables.get("batch_stats", {}))
-    layers = {path[:-1] for path in statistics}
-    return traverse_util.unflatten_dict({path: path[:-1] in layers for path in params})
-
-
-def check_variables(variables: Any) -> None:
-    """Refuse what are no variables of a Linen model, in which no layer would be found.
-
-    Raises:
-      ValueError: naming what was given.
-    """
-    classes = type(variables).__mro__
-    of_nnx = any(kind.__module__.startswith("flax.nnx") for kind in classes)
-    if of_nnx or not isinstance(variables, Mapping):
-        given = f"a {type(variables).__name__}" + " of Flax NNX" * of_nnx
-    elif not variables or variables.keys() & {"params", "batch_stats"}:
+    if module.is_initializing():
         return
-    else:
-        given = f"a mapping of {', '.join(map(str, variables))}"
-    raise ValueError(
-        f"variables are {given}; expected those of a Flax Linen model, with params and "
-        "batch_stats, as its init returns them. NNX models are neither measured nor "
-        "folded: give a Linen model of the same layers"
-    )
+    held = [name for name in names if module.has_variable("batch_stats", name)]
+    missing = [name for name in names if name not in held]
+    if held and missing:
+        where = "/".join(module.path) or type(module).__name__
+        raise ValueError(
+            f"batch_stats of {where} hold {' and '.join(held)}, but no "
+            f"{' and '.join(missing)}, which norm={transform.name!r} keeps, too; add "
+            "what is missing: as count the number of batches in the averages, or a "
+            "large one such as 10**6 where it is not known"
+        )

@@ -1,4 +1,4 @@
-"""The means and variances among a model's variables, whatever holds them.
+"""The parameters and statistics of a model by path, whatever holds them.
 
 Variables are those of a Flax Linen model (a dict or a FrozenDict), anything with a
 field `batch_stats` such as a TrainState, or the state of an NNX model.
@@ -23,10 +23,14 @@ class Statistics(NamedTuple):
     var: Array
 
 
+# A leaf of variables: the collection that it is of, "params" or "batch_stats", and the
+# path in there; for any other leaf ("", ()).
+Key = tuple[str, Path]
+
+
 def statistics_of(variables: Any) -> dict[Path, Statistics]:
     """Return the statistics of each layer that holds a mean and a variance."""
-    leaves, _ = _leaves(variables)
-    found = {path: _value(leaf) for path, leaf in leaves if path is not None}
+    found = collection(variables, "batch_stats")
     return {
         path[:-1]: Statistics(found[path], found[*path[:-1], "var"])
         for path in found
@@ -36,17 +40,90 @@ def statistics_of(variables: Any) -> dict[Path, Statistics]:
 
 def with_statistics(variables: Any, statistics: Mapping[Path, Statistics]) -> Any:
     """Return variables of the same kind with layers' statistics in place."""
-    leaves, structure = _leaves(variables)
+    return replaced(
+        variables,
+        {
+            ("batch_stats", (*path, name)): value
+            for path, of_layer in statistics.items()
+            for name, value in of_layer._asdict().items()
+        },
+    )
 
-    def replaced(path: Path | None, leaf: Any) -> Any:
-        if path is None or path[:-1] not in statistics:
-            return leaf
-        new = statistics[path[:-1]]._asdict().get(path[-1])
-        if new is None:
-            return leaf
-        return leaf.replace(new) if _is_nnx("Variable", leaf) else new
 
-    return jax.tree.unflatten(structure, [replaced(*pair) for pair in leaves])
+def collection(variables: Any, name: str) -> dict[Path, Any]:
+    """Return the arrays of "params" or "batch_stats", by path."""
+    keys, leaves, _ = leaves_of(variables)
+    return {
+        path: leaf.get_value() if _is_nnx("Variable", leaf) else leaf
+        for (of_collection, path), leaf in zip(keys, leaves, strict=True)
+        if of_collection == name
+    }
+
+
+def replaced(variables: Any, values: Mapping[Key, Any]) -> Any:
+    """Return variables of the same kind with some arrays replaced."""
+    keys, leaves, structure = leaves_of(variables)
+
+    def new(key: Key, leaf: Any) -> Any:
+        if key not in values:
+            return leaf
+        return leaf.replace(values[key]) if _is_nnx("Variable", leaf) else values[key]
+
+    return jax.tree.unflatten(structure, map(new, keys, leaves))
+
+
+def leaves_of(variables: Any) -> tuple[list[Key], list[Any], Any]:
+    """Return the keys of the leaves, the leaves, and the structure.
+
+    An NNX variable is a leaf as a whole.
+    """
+    flat, structure = jax.tree_util.tree_flatten_with_path(
+        variables, is_leaf=lambda leaf: _is_nnx("Variable", leaf)
+    )
+
+    def key_of(keys: Any, leaf: Any) -> Key:
+        names = tuple(str(_name(key)) for key in keys)
+        if _is_nnx("Variable", leaf):
+            kinds = {"Param": "params", "BatchStat": "batch_stats"}
+            of_kind = [c for kind, c in kinds.items() if _is_nnx(kind, leaf)]
+            return (of_kind[0], names) if of_kind else ("", ())
+        if names[1:] and names[0] in ("params", "batch_stats"):
+            return names[0], names[1:]
+        return "", ()
+
+    return [key_of(*pair) for pair in flat], [leaf for _, leaf in flat], structure
+
+
+def norm_param_mask(variables: Any) -> Any:
+    """Return a tree of booleans: True at the scale and bias of normalisation layers.
+
+    With `optax.masked` it freezes them or singles them out, as in
+    `optax.chain(optax.sgd(1.0), optax.masked(optax.set_to_zero(), mask))`.
+
+    Args:
+      variables: of a Linen model, a TrainState, or an NNX module or its state; layers
+        that hold batch statistics count as normalisation.
+
+    Returns:
+      A tree like `variables["params"]`; of a TrainState, like its field; of NNX, like
+      `nnx.as_pure(nnx.state(model, nnx.Param))`.
+
+    Raises:
+      ValueError: as `check_variables` says.
+    """
+    if _is_nnx("Module", variables):
+        variables = sys.modules["flax.nnx"].state(variables)
+    check_variables(variables)
+    keys, _, _ = leaves_of(variables)
+    layers = {path[:-1] for name, path in keys if name == "batch_stats"}
+    mask = replaced(
+        variables,
+        {key: key[1][:-1] in layers for key in keys if key[0] == "params"},
+    )
+    if _is_nnx("State", mask):
+        nnx = sys.modules["flax.nnx"]
+        return nnx.as_pure(nnx.filter_state(mask, nnx.Param))
+    return mask["params"] if isinstance(mask, Mapping) else mask.params
 
 
 def batch_stats_of(variables: Any) -> Any:
@@ -84,35 +161,11 @@ def check_variables(variables: Any) -> None:
     )
 
 
-def _leaves(variables: Any) -> tuple[list[tuple[Path | None, Any]], Any]:
-    """Return the leaves, those of batch statistics with their paths, and the structure.
-
-    An NNX variable is a leaf as a whole.
-    """
-    flat, structure = jax.tree_util.tree_flatten_with_path(
-        variables, is_leaf=lambda leaf: _is_nnx("Variable", leaf)
-    )
-
-    def path_of(keys: Any, leaf: Any) -> Path | None:
-        names = [str(_name(key)) for key in keys]
-        if _is_nnx("BatchStat", leaf):
-            return tuple(names)
-        if _is_nnx("Variable", leaf) or "batch_stats" not in names:
-            return None
-        return tuple(names[names.index("batch_stats") + 1 :])
-
-    return [(path_of(keys, leaf) or None, leaf) for keys, leaf in flat], structure
-
-
 def _name(key: Any) -> Any:
     for attribute in ("key", "name", "idx"):
         if hasattr(key, attribute):
             return getattr(key, attribute)
     return key
-
-
-def _value(leaf: Any) -> Any:
-    return leaf.get_value() if _is_nnx("Variable", leaf) else leaf
 
 
 def _is_nnx(kind: str, value: Any) -> bool:

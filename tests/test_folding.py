@@ -1,16 +1,20 @@
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from flax import nnx
+from flax.core import freeze
 
 from bn_jax.folding import fold
 from bn_jax.linen import BatchNorm
 from bn_jax.models.lenet import LeNet
 from bn_jax.models.mlp import MLP
+from bn_jax.nnx import BatchNorm as NnxBatchNorm
 from marks import slow_but
 from reference import normal
 
@@ -42,8 +46,10 @@ def predict(model, variables, x):
 def test_folded_lenet_is_the_same_network_without_norms(norm, layout, bias):
     model = LeNet(norm=norm, layout=layout, bias_before_norm=bias)
     variables = moved(model, IMAGES[:1])
-    folded = fold(functools.partial(predict, model), variables, IMAGES[:2])
     plain = LeNet(norm=None, layout=layout)
+    folded = fold(
+        functools.partial(predict, model), variables, IMAGES[:2], without_norms=plain
+    )
     shapes = plain.init(jax.random.key(0), IMAGES[:1], train=False)["params"]
     assert jax.tree.map(jnp.shape, folded) == jax.tree.map(jnp.shape, shapes)
     np.testing.assert_allclose(
@@ -61,9 +67,10 @@ def test_norms_without_scale_or_bias_fold_too(scale, bias):
     x = normal((4, 3))
     model = MLP(widths=(3, 3), norm=norm)
     variables = moved(model, x)
-    folded = fold(functools.partial(predict, model), variables, x)
+    plain = MLP(widths=(3, 3))
+    folded = fold(functools.partial(predict, model), variables, x, without_norms=plain)
     np.testing.assert_allclose(
-        predict(MLP(widths=(3, 3)), {"params": folded}, x),
+        predict(plain, {"params": folded}, x),
         predict(model, variables, x),
         rtol=1e-5,
         atol=1e-5,
@@ -134,12 +141,6 @@ class ManyAxes(nn.Module):
         return BatchNorm(use_running_average=not train, name="norm")(x)
 
 
-class Lifted(nn.Module):
-    @nn.compact
-    def __call__(self, x, train):
-        return nn.jit(Plain, static_argnums=2)(name="inner")(x, train)
-
-
 class Plain(nn.Module):
     norm: Any = BatchNorm
 
@@ -147,6 +148,22 @@ class Plain(nn.Module):
     def __call__(self, x, train):
         x = nn.Dense(3, name="dense")(x)
         return self.norm(use_running_average=not train, name="norm")(x=x)
+
+
+class Scanned(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        block = nn.scan(
+            Step, length=2, split_rngs={"params": True}, variable_axes={True: 0}
+        )
+        return block(name="inner")(x, None)[0]
+
+
+class Step(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        x = nn.Dense(3, name="dense")(x)
+        return BatchNorm(use_running_average=True, name="norm")(x), None
 
 
 class SharedKernel(nn.Module):
@@ -222,7 +239,7 @@ class NotCalled(nn.Module):
         (SmallOutputs, "the output of inner/dense is used elsewhere"),
         (UsedByTheOutputAlone, "the output of dense is used elsewhere"),
         (ManyAxes, r"dense has features=\(2, 3\).*bias of shape \[2, 3\]"),
-        (Lifted, "inner/norm is inside a lifted transform .* at inner"),
+        (Scanned, "inner/norm does not read its statistics .* as inside nn.scan"),
         (SharedKernel, "a kernel before one .* is shared"),
         (HalvedBias, "norm does not give .* where the kernel of dense is 0"),
         (DeviationPlusEpsilon, "norm does not give .* where the kernel of dense is 0"),
@@ -239,7 +256,7 @@ def test_what_cannot_be_folded_is_refused_with_the_reason(module, message):
     model = module()
     variables = moved(model, x)
     with pytest.raises(ValueError, match=f"cannot fold.*{message}"):
-        fold(functools.partial(predict, model), variables, x)
+        fold(model, variables, x, without_norms=model)
 
 
 class Deep(nn.Module):
@@ -277,9 +294,10 @@ def test_several_layers_fold_in_every_precision(norm, dtype, scale, mean):
     variables = drawn(model, x, np.random.default_rng(1).standard_normal)
     train = functools.partial(model.apply, train=True, mutable=["batch_stats"])
     variables = {**variables, **jax.jit(train)(variables, x)[1]}
-    folded = fold(functools.partial(predict, model), variables, x)
+    plain = Deep(None, dtype)
+    folded = fold(model, variables, x, without_norms=plain)
     before = predict(model, variables, x)
-    after = predict(Deep(None, dtype), {"params": folded}, x)
+    after = predict(plain, {"params": folded}, x)
     assert after.dtype == before.dtype == dtype
     # A few roundings a layer, of inputs so many deviations from 0.
     allowed = 3 * 4 * float(jnp.finfo(dtype).eps) * (1 + mean)
@@ -298,7 +316,13 @@ def test_layer_of_large_inputs_folds_though_subtracting_its_mean_cancels(norm):
     z = np.float64(x) @ np.float64(variables["params"]["dense"]["kernel"])
     stats = {"norm": {"mean": jnp.float32(z.mean(0)), "var": jnp.float32(z.var(0))}}
     variables = {**variables, "batch_stats": stats}
-    folded = fold(functools.partial(predict, model), variables, x)
+    plain = nn.Dense(3, name="dense")
+    folded = fold(
+        model,
+        variables,
+        x,
+        without_norms=lambda v, x: plain.apply({"params": v["params"]["dense"]}, x),
+    )
     # Float32 holds 1e4 to 1e-3, over a deviation of about 1.
     np.testing.assert_allclose(
         x @ folded["dense"]["kernel"] + folded["dense"]["bias"],
@@ -325,7 +349,7 @@ def test_wrong_folding_is_refused_in_half_precision_too(module, dtype):
     outputs = jax.eval_shape(functools.partial(predict, model), variables, x)
     assert outputs.dtype == dtype
     with pytest.raises(ValueError, match="cannot fold.*norm is over another axis"):
-        fold(functools.partial(predict, model), variables, x)
+        fold(model, variables, x, without_norms=model)
 
 
 def test_outputs_that_are_not_finite_are_their_own_reason():
@@ -335,7 +359,7 @@ def test_outputs_that_are_not_finite_are_their_own_reason():
         spoilt = np.array(x)
         spoilt[1, 0] = bad
         with pytest.raises(ValueError, match="outputs .* not finite") as refusal:
-            fold(functools.partial(predict, Plain()), variables, jnp.asarray(spoilt))
+            fold(Plain(), variables, jnp.asarray(spoilt), without_norms=Plain())
         assert "axis" not in str(refusal.value)
 
 
@@ -358,16 +382,7 @@ def test_small_change_may_be_rounding_and_is_called_so():
     x = normal((4, 3))
     variables = moved(Quantised(), x)
     with pytest.raises(ValueError, match="it is rounding: fold in wider dtypes"):
-        fold(functools.partial(predict, Quantised()), variables, x)
-
-
-def test_refusing_leaves_what_nn_jit_has_cached_alone():
-    x = normal((4, 3))
-    variables = moved(Lifted(), x)
-    before = predict(Lifted(), variables, x)
-    with pytest.raises(ValueError, match="lifted transform"):
-        fold(functools.partial(predict, Lifted()), variables, x)
-    np.testing.assert_array_equal(predict(Lifted(), variables, x), before)
+        fold(Quantised(), variables, x, without_norms=Quantised())
 
 
 class FlaxLayers(nn.Module):
@@ -393,7 +408,7 @@ class FlaxLayers(nn.Module):
 def test_flax_own_layers_fold_beside_a_shortcut():
     x = normal((2, 6, 6, 2))
     variables = moved(FlaxLayers(True), x)
-    folded = fold(functools.partial(predict, FlaxLayers(True)), variables, x)
+    folded = fold(FlaxLayers(True), variables, x, without_norms=FlaxLayers(False))
     assert sorted(folded) == ["a", "b", "c", "d"]
     np.testing.assert_allclose(
         predict(FlaxLayers(False), {"params": folded}, x),
@@ -407,7 +422,167 @@ def test_flax_own_layers_fold_beside_a_shortcut():
 def test_model_without_norms_folds_to_itself():
     model = LeNet()
     variables = model.init(jax.random.key(0), IMAGES[:1], train=False)
-    folded = fold(functools.partial(predict, model), variables, IMAGES[:2])
+    folded = fold(model, variables, IMAGES[:2], without_norms=model)
     assert jax.tree.all(
         jax.tree.map(lambda a, b: bool((a == b).all()), folded, variables["params"])
     )
+
+
+# What the folded parameters are put into.
+
+
+class Lifted(nn.Module):
+    """Layers inside `nn.jit` and `nn.remat`, with or without norms, or biases."""
+
+    norm: bool = True
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, x, train):
+        class Block(nn.Module):
+            norm: bool
+            use_bias: bool
+
+            @nn.compact
+            def __call__(self, x):
+                x = nn.Conv(3, (2, 2), use_bias=self.use_bias, name="conv")(x)
+                norm = nn.BatchNorm(use_running_average=not train, name="norm")
+                return nn.relu(norm(x) if self.norm else x)
+
+        kinds = {"norm": self.norm, "use_bias": self.use_bias}
+        x = nn.remat(Block)(**kinds, name="first")(x)
+        return nn.jit(Block)(**kinds, name="second")(x).mean((1, 2))
+
+
+@functools.cache
+def lifted():
+    """A compiled predict function that was called before, variables and images."""
+    x = normal((2, 5, 5, 2))
+    model = Lifted(use_bias=False)
+    variables = moved(model, x)
+    predict = jax.jit(functools.partial(model.apply, train=False))
+    return predict, variables, x, predict(variables, x)
+
+
+def test_layers_without_a_bias_fold_inside_of_transforms():
+    predict, variables, x, expected = lifted()
+    plain = Lifted(norm=False)
+    folded = fold(predict, variables, x, without_norms=plain)
+    got = plain.apply({"params": folded}, x, train=False)
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_train_states_and_frozen_variables_fold():
+    class State(NamedTuple):
+        params: Any
+        batch_stats: Any
+
+    predict, variables, x, _ = lifted()
+    plain = jax.jit(functools.partial(Lifted(norm=False).apply, train=False))
+    expected = fold(predict, variables, x, without_norms=plain)
+    state = State(variables["params"], variables["batch_stats"])
+    for model, held in (
+        (Lifted(use_bias=False), state),
+        (lambda state, x: predict(state._asdict(), x), state),
+        (predict, freeze(variables)),
+    ):
+        folded = fold(model, held, x, without_norms=plain)
+        chex.assert_trees_all_equal(folded, expected)
+
+
+def test_model_whose_layers_have_no_bias_is_refused_as_it_would_leave_it_out():
+    predict, variables, x, _ = lifted()
+    without_bias = Lifted(norm=False, use_bias=False)
+    message = "does not use .* first/conv/bias, second/conv/bias; .*use_bias=True"
+    with pytest.raises(ValueError, match=message):
+        fold(predict, variables, x, without_norms=without_bias)
+
+
+def test_model_that_is_another_without_norms_is_refused():
+    model, x = Plain(), normal((4, 3))
+    variables = moved(model, x)
+    other = nn.Dense(3, name="dense")
+
+    def doubled(variables, x):
+        return 2 * other.apply({"params": variables["params"]["dense"]}, x)
+
+    with pytest.raises(ValueError, match="outputs of size .* in the model without nor"):
+        fold(model, variables, x, without_norms=doubled)
+    with pytest.raises(ValueError, match="cannot be run on the folded .*dense/kernel"):
+        fold(model, variables, x, without_norms=nn.Dense(4))
+    with pytest.raises(
+        ValueError, match=r"outputs have shapes \[\[4\]\], and \[\[4, 3"
+    ):
+        fold(
+            model,
+            variables,
+            x,
+            without_norms=lambda v, x: doubled(v, x).sum(1),
+        )
+
+
+class LocalConvolution(nn.Module):
+    norm: bool
+
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.ConvLocal(3, (2,), use_bias=not self.norm, name="local")(x)
+        norm = nn.BatchNorm(use_running_average=not train, name="norm")
+        return norm(x) if self.norm else x
+
+
+def test_local_convolution_whose_biases_are_more_is_refused():
+    x = normal((4, 3, 2))
+    variables = moved(LocalConvolution(True), x)
+    with pytest.raises(ValueError, match="cannot be run on the folded .*local/bias"):
+        fold(
+            LocalConvolution(True),
+            variables,
+            x,
+            without_norms=LocalConvolution(False),
+        )
+
+
+class NnxNet(nnx.Module):
+    def __init__(self, norm, rngs, *, use_bias=True):
+        self.conv = nnx.Conv(2, 3, (2, 2), use_bias=use_bias, rngs=rngs)
+        self.norm = None if norm is None else norm(3, rngs=rngs)
+        self.dense = nnx.Linear(3, 4, rngs=rngs)
+        self.last = None if norm is None else norm(4, rngs=rngs)
+
+    def __call__(self, x):
+        x = self.conv(x)
+        x = nnx.relu(x if self.norm is None else self.norm(x)).mean((1, 2))
+        x = self.dense(x)
+        return x if self.last is None else self.last(x)
+
+
+def moved_nnx(norm):
+    model = NnxNet(norm, nnx.Rngs(0), use_bias=False)
+    rng = np.random.default_rng(2)
+    kinds = nnx.Any(nnx.Param, nnx.BatchStat)
+    state = nnx.state(model, kinds)
+    nnx.update(
+        model,
+        jax.tree.map(lambda v: jnp.float32(rng.uniform(0.5, 1.5, v.shape)), state),
+    )
+    return model
+
+
+@pytest.mark.parametrize(
+    "norm", slow_but([nnx.BatchNorm], [NnxBatchNorm, nnx.BatchNorm])
+)
+def test_nnx_modules_fold(norm):
+    model, x = moved_nnx(norm), normal((2, 5, 5, 2))
+    plain = NnxNet(None, nnx.Rngs(1))
+    folded = fold(model, None, x, without_norms=plain)
+    nnx.update(plain, folded)
+    model.eval()
+    np.testing.assert_allclose(plain(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_nnx_module_whose_layers_have_no_bias_is_refused():
+    model, x = moved_nnx(nnx.BatchNorm), normal((2, 5, 5, 2))
+    plain = NnxNet(None, nnx.Rngs(1), use_bias=False)
+    with pytest.raises(ValueError, match="none besides, conv/bias missing; expected"):
+        fold(model, None, x, without_norms=plain)

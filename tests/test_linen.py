@@ -392,3 +392,20 @@ def test_integer_input_is_promoted_as_flax_does(dtype, options, running):
     assert_close_in_own_precision(got, expected)
     own = ours.BatchNorm(use_running_average=running, **options).init(KEY, x)
     chex.assert_trees_all_equal(own, variables)
+
+
+@pytest.mark.parametrize("average", ["debiased", "cumulative"])
+def test_averages_without_their_count_are_refused(average):
+    """A count of 0 would let the first batch replace averages that were restored."""
+    module = ours.BatchNorm(use_running_average=False, average=average)
+    restored = {"mean": jnp.full(3, 7.0), "var": jnp.ones(3)}
+    variables = {
+        "params": {"scale": jnp.ones(3), "bias": jnp.zeros(3)},
+        "batch_stats": restored,
+    }
+    x = jnp.asarray(np.random.default_rng(0).normal(5.0, 1.0, (8, 3)))
+    with pytest.raises(ValueError, match="hold mean and var, but no count, .*10..6"):
+        module.apply(variables, x, mutable=["batch_stats"])
+    variables["batch_stats"] = {**restored, "count": jnp.float32(10**6)}
+    _, updates = module.apply(variables, x, mutable=["batch_stats"])
+    np.testing.assert_allclose(updates["batch_stats"]["mean"], 7.0, atol=0.05)

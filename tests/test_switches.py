@@ -1,6 +1,7 @@
 """What normalises, whether the averages move, and what learns: three choices."""
 
 import functools
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -8,11 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
+from flax.core import FrozenDict, freeze
 
 import reference
 from bn_jax import BatchNormParams, BatchNormState, batch_norm, measure
-from bn_jax.linen import BatchNorm, norm_param_mask
+from bn_jax.linen import BatchNorm
 from bn_jax.models.lenet import LeNet
+from bn_jax.nnx import BatchNorm as NnxBatchNorm
+from bn_jax.variables import norm_param_mask
 from reference import normal
 
 X = normal((8, 3), mean=2.0)
@@ -90,3 +95,42 @@ def test_mask_singles_out_the_scale_and_bias_of_norms():
         for name, value in values.items():
             assert np.any(value) != layer.startswith("norm"), (layer, name)
     assert not any(jax.tree.leaves(norm_param_mask({"params": params})))
+
+
+class State(NamedTuple):
+    params: Any
+    batch_stats: Any
+
+
+def test_mask_has_the_kind_of_the_parameters():
+    params = {"norm": {"scale": 1.0, "bias": 0.0}, "dense": {"kernel": 2.0}}
+    stats = {"norm": {"mean": 0.0, "var": 1.0}}
+    expected = {"norm": {"scale": True, "bias": True}, "dense": {"kernel": False}}
+    variables = {"params": params, "batch_stats": stats}
+    assert norm_param_mask(State(params, stats)) == expected
+    frozen = norm_param_mask(freeze(variables))
+    assert isinstance(frozen, FrozenDict) and frozen.unfreeze() == expected
+
+
+def test_mask_of_an_nnx_module_goes_with_its_optimizer():
+    model = nnx.Sequential(
+        nnx.Linear(2, 3, rngs=nnx.Rngs(0)), NnxBatchNorm(3, rngs=nnx.Rngs(0))
+    )
+    mask = norm_param_mask(model)
+    optimizer = nnx.Optimizer(
+        model,
+        optax.chain(optax.sgd(1.0), optax.masked(optax.set_to_zero(), mask)),
+        wrt=nnx.Param,
+    )
+    before = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    optimizer.update(model, jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param)))
+    after = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    chex.assert_trees_all_equal(after["layers"][1], before["layers"][1])
+    np.testing.assert_allclose(
+        after["layers"][0]["kernel"], before["layers"][0]["kernel"] - 1, rtol=1e-6
+    )
+
+
+def test_mask_of_what_are_no_variables_is_refused():
+    with pytest.raises(ValueError, match="variables are a mapping of dense; expected"):
+        norm_param_mask({"dense": {"kernel": 2.0}})

@@ -19,7 +19,7 @@ from bn_jax.measures.layer_calls import Predict, layer_calls
 from bn_jax.measures.meshes import automatic, automatic_axes
 from bn_jax.measures.models import resolve
 from bn_jax.measures.population import batch_moments, with_exact_statistics
-from bn_jax.measures.variables import Statistics, statistics_of
+from bn_jax.variables import Statistics, statistics_of
 
 
 class LayerGap(NamedTuple):

@@ -22,19 +22,19 @@ from jax.extend.core import ClosedJaxpr
 
 from bn_jax.measures import layers, tracing
 from bn_jax.measures.layers import Layer, Proceed
-from bn_jax.measures.variables import (
-    Path,
-    Statistics,
-    check_variables,
-    statistics_of,
-    with_statistics,
-)
 from bn_jax.moments import (
     Moments,
     measure,
     merge,
     merge_stacked,
     statistics_dtype,
+)
+from bn_jax.variables import (
+    Path,
+    Statistics,
+    check_variables,
+    statistics_of,
+    with_statistics,
 )
 
 Predict = Callable[[Any, Any], Any]  # of variables and inputs, in prediction mode

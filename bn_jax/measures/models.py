@@ -10,7 +10,7 @@ from typing import Any
 from flax import linen as nn
 
 from bn_jax.measures.layer_calls import Predict
-from bn_jax.measures.variables import check_variables
+from bn_jax.variables import check_variables
 
 # What a model's call takes to be in prediction mode.
 _PREDICTS = {

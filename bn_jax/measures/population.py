@@ -30,8 +30,8 @@ from bn_jax.measures.layer_calls import (
 )
 from bn_jax.measures.meshes import automatic, automatic_axes, like
 from bn_jax.measures.models import resolve
-from bn_jax.measures.variables import Path, batch_stats_of
 from bn_jax.moments import Moments, check_non_negative, merge
+from bn_jax.variables import Path, batch_stats_of
 
 # What a layer is given is kept from one pass to the next up to this size.
 _MAX_KEPT_BYTES = 2**28

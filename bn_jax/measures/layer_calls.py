@@ -163,15 +163,28 @@ def pooled(of_calls: Sequence[Mapping[Path, Moments]]) -> dict[Path, Moments]:
     return found
 
 
-def with_moments(variables: Any, moments: Mapping[Path, Moments]) -> Any:
-    """Return `variables` with the means and variances that were measured in place."""
+def with_moments(
+    variables: Any, moments: Mapping[Path, Moments], *, share: Any = None
+) -> Any:
+    """Return `variables` with the means and variances that were measured in place.
+
+    Args:
+      variables: of a model.
+      moments: by layer, in the shape of its variables.
+      share: how much they count in a mean of them and the old ones; None takes them
+        alone, whatever the old ones are.
+    """
     old = statistics_of(variables)
 
+    def mixed(count: Array, new: Array, old: Array) -> Array:
+        if share is not None:
+            new = share * new + (1 - share) * old
+        return jnp.where(count > 0, new, old)
+
     def measured(path: Path) -> Statistics:
-        present = moments[path].count > 0
+        count, mean, var = moments[path]
         return Statistics(
-            jnp.where(present, moments[path].mean, old[path].mean),
-            jnp.where(present, moments[path].var, old[path].var),
+            mixed(count, mean, old[path].mean), mixed(count, var, old[path].var)
         )
 
     return with_statistics(variables, {path: measured(path) for path in moments})

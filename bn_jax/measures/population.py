@@ -111,6 +111,7 @@ def with_exact_statistics(
     mode: Mode = "layerwise",
     weights: Array | None = None,
     num_examples: int | None = None,
+    pseudo_count: float = 0.0,
 ) -> Any:
     """Return variables with exact statistics in place; see `exact_statistics`.
 
@@ -122,6 +123,7 @@ def with_exact_statistics(
       mode: see `inputs`.
       weights: see `inputs`.
       num_examples: see `inputs`.
+      pseudo_count: see `bn_jax.measures.adaptation`.
     """
     if mode not in ("layerwise", "one_pass"):
         raise ValueError(f"mode={mode!r}; expected layerwise or one_pass")
@@ -129,7 +131,8 @@ def with_exact_statistics(
     example = source.example()
     if mode == "one_pass":
         moments, _ = source.measure(predict, variables)
-        return with_moments(variables, pooled(moments))
+        share = _share(source, pseudo_count)
+        return with_moments(variables, pooled(moments), share=share)
     calls = program(predict, variables, example).calls
     # A pass measures one call. What that call is given is kept, if memory allows, so
     # that the next pass starts from there; what a pass does not need, XLA leaves out.
@@ -145,7 +148,8 @@ def with_exact_statistics(
             predict, current, kept=kept, number=number, keep=keep
         )
         of_calls.append(moments)
-        current = with_moments(variables, pooled(of_calls))
+        share = _share(source, pseudo_count)
+        current = with_moments(variables, pooled(of_calls), share=share)
     return current
 
 
@@ -198,6 +202,11 @@ class _Stored:
     def __len__(self) -> int:
         return len(self._inputs)
 
+    @property
+    def weight(self) -> Any:
+        """Number of examples, or their weight."""
+        return len(self) if self._weights is None else jnp.sum(self._weights)
+
     def example(self) -> Array:
         """Return a batch."""
         return self._inputs[: self._batch_size]
@@ -241,6 +250,7 @@ class _Batches:
 
     def __init__(self, batches: Any, num_examples: int | None) -> None:
         self._all, self._num_examples = batches, num_examples
+        self.weight = 0  # number of examples that the last pass has seen
 
     def __iter__(self) -> Iterator[Array]:
         left = math.inf if self._num_examples is None else self._num_examples
@@ -281,11 +291,18 @@ class _Batches:
         self, predict: Predict, variables: Any, *, number: int | None = None, **_: Any
     ) -> tuple[Any, None]:
         """Return the moments of what calls are given; see `_Stored.measure`."""
-        total = None
+        total, self.weight = None, 0
         for batch in self:
+            self.weight += len(batch)
             of_batch = _of_batch(predict, variables, batch, number=number)
             total = of_batch if total is None else _merged(total, of_batch)
         return total, None
+
+
+def _share(source: _Stored | _Batches, pseudo_count: float) -> Any:
+    """Return how much measured statistics count beside old ones, or None for all."""
+    weight = source.weight
+    return weight / (weight + pseudo_count) if pseudo_count else None
 
 
 def _source(

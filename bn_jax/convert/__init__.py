@@ -5,7 +5,8 @@ number of batches in them. `from_*` and `to_*` convert a single layer, `layers_f
 `layers_into` all batch norm layers of a model, by name. None of the libraries is
 imported: entries are mappings from names to whatever `numpy.asarray` takes, and come
 back as NumPy arrays that share no memory with what was given. Conversion is for outside
-of `jit`.
+of `jit`. Whole ResNets, convolutions and dense layers included, are converted by
+`bn_jax.convert.networks`.
 
 Entries hold no hyperparameters: see `DEFAULTS`, and mind that bn_jax's momentum is the
 weight of the OLD average, PyTorch's that of the new value (`momentum_from_torch`).

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from flax import linen as nn
 
-from bn_jax.models import lenet, mlp, resnet
+from bn_jax.models import imagenet_resnet, lenet, mlp, resnet
 from bn_jax.models.contract import as_model, check_fits, logits_by_batch, name_of
 from bn_jax.models.initialization import make_init
 from bn_jax.names import Table
@@ -21,6 +21,11 @@ __all__ = [
 # Functions of norm, num_classes, dtype and layout, and of options of their own.
 MODELS: Table[nn.Module] = Table(
     "model",
-    {"lenet": lenet.lenet, "mlp": mlp.mlp, "resnet": resnet.resnet},
+    {
+        "lenet": lenet.lenet,
+        "mlp": mlp.mlp,
+        "resnet": resnet.resnet,
+        "imagenet_resnet": imagenet_resnet.imagenet_resnet,
+    },
     given=frozenset({"norm", "num_classes", "dtype", "layout"}),
 )

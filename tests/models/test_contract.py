@@ -96,7 +96,15 @@ def test_model_that_does_not_fit_is_refused_in_one_line(model, shape, message):
     assert "\n" not in str(refusal.value)
 
 
-@pytest.mark.parametrize("name", ["lenet", "mlp:widths=5", "resnet:depth=8,width=2"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lenet",
+        "mlp:widths=5",
+        "resnet:depth=8,width=2",
+        "imagenet_resnet:depth=18,width=2",
+    ],
+)
 @pytest.mark.parametrize("shape", [(16, 16, 3), (33, 20, 2)])
 def test_models_take_images_of_any_size_and_channels(name, shape):
     model = models.MODELS.make(name, norm=BatchNorm, num_classes=4)

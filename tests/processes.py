@@ -5,7 +5,9 @@ processes, and what the program says it needs.
 """
 
 import contextlib
+import functools
 import json
+import operator
 import os
 import signal
 import sys
@@ -13,13 +15,16 @@ import time
 from pathlib import Path
 from unittest import mock
 
+import chex
 import jax
 import numpy as np
 from flax import linen as nn
 from flax import traverse_util
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from bn_jax import data as data_lib
 from bn_jax.linen import BatchNorm
+from bn_jax.measures.population import exact_statistics
 from bn_jax.runs import distributed, interrupt
 from bn_jax.runs import run as run_lib
 from bn_jax.training import loop, parallel, task
@@ -140,6 +145,28 @@ def train_into(workdirs, data, config, checkpoint_every="4steps", kill_at=None):
     print(f"done, loss {run.results['train_loss']}", flush=True)
 
 
+def measure(data, axes):
+    """Measure a data set that all processes share out; print how far it is from one."""
+    images = np.asarray(load_data(data).train.images[:160])
+    model = Small()
+    variables = jax.device_get(model.init(jax.random.key(0), images[:2], train=False))
+    mesh = jax.make_mesh((4,), ("data",), (getattr(AxisType, axes),))
+
+    def put(array, *spec):
+        sharding = NamedSharding(mesh, PartitionSpec(*spec))
+        part = functools.partial(operator.getitem, array)
+        return jax.make_array_from_callback(array.shape, sharding, part)
+
+    shared = jax.tree.map(lambda leaf: put(np.asarray(leaf)), variables)
+    for mode in ("layerwise", "one_pass"):
+        of_mode = functools.partial(exact_statistics, batch_size=40, mode=mode)
+        got = of_mode(model, shared, put(images, "data"))
+        expected = of_mode(model, variables, images)
+        got = jax.tree.map(lambda leaf: np.asarray(leaf.addressable_data(0)), got)
+        chex.assert_trees_all_close(got, expected, rtol=1e-5, atol=1e-5)
+    print("measured as by one process", flush=True)
+
+
 def train_for_long(data):
     """Train until the end of the world, or of this process, telling the time."""
     config = TrainConfig(epochs=10**6, batch_size=16)
@@ -175,7 +202,14 @@ def fail_on_primary(error):
 
 PROGRAMS = {
     function.__name__: function
-    for function in (train_one, train_into, train_for_long, meet, fail_on_primary)
+    for function in (
+        train_one,
+        train_into,
+        measure,
+        train_for_long,
+        meet,
+        fail_on_primary,
+    )
 }
 
 

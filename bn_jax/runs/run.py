@@ -76,6 +76,7 @@ def train(
     if model is not None:
         config = own_models.named(config, model)
     selected = task.select(config, data)
+    earlier = load(config.init_from, model=model) if config.init_from else None
     placement = parallel.place(
         config, devices=options.devices, parallel=options.parallel
     )
@@ -88,6 +89,7 @@ def train(
         placement=placement,
         stream=_is_streamed(options, selected),
         checkpoint_steps=checkpoint_steps,
+        start=None if earlier is None else earlier.variables,
     )
     with contextlib.ExitStack() as stack:
         request = stack.enter_context(interrupt.listening())

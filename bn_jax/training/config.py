@@ -89,6 +89,22 @@ class TrainConfig:
         "What the network normalises with; flax is Flax's own batch norm.",
         table=NORMS,
     )
+    norm_statistics: str = option(
+        "batch",
+        "What norms normalise by in training: the batch's statistics, or their moving "
+        "ones, which then stay as they are (frozen, as for fine-tuning).",
+        choices=("batch", "moving"),
+    )
+    init_from: str = option(
+        "",
+        "Folder of a finished run of the same network, whose parameters and moving "
+        "statistics this one starts from; empty draws them by the seed.",
+    )
+    init_statistics: str = option(
+        "kept",
+        "Whether the moving statistics of --init_from are kept, or fresh.",
+        choices=("kept", "fresh"),
+    )
     trained: str = option(
         "all",
         "What learns, the rest staying as initialised: all, perhaps without the norms' "
@@ -173,6 +189,12 @@ class TrainConfig:
     )
 
     _traced: ClassVar[Mapping[str, Any]] = {}
+    # Fields that the first runs of this version lack. They hold their default.
+    _LATER: ClassVar[tuple[str, ...]] = (
+        "norm_statistics",
+        "init_from",
+        "init_statistics",
+    )
 
     def __post_init__(self) -> None:
         """Check each field's type and range, and write names in one form."""
@@ -273,6 +295,7 @@ class TrainConfig:
         """
         names = {field.name for field in dataclasses.fields(cls)}
         missing, unknown = names - values.keys(), values.keys() - names
+        missing -= set(cls._LATER)
         if missing or unknown:
             raise ConfigError(
                 f"a config needs the fields {sorted(names)}; missing: "

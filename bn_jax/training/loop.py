@@ -78,6 +78,7 @@ class Trainer:
       stream: whether training images are streamed to the devices, which then need not
         hold all of them.
       checkpoint_steps: `train` pauses at each multiple of it.
+      start: the variables that training starts from, where `config.init_from` says so.
       make_train_step: called as `step.make_train_step`, for a step that does more.
 
     Raises:
@@ -93,6 +94,7 @@ class Trainer:
         placement: parallel.Placement | None = None,
         stream: bool = False,
         checkpoint_steps: int | None = None,
+        start: Any = None,
         make_train_step: Callable[..., step_lib.TrainStep] = step_lib.make_train_step,
     ) -> None:
         if model is not None:
@@ -131,7 +133,7 @@ class Trainer:
         )
         self._evaluate = self._evaluator(data.test)
         self._validate = data.validation and self._evaluator(data.validation)
-        variables = self.network.init(init_key)
+        variables = task.started(config, self.network.init(init_key), start)
         if config.accumulate > 1 and config.accumulate_stats == "once":
             step_lib.check_merges(variables["batch_stats"])
         state = init_state(variables, optimizer, averages=config.average_weights > 0)

@@ -102,8 +102,13 @@ def grouped(configs: Sequence[TrainConfig]) -> list[list[int]]:
     """Return the numbers of the configs that share a program, group by group.
 
     Raises:
-      ConfigError: if there are none, or they are not of one data set and batch.
+      ConfigError: if there are none, or one starts from another run.
     """
+    if any(config.init_from for config in configs):
+        raise ConfigError(
+            "init_from is given for a sweep, whose members draw their parameters; "
+            "leave it out, or train its members one by one"
+        )
     if not configs:
         raise ConfigError("a sweep of no configs; give at least one")
     found: dict[TrainConfig, list[int]] = {}
@@ -116,7 +121,8 @@ def check(configs: Sequence[TrainConfig]) -> None:
     """Refuse configs that one program cannot train.
 
     Raises:
-      ConfigError: if there are none, or they differ in more than numbers.
+      ConfigError: if there are none, they differ in more than numbers, or as `grouped`
+        says.
     """
     if len(grouped(configs)) > 1:
         differing = [

@@ -31,7 +31,7 @@ def named(config: TrainConfig, model: Any) -> TrainConfig:
     default = TrainConfig()
     of_ours = [
         f"{field}={getattr(config, field)!r}"
-        for field in ("model", "norm", "precision")
+        for field in ("model", "norm", "norm_statistics", "precision")
         if getattr(config, field) not in (getattr(default, field), name)
     ]
     if config.model.startswith(OWN_MODEL) and config.model != name:

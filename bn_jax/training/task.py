@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
 
 from bn_jax import data as data_lib
 from bn_jax import linen, models
@@ -122,6 +124,8 @@ def make_network(
         attributes["dtype"] = dtype
     try:
         norm = linen.norm(config.norm, options=config.traced("norm"), **attributes)
+        if norm is not None and config.norm_statistics == "moving":
+            norm = functools.partial(_frozen, norm)
         made = models.MODELS.make(
             config.model,
             norm=norm,
@@ -137,3 +141,45 @@ def make_network(
         assert of_inputs is not None
         made = inputs_lib.NormalisedInput(made, of_inputs)
     return Network(made, shape, task.num_classes, scale, augment.centre)
+
+
+def started(config: TrainConfig, drawn: Any, start: Any) -> Any:
+    """Return the variables that a run starts from.
+
+    Args:
+      config: of the run.
+      drawn: the network's initial variables.
+      start: those of the run in `config.init_from`; None where there is none.
+
+    Raises:
+      ConfigError: if they are missing, or are of another network.
+    """
+    if not config.init_from:
+        return drawn
+    if start is None:
+        raise ConfigError(
+            f"init_from={config.init_from!r} names a folder, which is not read here; "
+            "give start=variables"
+        )
+    shapes, other = (
+        {"/".join(path): leaf.shape for path, leaf in flatten_dict(tree).items()}
+        for tree in (drawn, start)
+    )
+    differ = sorted(
+        path
+        for path in shapes.keys() | other.keys()
+        if shapes.get(path) != other.get(path)
+    )
+    if differ:
+        raise ConfigError(
+            f"init_from={config.init_from!r} is a run of another network: "
+            f"{', '.join(differ[:3])}{' and others' * (len(differ) > 3)} differ; give "
+            "the same model, norm and number of classes"
+        )
+    statistics = start if config.init_statistics == "kept" else drawn
+    return {"params": start["params"], "batch_stats": statistics["batch_stats"]}
+
+
+def _frozen(norm: Callable[..., Any], **attributes: Any) -> Any:
+    """Make a layer that normalises by its moving statistics in training, too."""
+    return norm(**{**attributes, "use_running_average": True})

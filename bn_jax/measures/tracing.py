@@ -190,19 +190,30 @@ def _evaluate_scan(
     given: Mapping[int, Any],
 ) -> list[Any]:
     """Compute a scan step by step."""
-    params = equation.params
-    body, length = params["jaxpr"], params["length"]
-    num_consts, num_carry = params["num_consts"], params["num_carry"]
+    body, length = equation.params["jaxpr"], equation.params["length"]
+    # Constants, the carry and what is scanned come in this order. What is scanned has
+    # an axis more outside; how many there are of each, JAX tells differently by version.
+    num_scanned = _num_longer(equation.invars, body.jaxpr.invars)
+    num_carry = len(equation.outvars)
+    num_carry -= _num_longer(equation.outvars, body.jaxpr.outvars)
+    num_consts = len(inputs) - num_carry - num_scanned
     consts, carry = inputs[:num_consts], list(inputs[num_consts:][:num_carry])
     scanned = inputs[num_consts + num_carry :]
     results: list[Any] = [None] * length
-    for i in reversed(range(length)) if params["reverse"] else range(length):
+    steps = range(length)
+    for i in reversed(steps) if equation.params["reverse"] else steps:
         xs = [_part(x, i) for x in scanned]
         outputs = _evaluate(
             body.jaxpr, body.consts, [*consts, *carry, *xs], seen, given
         )
         carry, results[i] = outputs[:num_carry], outputs[num_carry:]
     return carry + [_stack(of_steps) for of_steps in zip(*results, strict=True)]
+
+
+def _num_longer(outer: Sequence[Any], inner: Sequence[Any]) -> int:
+    """Return how many values have an axis more outside of a scan than inside."""
+    pairs = zip(outer, inner, strict=True)
+    return sum(len(a.aval.shape) > len(b.aval.shape) for a, b in pairs)
 
 
 def _part(value: Any, i: int) -> Any:

@@ -19,7 +19,8 @@ from flax import traverse_util
 from jax import Array
 from jax.extend.core import ClosedJaxpr
 
-from bn_jax.measures import layers, tracing
+from bn_jax import tracing
+from bn_jax.measures import layers
 from bn_jax.measures.layer_calls import Predict
 from bn_jax.measures.layers import Layer, Linear, Proceed
 from bn_jax.measures.models import resolve

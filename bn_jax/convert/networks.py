@@ -26,6 +26,7 @@ import numpy as np
 from flax import linen as nn
 from flax import traverse_util
 
+from bn_jax import tracing
 from bn_jax.averages import BatchNormState
 from bn_jax.convert.entries import (
     PLACES,
@@ -284,7 +285,8 @@ def _traced(model: nn.Module, image_shape: tuple[int, int, int]) -> dict[Path, _
             return model.init(jax.random.key(0), images, train=False)
 
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.result_type(float))
-    variables = traverse_util.flatten_dict(jax.eval_shape(init, images))
+    traced = tracing.trace_shapes(init, images)
+    variables = traverse_util.flatten_dict(traced)
     shapes: dict[Path, Shapes] = {path: {} for path in modules}
     for (_, *names, entry), leaf in variables.items():
         shapes.setdefault(tuple(names), {})[_ROLES.get(entry, entry)] = leaf.shape

@@ -20,7 +20,8 @@ import numpy as np
 from jax import Array
 from jax.extend.core import ClosedJaxpr
 
-from bn_jax.measures import layers, tracing
+from bn_jax import tracing
+from bn_jax.measures import layers
 from bn_jax.measures.layers import Layer, Proceed
 from bn_jax.moments import (
     Moments,

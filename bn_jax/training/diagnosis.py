@@ -11,6 +11,7 @@ from flax import linen as nn
 from flax import traverse_util
 from jax import Array
 
+from bn_jax import tracing
 from bn_jax.training import step as step_lib
 from bn_jax.training.losses import losses
 from bn_jax.training.state import Network, TrainState
@@ -24,24 +25,25 @@ def first_not_finite(network: Network, state: TrainState, batch: step_lib.Batch)
       state: before the step.
       batch: of the step.
     """
-    order: list[str] = []  # of the layers' ends
+    order: list[str] = []  # names of the layers, by site
 
-    def forward(params: Any) -> tuple[Array, list[Array]]:
-        finite: list[Array] = []
-        order.clear()
-
-        def note(
-            next_fun: Callable[..., Any],
-            args: tuple[Any, ...],
-            kwargs: dict[str, Any],
-            context: nn.module.InterceptorContext,
-        ) -> Any:
-            y = next_fun(*args, **kwargs)
-            if context.method_name == "__call__" and context.module.path:
-                order.append("/".join(context.module.path))
-                finite.append(jnp.all(jnp.isfinite(y)))
+    def note(
+        next_fun: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        context: nn.module.InterceptorContext,
+    ) -> Any:
+        y = next_fun(*args, **kwargs)
+        if context.method_name != "__call__" or not context.module.path:
             return y
 
+        def marked(leaf: Array) -> Array:
+            order.append("/".join(context.module.path))
+            return tracing.mark(leaf, (), site=len(order) - 1)
+
+        return jax.tree.map(marked, y)
+
+    def apply(params: Any) -> Array:
         with nn.intercept_methods(note):
             logits, _ = network.apply(
                 {"params": params, "batch_stats": state.batch_stats},
@@ -50,12 +52,25 @@ def first_not_finite(network: Network, state: TrainState, batch: step_lib.Batch)
                 mutable=["batch_stats"],
                 rngs={"dropout": jax.random.key(0)},
             )
+        return jnp.asarray(logits)
+
+    traced = tracing.trace(apply, state.params)
+    sites: list[int] = []  # of the layers' ends, in their order
+
+    def forward(params: Any) -> tuple[Array, list[Array]]:
+        (logits,), seen = tracing.evaluate(traced, jax.tree.leaves(params), {})
+        sites[:] = [marked.site for marked in seen]
+        finite = [jnp.all(jnp.isfinite(marked.x)) for marked in seen]
         return losses(logits, jnp.asarray(batch.labels)).mean(), finite
 
     gradient_of = jax.jit(jax.value_and_grad(forward, has_aux=True))
-    (loss, finite), gradients = gradient_of(state.params)
-    for name, of_layer in zip(order, finite, strict=True):
+    try:
+        (loss, finite), gradients = gradient_of(state.params)
+    except ValueError as error:
+        return f"where it began cannot be told: {error}"
+    for site, of_layer in zip(sites, finite, strict=True):
         if not of_layer:
+            name = order[site]
             return f"the first activations that are not finite are those of {name}"
     if not jnp.isfinite(loss):
         return "all activations are finite, but not the loss that they make"

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from bn_jax import models
+from bn_jax import models, tracing
 from bn_jax.fields import ConfigError
 from bn_jax.training import parallel
 from bn_jax.training.config import OWN_MODEL, TrainConfig
@@ -114,5 +114,5 @@ def _axis_names(network: Network) -> dict[str, Any]:
             images = jnp.zeros((1, *network.image_shape))
             return network.model.init(key, images, train=False)
 
-    jax.eval_shape(trace, jax.random.key(0))
+    tracing.trace(trace, jax.random.key(0))
     return found

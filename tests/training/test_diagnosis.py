@@ -77,3 +77,30 @@ def test_gradient_that_is_not_finite_is_named_where_activations_are():
 def test_finite_activations_and_gradients_leave_the_step():
     expected = "activations and gradients are finite, but not the step that they make"
     assert found() == expected
+
+
+class Lifted(nn.Module):
+    """A layer that is hidden by `nn.remat`, and one that gives two arrays."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.remat(Scale)(name="first")(x.reshape(len(x), -1))
+        return nn.jit(Twice)(name="last")(x)[1]
+
+
+class Twice(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return x, x * self.param("factor", nn.initializers.ones, (10,))
+
+
+def test_layers_inside_of_transforms_are_named():
+    for name in ("first", "last"):
+        params = {layer: {"factor": jnp.ones(10)} for layer in ("first", "last")}
+        params[name] = {"factor": jnp.ones(10).at[3].set(jnp.inf)}
+        state = TrainState(
+            step=jnp.zeros((), int), params=params, batch_stats={}, opt_state=()
+        )
+        network = Network(Lifted(), (10, 1, 1))
+        words = diagnosis.first_not_finite(network, state, BATCH)
+        assert words.endswith(f"not finite are those of {name}")

@@ -64,6 +64,12 @@ def trace(function: Callable[..., Any], *arguments: Any) -> ClosedJaxpr:
         return jax.make_jaxpr(function)(*arguments)
 
 
+def trace_shapes(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Return the shapes and dtypes of a function's results, traced as by `trace`."""
+    with _trace(object()):
+        return jax.eval_shape(function, *arguments)
+
+
 def evaluate(
     traced: ClosedJaxpr, arguments: Sequence[Any], given: Mapping[int, Any]
 ) -> tuple[list[Any], list[Marked]]:
@@ -145,9 +151,9 @@ def _evaluate(
             outputs = _evaluate(part, consts, inputs, seen, given)
         elif _has_marks(equation):
             raise ValueError(
-                f"a batch norm layer is inside {name}, where its input cannot be seen; "
-                "expected nothing but jit, remat, scan and vmap around it: give a "
-                "predict function of the same model without it"
+                f"a layer is inside {name}, where its input cannot be seen; expected "
+                "nothing but jit, remat, scan and vmap around it: give the same model "
+                "without it"
             )
         elif is_partial and not _is_computed(equation, inputs):
             outputs = [Unknown() for _ in equation.outvars]
@@ -192,7 +198,7 @@ def _evaluate_scan(
     """Compute a scan step by step."""
     body, length = equation.params["jaxpr"], equation.params["length"]
     # Constants, the carry and what is scanned come in this order. What is scanned has
-    # an axis more outside; how many there are of each, JAX tells differently by version.
+    # an axis more outside; how JAX tells how many there are of each, varies by version.
     num_scanned = _num_longer(equation.invars, body.jaxpr.invars)
     num_carry = len(equation.outvars)
     num_carry -= _num_longer(equation.outvars, body.jaxpr.outvars)

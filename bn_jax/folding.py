@@ -8,6 +8,7 @@ With fixed statistics, batch norm after a linear layer is a linear layer again:
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -81,6 +82,8 @@ def fold(model: Any, variables: Any, inputs: Array, *, without_norms: Any) -> An
     predict, variables = resolve(model, variables)
     params, stats = (collection(variables, c) for c in ("params", "batch_stats"))
     pairs, faults = _find_pairs(predict, variables, inputs)
+    stacked = _stacked_layers(pairs)
+    params, stats = _unstacked(params, stacked), _unstacked(stats, stacked)
     _refuse(faults + _misfits(pairs, params, stats))
 
     folded = dict(params)
@@ -94,17 +97,21 @@ def fold(model: Any, variables: Any, inputs: Array, *, without_norms: Any) -> An
 
     before = predict(variables, inputs)
     if pairs:
-        rescaled = _with_flat(variables, *_rescaled(pairs, params, stats))
+        rescaled = _with_flat(variables, *_rescaled(pairs, params, stats), stacked)
         _check_equal(before, predict(rescaled, inputs), pairs)
         zero = {(*p.linear, "kernel"): params[(*p.linear, "kernel")] * 0 for p in pairs}
-        zeroed = _with_flat(variables, params | zero, stats)
+        zeroed = _with_flat(variables, params | zero, stats, stacked)
         shifts = _outputs_of_norms(predict, zeroed, inputs)
         _refuse(_wrong_shifts(shifts, pairs, params, stats))
+    folded = _restacked(folded, stacked)
     return _run_without_norms(without_norms, variables, folded, inputs, before)
 
 
 class _Pair(NamedTuple):
-    """A norm and the linear layer whose output it is given."""
+    """A norm and the linear layer whose output it is given.
+
+    Of layers that `nn.scan` stacks, each is one of its own; its path ends in a number.
+    """
 
     norm: Path
     linear: Path
@@ -156,9 +163,8 @@ def _find_pairs(
     is stays the same object; one that an operation takes is said to be used.
     """
     traced, sites = _mark_layers(predict, variables, inputs)
-    keys, _, _ = leaves_of(variables)
     arguments = [tracing.Unknown() for _ in traced.jaxpr.invars]
-    path_of = {id(a): path for a, (_, path) in zip(arguments, keys, strict=False)}
+    variable = functools.partial(_layer_of, _paths(variables, arguments))
     _, seen = tracing.evaluate(traced, arguments, {})
     # What a norm does with its input is no other use of it.
     own = {
@@ -167,9 +173,6 @@ def _find_pairs(
         if isinstance(sites[marked.site].layer, Layer)
     }
     results, seen = tracing.evaluate(traced, arguments, own)
-
-    def variable(value: Any) -> Path:
-        return path_of.get(id(value), ())[:-1]
 
     def calls_of(kind: Any) -> list[Any]:
         return [m for m in seen if isinstance(sites[m.site].layer, kind)]
@@ -186,7 +189,7 @@ def _find_pairs(
         if not path or call.mapped:
             faults.append(
                 f"{layer.name} does not read its statistics from variables as they "
-                "are, as inside nn.scan and nn.vmap"
+                "are, as inside nn.vmap, or nn.scan along another axis than the first"
             )
             continue
         if any(pair.norm == path for pair in pairs):
@@ -220,6 +223,7 @@ def _find_pairs(
         dtype = sites[before.site].dtype
         pairs.append(_Pair(path, of_kernel, dtype, layer.epsilon, layer.axis))
     norms = statistics_of(variables).keys()
+    seen_layers = {_base(path) for path in num_calls}
     kept = collection(variables, "batch_stats")
     others = {path[:-1] for path in kept if path[-1] in ("mean", "var")} - norms
     faults += [
@@ -227,8 +231,7 @@ def _find_pairs(
         for path in sorted(others)
     ]
     faults += [
-        f"no call of {_name(path)} was seen"
-        for path in sorted(norms - num_calls.keys())
+        f"no call of {_name(path)} was seen" for path in sorted(norms - seen_layers)
     ]
     return pairs, list(dict.fromkeys(faults))
 
@@ -263,8 +266,7 @@ def _outputs_of_norms(
     """Return what the norms give, by the paths of their layers."""
     traced, sites = _mark_layers(predict, variables, inputs)
     arguments = [tracing.Unknown() for _ in traced.jaxpr.invars]
-    keys, _, _ = leaves_of(variables)
-    path_of = {id(a): path for a, (_, path) in zip(arguments, keys, strict=False)}
+    variable = functools.partial(_layer_of, _paths(variables, arguments))
     _, seen = tracing.evaluate(traced, arguments, {})
 
     @jax.jit
@@ -277,10 +279,7 @@ def _outputs_of_norms(
         }
 
     outputs = compute(*jax.tree.leaves((variables, inputs)))
-    return {
-        path_of[id(seen[int(number)].carried[0])][:-1]: y
-        for number, y in outputs.items()
-    }
+    return {variable(seen[int(number)].carried[0]): y for number, y in outputs.items()}
 
 
 def _affine(pair: _Pair, params: Flat, stats: Flat) -> tuple[Array, Array, Array]:
@@ -458,7 +457,61 @@ def _unused(predict: Predict, variables: Any, inputs: Array) -> list[Path]:
     ]
 
 
-def _with_flat(variables: Any, params: Flat, stats: Flat) -> Any:
+def _paths(variables: Any, arguments: Sequence[Any]) -> dict[int, Path]:
+    """Return the paths of variables that stand for the first arguments, by identity."""
+    keys, _, _ = leaves_of(variables)
+    return {id(a): path for a, (_, path) in zip(arguments, keys, strict=False)}
+
+
+def _layer_of(paths: Mapping[int, Path], value: Any) -> Path:
+    """Return the path of the layer whose variable a value is, or () if it is none."""
+    number: Path = ()
+    if isinstance(value, tracing.Unknown) and value.part_of is not None:
+        value, i = value.part_of
+        number = (f"[{i}]",)
+    path = paths.get(id(value), ())
+    return (*path[:-1], *number) if path else ()
+
+
+def _base(path: Path) -> Path:
+    """Return the path of a layer, or of the stack that it is in."""
+    return path[:-1] if path and path[-1].startswith("[") else path
+
+
+def _stacked_layers(pairs: Sequence[_Pair]) -> dict[Path, int]:
+    """Return how many layers are stacked at a path, where they are."""
+    paths = [path for pair in pairs for path in (pair.norm, pair.linear)]
+    return dict(Counter(_base(path) for path in set(paths) if _base(path) != path))
+
+
+def _unstacked(flat: Flat, stacked: Mapping[Path, int]) -> Flat:
+    """Return variables with those of stacked layers apart."""
+    apart: Flat = {}
+    for (*layer, name), value in flat.items():
+        number = stacked.get(tuple(layer))
+        if number is None:
+            apart[*layer, name] = value
+            continue
+        apart |= {(*layer, f"[{i}]", name): value[i] for i in range(number)}
+    return apart
+
+
+def _restacked(flat: Flat, stacked: Mapping[Path, int]) -> Flat:
+    """Return variables with those of stacked layers stacked again."""
+    found = {p: value for p, value in flat.items() if _base(p[:-1]) == p[:-1]}
+    for layer, number in stacked.items():
+        names = {path[-1] for path in flat if path[:-1] == (*layer, "[0]")}
+        for name in names:
+            found[*layer, name] = jnp.stack(
+                [flat[*layer, f"[{i}]", name] for i in range(number)]
+            )
+    return found
+
+
+def _with_flat(
+    variables: Any, params: Flat, stats: Flat, stacked: Mapping[Path, int]
+) -> Any:
+    params, stats = _restacked(params, stacked), _restacked(stats, stacked)
     of_params = {("params", path): value for path, value in params.items()}
     of_stats = {("batch_stats", path): value for path, value in stats.items()}
     return replaced(variables, of_params | of_stats)

@@ -38,9 +38,19 @@ class Unknown:
 
     Attributes:
       used: whether an operation takes it.
+      part_of: the unknown value that it is a slice of, along the first axis as a scan
+        takes it, and the slice's number; None for any other.
     """
 
-    used = False
+    def __init__(self, part_of: tuple[Unknown, int] | None = None) -> None:
+        self.used = False
+        self.part_of = part_of
+
+    def use(self) -> None:
+        """Note that an operation takes the value, or a slice of it."""
+        self.used = True
+        if self.part_of is not None:
+            self.part_of[0].use()
 
 
 class Marked(NamedTuple):
@@ -159,7 +169,7 @@ def _evaluate(
             outputs = [Unknown() for _ in equation.outvars]
             for value in inputs:
                 if isinstance(value, Unknown):
-                    value.used = True
+                    value.use()
         else:
             outputs = _bind(equation, inputs)
         values.update(zip(equation.outvars, outputs, strict=True))
@@ -223,16 +233,13 @@ def _num_longer(outer: Sequence[Any], inner: Sequence[Any]) -> int:
 
 
 def _part(value: Any, i: int) -> Any:
-    if not isinstance(value, Unknown):
-        return value[i]
-    value.used = True
-    return Unknown()
+    return Unknown((value, i)) if isinstance(value, Unknown) else value[i]
 
 
 def _stack(values: Sequence[Any]) -> Any:
     unknown = [value for value in values if isinstance(value, Unknown)]
     for value in unknown:
-        value.used = True
+        value.use()
     if unknown:
         return Unknown()
     known = all(isinstance(value, np.ndarray) for value in values)

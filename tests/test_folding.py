@@ -150,20 +150,44 @@ class Plain(nn.Module):
         return self.norm(use_running_average=not train, name="norm")(x=x)
 
 
+class Step(nn.Module):
+    """One step of a scan, with or without a norm."""
+
+    norm: bool = True
+
+    @nn.compact
+    def __call__(self, x, _):
+        x = nn.Dense(3, use_bias=not self.norm, name="dense")(x)
+        norm = BatchNorm(use_running_average=True, name="norm")
+        return nn.tanh(norm(x) if self.norm else x), None
+
+
 class Scanned(nn.Module):
+    norm: bool = True
+    axis: int = 0
+
     @nn.compact
     def __call__(self, x, train):
         block = nn.scan(
-            Step, length=2, split_rngs={"params": True}, variable_axes={True: 0}
+            Step,
+            length=2,
+            split_rngs={"params": True},
+            variable_axes={"params": 0, "batch_stats": self.axis},
+        )
+        return block(self.norm, name="inner")(x, None)[0]
+
+
+class Mapped(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        block = nn.vmap(
+            Step,
+            in_axes=None,
+            axis_size=2,
+            split_rngs={"params": True},
+            variable_axes={True: 0},
         )
         return block(name="inner")(x, None)[0]
-
-
-class Step(nn.Module):
-    @nn.compact
-    def __call__(self, x, _):
-        x = nn.Dense(3, name="dense")(x)
-        return BatchNorm(use_running_average=True, name="norm")(x), None
 
 
 class SharedKernel(nn.Module):
@@ -239,7 +263,8 @@ class NotCalled(nn.Module):
         (SmallOutputs, "the output of inner/dense is used elsewhere"),
         (UsedByTheOutputAlone, "the output of dense is used elsewhere"),
         (ManyAxes, r"dense has features=\(2, 3\).*bias of shape \[2, 3\]"),
-        (Scanned, "inner/norm does not read its statistics .* as inside nn.scan"),
+        (Mapped, "inner/norm does not read its statistics .* as inside nn.vmap"),
+        (lambda: Scanned(axis=1), "inner/norm does not .* another axis than the first"),
         (SharedKernel, "a kernel before one .* is shared"),
         (HalvedBias, "norm does not give .* where the kernel of dense is 0"),
         (DeviationPlusEpsilon, "norm does not give .* where the kernel of dense is 0"),
@@ -470,6 +495,21 @@ def test_layers_without_a_bias_fold_inside_of_transforms():
     folded = fold(predict, variables, x, without_norms=plain)
     got = plain.apply({"params": folded}, x, train=False)
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_layers_that_a_scan_stacks_fold_each_by_itself():
+    x = normal((4, 3))
+    variables = moved(Scanned(), x)
+    plain = Scanned(norm=False)
+    folded = fold(Scanned(), variables, x, without_norms=plain)
+    shapes = plain.init(jax.random.key(0), x, train=False)["params"]
+    assert jax.tree.map(jnp.shape, folded) == jax.tree.map(jnp.shape, shapes)
+    np.testing.assert_allclose(
+        predict(plain, {"params": folded}, x),
+        predict(Scanned(), variables, x),
+        rtol=1e-5,
+        atol=1e-5,
+    )
 
 
 def test_train_states_and_frozen_variables_fold():

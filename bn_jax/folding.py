@@ -95,10 +95,11 @@ def fold(model: Any, variables: Any, inputs: Array, *, without_norms: Any) -> An
         for name in ("scale", "bias"):
             folded.pop((*pair.norm, name), None)
 
-    before = predict(variables, inputs)
+    run = _compiled(predict)
+    before = run(variables, inputs)
     if pairs:
         rescaled = _with_flat(variables, *_rescaled(pairs, params, stats), stacked)
-        _check_equal(before, predict(rescaled, inputs), pairs)
+        _check_equal(before, run(rescaled, inputs), pairs)
         zero = {(*p.linear, "kernel"): params[(*p.linear, "kernel")] * 0 for p in pairs}
         zeroed = _with_flat(variables, params | zero, stats, stacked)
         shifts = _outputs_of_norms(predict, zeroed, inputs)
@@ -392,7 +393,7 @@ def _run_without_norms(
             others = {k: v for k, v in variables.items() if k not in skipped}
         predict, plain = resolve(without_norms, {"params": result, **others})
     try:
-        after = predict(plain, inputs)
+        after = _compiled(predict)(plain, inputs)
     except Exception as error:
         raise ValueError(
             "the model without norms cannot be run on the folded parameters, "
@@ -455,6 +456,10 @@ def _unused(predict: Predict, variables: Any, inputs: Array) -> list[Path]:
         and not argument.used
         and not any(argument is result for result in results)
     ]
+
+
+def _compiled(predict: Predict) -> Predict:
+    return jax.jit(lambda variables, inputs: predict(variables, inputs))
 
 
 def _paths(variables: Any, arguments: Sequence[Any]) -> dict[int, Path]:

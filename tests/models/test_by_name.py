@@ -58,10 +58,9 @@ def train(model, variables, x, rngs=None):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES[1:])
 def test_every_model_folds(name):
-    # Folding runs uncompiled, where XLA's own convolution is the quick one.
-    model, variables = make(name, layout="NHWC"), moved(name)
+    model, variables = make(name), moved(name)
     apply = functools.partial(model.apply, train=False)
-    without = make(name, norm=None, layout="NHWC")
+    without = make(name, norm=None)
     folded = fold(apply, variables, IMAGES[:2], without_norms=without)
     plain = predict(without, {"params": folded}, IMAGES)
     expected = predict(model, variables, IMAGES)

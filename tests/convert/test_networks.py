@@ -353,6 +353,23 @@ def test_convolutions_that_pad_otherwise_are_refused(options, message):
         networks.network_from_torch(Net(**options), entries_of_net())
 
 
+def test_convolution_that_nn_jit_has_cached_is_looked_at_all_the_same():
+    class Jitted(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            conv = nn.jit(nn.Conv)(2, (3, 3), padding="VALID", use_bias=False, name="c")
+            x = nn.BatchNorm(not train, name="norm")(conv(x))
+            return nn.Dense(3, name="head")(x.mean((1, 2)))
+
+    model, image = Jitted(), jnp.zeros((1, 224, 224, 3))
+    for _ in range(2):
+        jax.eval_shape(
+            functools.partial(model.init, train=False), jax.random.key(0), image
+        )
+    with pytest.raises(ValueError, match=r"unlike .*c has padding \(\(0, 0\), "):
+        networks.network_from_torch(model, entries_of_net())
+
+
 @pytest.mark.parametrize(
     "options",
     [

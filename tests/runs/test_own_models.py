@@ -183,6 +183,31 @@ def test_statistics_that_would_not_be_shared_as_asked_are_refused(
     assert not list(tmp_path.iterdir())
 
 
+JITTED_NORM = nn.jit(nn.BatchNorm)
+
+
+class Jitted(nn.Module):
+    @nn.compact
+    def __call__(self, x, *, train: bool):
+        x = JITTED_NORM(use_running_average=not train, name="bn")(x.mean((1, 2)))
+        return nn.Dense(10)(x)
+
+
+def test_norms_that_nn_jit_has_cached_are_looked_at_all_the_same(
+    config, tiny_data, tmp_path
+):
+    one = RunOptions(devices="1")
+    runs.train(config, tiny_data, model=Jitted(), workdir=tmp_path / "1", options=one)
+    with pytest.raises(ConfigError, match="norms with axis_name='data', which .*bn"):
+        runs.train(
+            config,
+            tiny_data,
+            model=Jitted(),
+            workdir=tmp_path / "2",
+            options=RunOptions(devices="2"),
+        )
+
+
 class NoTrain(nn.Module):
     @nn.compact
     def __call__(self, x):

@@ -23,7 +23,7 @@ _PREDICTS = {
 
 
 def resolve(model: Any, variables: Any) -> tuple[Predict, Any]:
-    """Return a predict function of a model, and the variables that it takes.
+    """Return a predict function of a model, hashable, and the variables that it takes.
 
     Args:
       model: a function of variables and inputs that applies a model in prediction mode,
@@ -37,6 +37,15 @@ def resolve(model: Any, variables: Any) -> tuple[Predict, Any]:
     Raises:
       ValueError: if they are something else.
     """
+    predict, variables = _resolve(model, variables)
+    try:
+        hash(predict)
+    except TypeError:  # such as a module with an array among its attributes
+        return _ByIdentity(predict), variables
+    return predict, variables
+
+
+def _resolve(model: Any, variables: Any) -> tuple[Predict, Any]:
     nnx = sys.modules.get("flax.nnx")
     if nnx is not None and isinstance(model, nnx.Module):
         if variables is None:
@@ -65,6 +74,16 @@ def resolve(model: Any, variables: Any) -> tuple[Predict, Any]:
             "and inputs that applies it in prediction mode, a Linen or an NNX module"
         )
     return model, variables
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _ByIdentity:
+    """A predict function that is equal to nothing but itself."""
+
+    function: Predict
+
+    def __call__(self, variables: Any, inputs: Any) -> Any:
+        return self.function(variables, inputs)
 
 
 @dataclasses.dataclass(frozen=True)

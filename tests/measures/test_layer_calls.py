@@ -202,6 +202,24 @@ def test_nnx_norm_of_other_statistics_is_refused():
         exact_statistics(model, None, X, batch_size=8)
 
 
+class Shifted(nn.Module):
+    """A module that cannot be hashed."""
+
+    shift: Any
+
+    @nn.compact
+    def __call__(self, x):
+        return BatchNorm(use_running_average=True)(x + self.shift)
+
+
+def test_module_that_cannot_be_hashed_is_measured():
+    model = Shifted(np.arange(3.0, dtype=np.float32))
+    variables = model.init(jax.random.key(0), X)
+    got = exact_statistics(model, variables, X, batch_size=24)
+    mean = got["BatchNorm_0"]["mean"]
+    np.testing.assert_allclose(mean, X.mean(0) + np.arange(3), rtol=1e-5)
+
+
 # Data.
 
 

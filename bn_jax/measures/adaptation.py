@@ -7,8 +7,6 @@ from typing import Any
 
 from jax import Array
 
-from bn_jax.measures.meshes import automatic, automatic_axes, like
-from bn_jax.measures.models import resolve
 from bn_jax.measures.population import Mode, with_exact_statistics
 from bn_jax.variables import batch_stats_of
 
@@ -65,16 +63,14 @@ def adapted_statistics(
             f"pseudo_count={pseudo_count!r}; expected a number of examples, 0 or more, "
             "for which the old statistics count"
         )
-    predict, variables = resolve(model, variables)
-    with automatic_axes():
-        adapted = with_exact_statistics(
-            predict,
-            automatic(variables),
-            inputs,
-            batch_size=batch_size,
-            mode=mode,
-            weights=weights,
-            num_examples=num_examples,
-            pseudo_count=pseudo_count,
-        )
-    return like(batch_stats_of(adapted), batch_stats_of(variables))
+    adapted = with_exact_statistics(
+        model,
+        variables,
+        inputs,
+        batch_size=batch_size,
+        mode=mode,
+        weights=weights,
+        num_examples=num_examples,
+        pseudo_count=pseudo_count,
+    )
+    return batch_stats_of(adapted)

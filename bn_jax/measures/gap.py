@@ -87,6 +87,12 @@ def gap(
       ValueError: if there is not one label for each input, labels are no classes, or as
         `exact_statistics` says.
     """
+    if not hasattr(inputs, "shape"):
+        raise ValueError(
+            f"inputs are a {type(inputs).__name__}; expected an array of examples, "
+            "[N, ...]"
+        )
+    labels = jnp.asarray(labels)
     if labels.shape != (len(inputs),) or not len(inputs):
         raise ValueError(
             f"labels have shape {list(labels.shape)} for {len(inputs)} inputs; "

@@ -88,22 +88,20 @@ def exact_statistics(
     References:
       Wu and Johnson, 2021, "Rethinking 'Batch' in BatchNorm", arXiv:2105.07576.
     """
-    predict, variables = resolve(model, variables)
-    with automatic_axes():
-        measured = with_exact_statistics(
-            predict,
-            automatic(variables),
-            inputs,
-            batch_size=batch_size,
-            mode=mode,
-            weights=weights,
-            num_examples=num_examples,
-        )
-    return like(batch_stats_of(measured), batch_stats_of(variables))
+    measured = with_exact_statistics(
+        model,
+        variables,
+        inputs,
+        batch_size=batch_size,
+        mode=mode,
+        weights=weights,
+        num_examples=num_examples,
+    )
+    return batch_stats_of(measured)
 
 
 def with_exact_statistics(
-    predict: Predict,
+    model: Any,
     variables: Any,
     inputs: Any,
     *,
@@ -116,18 +114,35 @@ def with_exact_statistics(
     """Return variables with exact statistics in place; see `exact_statistics`.
 
     Args:
-      predict: as `resolve` returns it.
-      variables: likewise.
-      inputs: see `exact_statistics`, and so are all others.
-      batch_size: see `inputs`.
-      mode: see `inputs`.
-      weights: see `inputs`.
-      num_examples: see `inputs`.
+      model: see `exact_statistics`, and so are all others but the last.
+      variables: see `model`. Those of an NNX module are its state.
+      inputs: see `model`.
+      batch_size: see `model`.
+      mode: see `model`.
+      weights: see `model`.
+      num_examples: see `model`.
       pseudo_count: see `bn_jax.measures.adaptation`.
     """
     if mode not in ("layerwise", "one_pass"):
         raise ValueError(f"mode={mode!r}; expected layerwise or one_pass")
-    source = _source(inputs, weights, batch_size, num_examples)
+    predict, variables = resolve(model, variables)
+    with automatic_axes():
+        source = _source(inputs, weights, batch_size, num_examples)
+        measured = _measure_all(
+            predict, automatic(variables), source, mode=mode, pseudo_count=pseudo_count
+        )
+    return like(measured, variables)
+
+
+def _measure_all(
+    predict: Predict,
+    variables: Any,
+    source: _Stored | _Batches,
+    *,
+    mode: Mode,
+    pseudo_count: float,
+) -> Any:
+    """Return variables with exact statistics in place."""
     example = source.example()
     if mode == "one_pass":
         moments, _ = source.measure(predict, variables)

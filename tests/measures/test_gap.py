@@ -85,3 +85,32 @@ def test_gap_refuses_labels_that_do_not_fit(labels):
             measure_on=jnp.ones((3, 2)),
             batch_size=2,
         )
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([0, 1, 2, 0], "labels are from 0 to 2, but the model has 2 classes; expected"),
+        ([0, -1, 1, 0], "labels are from -1 to 1, .*from 0 to 1"),
+        ([0.0, 1.0, 1.0, 0.0], "labels have dtype float32; expected integers"),
+    ],
+)
+def test_labels_that_are_no_classes_are_refused(labels, message):
+    """Out of range they would take the loss of another class, or NaN."""
+    x, model = jnp.ones((4, 2)), Classifier()
+    variables = jax.jit(functools.partial(model.init, train=False))(
+        jax.random.key(0), x
+    )
+    with pytest.raises(ValueError, match=message):
+        gap(model, variables, x, labels, measure_on=x, batch_size=2)
+
+
+def test_outputs_that_are_no_logits_are_refused():
+    x, model = jnp.ones((4, 3, 2)), Classifier()
+    variables = jax.jit(functools.partial(model.init, train=False))(
+        jax.random.key(0), x
+    )
+    with pytest.raises(ValueError, match=r"outputs of shape \[4, 3, 2\]; .*logits"):
+        gap(model, variables, x, [0, 1, 0, 1], measure_on=x, batch_size=4)
+    with pytest.raises(ValueError, match="inputs are a list; expected an array"):
+        gap(model, variables, [x], [0, 1, 0, 1], measure_on=x, batch_size=4)

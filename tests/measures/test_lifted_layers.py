@@ -86,8 +86,11 @@ def of_whole_set(model, variables):
 
 
 CASES = [(lift, norm) for lift in LIFTS for norm in (BatchNorm, nn.BatchNorm)]
-QUICK = [("jit", nn.BatchNorm), ("remat", BatchNorm), ("vmap", BatchNorm)]
-QUICK += [("scan along the last axis", BatchNorm), ("scan of remat", nn.BatchNorm)]
+QUICK = [
+    ("scan along the last axis", BatchNorm),
+    ("scan of remat", nn.BatchNorm),
+    ("vmap", BatchNorm),
+]
 
 
 @pytest.mark.parametrize(("lift", "norm"), slow_but(QUICK, CASES))

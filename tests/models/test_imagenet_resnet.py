@@ -97,6 +97,7 @@ def test_max_pooling_takes_the_largest_around_every_other_pixel(layout):
     assert y[0, :, :, 0].tolist() == [[-9, -7, -6], [-4, -2, -1]]
 
 
+@pytest.mark.slow  # the step of other models is trained by default
 def test_a_step_lowers_the_loss_and_moves_the_statistics():
     model = SMALL()
     variables = init(model)

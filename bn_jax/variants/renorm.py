@@ -44,6 +44,8 @@ from bn_jax.functional import BatchNormParams, batch_norm
 from bn_jax.moments import AxisIndexGroups, AxisName, Moments, measure
 from bn_jax.names import TRACEABLE
 
+_LAST_COUNT = 2**24  # a float32 count to which 1 is added stays there
+
 
 def init(
     num_features: int | Sequence[int],
@@ -116,8 +118,8 @@ def batch_renorm(
       `(y, state)`, as `batch_norm`.
 
     Raises:
-      ValueError: if a limit is too small or the schedule ends before it starts, as
-        `limits` says, or as `batch_norm` says.
+      ValueError: if a limit is too small, or the schedule ends before it starts or is
+        too long, as `limits` says; or as `batch_norm` says.
 
     References:
       Ioffe, 2017, arXiv:1702.03275; Bhatt et al., 2024, arXiv:1902.05605.
@@ -200,11 +202,19 @@ def limits(
       d_end: step at which it is reached, as `r_end`.
 
     Raises:
-      ValueError: if a limit is too small, or reached before it begins to rise.
+      ValueError: if a limit is too small, reached before it begins to rise, or not
+        within the 2^24 batches that a state can count.
     """
     checks.check_known("r_max", r_max, AT_LEAST_1)
     checks.check_known("d_max", d_max, NOT_NEGATIVE)
     t = jnp.asarray(step, jnp.float32)
+
+    for name, at in {"start": start, "r_end": r_end, "d_end": d_end}.items():
+        if at is not None and at > _LAST_COUNT:
+            raise ValueError(
+                f"{name}={at} is never reached, as the state counts batches up to "
+                f"{_LAST_COUNT}; give a step of {_LAST_COUNT} or earlier"
+            )
 
     def risen(name: str, end: int | None, first: int, last: float | Array) -> Array:
         end = start if end is None else end
@@ -254,7 +264,8 @@ def renorm_transform(
       use_bias: whether there is a bias (beta).
 
     Raises:
-      ConfigError: if a limit is too small, or reached before it begins to rise.
+      ConfigError: if a limit is too small, reached before it begins to rise, or not
+        within 2^24 batches.
     """
     schedule: dict[str, Any] = {
         "r_max": r_max,

@@ -100,8 +100,14 @@ def whiten(
 
     In a direction in which x has variance v, y has variance v / (v + epsilon). So where
     the covariance is singular, as with no more values than features, y is finite, and 0
-    in the directions in which x does not vary. "cholesky" alone can fail there and give
-    NaN, if rounding in float32 (1e-7 of the largest variance) exceeds epsilon.
+    in the directions in which x does not vary.
+
+    The features may be of unlike scales, without regard to epsilon: what rounds away is
+    relative to each. A variance, epsilon included, is resolved down to about 1e-6 of
+    what it would be if the features were not correlated (in float32). Singular
+    covariances with epsilon below that are whitened as if epsilon were about there: y
+    is as above, and gradients along the directions in which x does not vary are smaller
+    than the formula's.
 
     Args:
       x: batch of shape `[N, C]`, `[N, H, W, C]`, `[C, H, W, N]` or any other of rank 2

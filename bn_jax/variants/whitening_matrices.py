@@ -1,21 +1,46 @@
-"""The matrices that whiten: functions of a covariance, and their derivatives.
+r"""The matrices that whiten: functions of a covariance, and their derivatives.
 
 The methods are described in `bn_jax.variants.whitening`.
+
+Features of unlike scales have a covariance D C D with D diagonal and entries of many
+orders of magnitude. `eigh` is accurate to the rounding of its largest entry, which may
+exceed the least eigenvalues. Cholesky's factor, triangular solves and products are
+accurate to the rounding of each row and column: they lose what the correlations C ask
+for and nothing to D (Demmel; Demmel and Veselic). So `eigh` here is given a matrix
+whose eigenvalues are of like size, and every derivative is written in
+$W\, d\Sigma\, W^T$, of whitened features.
+
+References:
+  Demmel, 1989, "On floating point errors in Cholesky", LAPACK working note 14.
+  Demmel and Veselic, 1992, "Jacobi's method is more accurate than QR", SIAM Journal on
+  Matrix Analysis and Applications 13(4).
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-# Of the largest eigenvalue: differences of eigenvalues below it count as none in the
-# derivative of eigenvectors. Ours; a float32 resolves about 1e-7.
+# Of the variances that two directions would have without correlations: differences of
+# variances below it count as none in the derivative of eigenvectors. Ours; a float32
+# resolves about 1e-6.
 _BROADENING = 1e-4
+
+# Number of shifts c in `_compressed`. Ours: seven part the 13 orders of magnitude from
+# epsilon 1e-5 to features of scale 1e4 into steps of about 70.
+_NUM_SHIFTS = 7
+
+# Of epsilon: pca tells variances below epsilon apart down to it.
+_LEAST_VARIANCE = 1e-4
+
+# Of the diagonal, in units of rounding: what `_factor` adds to a singular covariance.
+# Ours; the second where a covariance is a sum of so many values that it is less exact.
+_ADDED = (2.0, 64.0)
 
 product = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 
@@ -40,16 +65,138 @@ def matrix_function(method: str, num_iterations: int) -> Callable[[Array, Any], 
     return methods[method]
 
 
-def _decompose(covariance: Array, epsilon: float | Array) -> tuple[Array, Array]:
-    """Return eigenvalues plus epsilon, ascending, and eigenvectors as columns."""
-    if covariance.ndim > 2:
+class _Principal(NamedTuple):
+    """The principal directions of a covariance, of the largest variance first."""
+
+    variances: Array  # v, the eigenvalues without epsilon; shape [..., S]
+    vectors: Array  # U, eigenvectors as columns; shape [..., S, S]
+    whitening: Array  # U^T with rows divided by sqrt(v + epsilon); shape [..., S, S]
+    # The diagonal of U^T diag(S) U: what v would be if the features were not
+    # correlated; shape [..., S].
+    uncorrelated: Array
+
+
+def _principal(
+    covariance: Array, epsilon: float | Array, least: float = 1.0
+) -> _Principal:
+    r"""Return the principal directions, accurate for features of unlike scales.
+
+    With the Cholesky factor G of $S = G G^T$ and its right singular vectors as columns
+    of R, $A = G R = U \Lambda^{1/2}$ and $B = G^{-T} R = U \Lambda^{-1/2}$. Rounding
+    mixes some of the columns of larger norm into each column, of A and of B: large
+    eigenvalues are read from A and small ones from B, and so are the entries of U. The
+    largest entry of each eigenvector, by $A_{ij} B_{ij} = U_{ij}^2$, is made positive.
+
+    Args:
+      covariance: shape `[..., S, S]`.
+      epsilon: greater than 0.
+      least: variances are told apart down to this share of epsilon.
+    """
+    epsilon = jnp.asarray(epsilon, covariance.dtype)
+    shifts = [epsilon] if least == 1 else [least * epsilon, epsilon]
+    s, g, shift = _factor(covariance, shifts)
+    right = _eigenvectors(_compressed(s, g, shift))[..., ::-1]
+    a = product(g, right)
+    b = lax.linalg.triangular_solve(
+        g, right, left_side=True, lower=True, transpose_a=True
+    )
+    largest = jnp.argmax(a * b, -2, keepdims=True)
+    signs = jnp.sign(jnp.take_along_axis(a, largest, -2))
+    a, b = a * signs, b * signs
+
+    of_a = jnp.sum(a**2, -2, keepdims=True)
+    of_b = jnp.sum(b**2, -2, keepdims=True)
+    middle = jnp.max(of_a, -1, keepdims=True) / jnp.max(of_b, -1, keepdims=True)
+    eigenvalues = jnp.where(of_a / of_b > middle, of_a, 1 / of_b)
+    roots = jnp.sqrt(eigenvalues)
+    # The rows of A and of B have the diagonals of S and of its inverse for squares.
+    diagonal = _diagonal(s)[..., None]
+    of_inverse = jnp.sum(b**2, -1, keepdims=True)
+    large = eigenvalues * jnp.sqrt(of_inverse) > jnp.sqrt(diagonal)
+    u = jnp.where(large, a / roots, b * roots)
+
+    variances = jnp.maximum(eigenvalues - shift, 0)
+    whitening = b * (roots / jnp.sqrt(variances + epsilon))
+    uncorrelated = jnp.sum(u**2 * diagonal, -2)
+    return _Principal(variances[..., 0, :], u, transpose(whitening), uncorrelated)
+
+
+def _factor(covariance: Array, shifts: Sequence[Array]) -> tuple[Array, Array, Array]:
+    """Return the covariance with an addition, its Cholesky factor, and the shift.
+
+    It adds the first of the shifts to leave pivots above rounding. If none does, as in
+    singular covariances where epsilon is below rounding, it adds the last one and a
+    share of the diagonal.
+
+    Returns:
+      S and the lower triangular G with S = G G^T, of the shape of `covariance`, and the
+      shift of shape `[..., 1, 1]`.
+    """
+    size = covariance.shape[-1]
+    identity = jnp.eye(size, dtype=covariance.dtype)
+    rounding = 2 * size**0.5 * jnp.finfo(covariance.dtype).eps
+    last = covariance + shifts[-1] * identity
+    share = rounding * _diagonal(last)[..., None] * identity
+    sums = jnp.stack(
+        [covariance + shift * identity for shift in shifts]
+        + [last + times * share for times in _ADDED]
+    )
+    factors = lax.linalg.cholesky(sums, symmetrize_input=False)
+    exact = jnp.all(_diagonal(factors) ** 2 >= rounding * _diagonal(sums), -1)
+    first = jnp.argmax(exact.at[-1].set(True), 0)[None, ..., None, None]
+    all_shifts = jnp.stack([*shifts, *[shifts[-1]] * len(_ADDED)])
+    return (
+        jnp.take_along_axis(sums, first, 0)[0],
+        jnp.take_along_axis(factors, first, 0)[0],
+        all_shifts[first[0]],
+    )
+
+
+def _compressed(s: Array, g: Array, least: Array) -> Array:
+    r"""Return a matrix with G's right singular vectors and eigenvalues of like size.
+
+    Of $S = G G^T$ it is $\sum_c G^T (S + c I)^{-1} G$, with eigenvalues
+    $\sum_c \lambda / (\lambda + c)$: about the logarithm of those of S, from shifts c
+    in a geometric series from `least`, of shape `[..., 1, 1]`, to their sum.
+    """
+    size = s.shape[-1]
+    share = (jnp.arange(_NUM_SHIFTS, dtype=s.dtype) + 0.5) / _NUM_SHIFTS
+    share = share.reshape(-1, *(1,) * s.ndim)
+    most = jnp.trace(s, axis1=-2, axis2=-1)[..., None, None]
+    shifts = jnp.exp((1 - share) * jnp.log(least) + share * jnp.log(most))
+    shifted = s + shifts * jnp.eye(size, dtype=s.dtype)
+    rows = _solve(shifted, jnp.broadcast_to(g, shifted.shape))
+    # The sum over shifts is that of one product, on CPU faster than a product of each.
+    rows = jnp.moveaxis(rows, 0, -3).reshape(*s.shape[:-2], -1, size)
+    return product(transpose(rows), rows)
+
+
+def _eigenvectors(matrices: Array) -> Array:
+    """Return eigenvectors as columns, of the least eigenvalue first."""
+    if matrices.ndim > 2:
         # One matrix after another: jaxlib 0.10's eigh of many, of some 30 rows or more,
         # waits on CPU for the very threads that it was called from, and never returns.
-        variances, v = lax.map(jnp.linalg.eigh, covariance)
-    else:
-        variances, v = jnp.linalg.eigh(covariance)
-    # Rounding may leave a variance of 0 below -epsilon.
-    return jnp.maximum(variances, 0) + epsilon, v
+        return lax.map(jnp.linalg.eigh, matrices)[1]
+    return jnp.linalg.eigh(matrices)[1]
+
+
+def _solve(s: Array, right: Array) -> Array:
+    """Return G^-1 B of S = G G^T, for B of the shape of S.
+
+    It is the transpose of a corner of the Cholesky factor of [[S, B], [B^T, t I]], for
+    any t that is large. On a busy CPU the threads of each triangular solve wait for
+    each other, longer than all else here takes; those of Cholesky's factor do not.
+    """
+    size = s.shape[-1]
+    large = float(jnp.finfo(s.dtype).max) ** 0.5
+    corner = jnp.broadcast_to(large * jnp.eye(size, dtype=s.dtype), s.shape)
+    both = jnp.block([[s, right], [transpose(right), corner]])
+    factor = lax.linalg.cholesky(both, symmetrize_input=False)
+    return transpose(factor[..., size:, :size])
+
+
+def _diagonal(matrices: Array) -> Array:
+    return jnp.diagonal(matrices, axis1=-2, axis2=-1)
 
 
 @jax.custom_jvp
@@ -70,7 +217,8 @@ def inverse_square_root(covariance: Array, epsilon: float | Array) -> Array:
 
     Nothing is divided by a difference: the derivative is exact and stable where
     eigenvalues repeat, and is f' on the diagonal. Derivatives of second order pass
-    through V and are not finite there.
+    through V and are not finite there. $V^T d\Sigma\, V$ is computed of whitened
+    features, with $\sqrt a \sqrt b$ left out here and there.
 
     Args:
       covariance: symmetric and positive semi-definite, shape `[..., S, S]`.
@@ -83,82 +231,81 @@ def inverse_square_root(covariance: Array, epsilon: float | Array) -> Array:
       Daleckii and Krein, 1965, "Integration and differentiation of functions of
       Hermitian operators". Higham, 2008, "Functions of Matrices", theorem 3.11.
     """
-    eigenvalues, v = _decompose(covariance, epsilon)
-    return product(v * lax.rsqrt(eigenvalues)[..., None, :], transpose(v))
+    found = _principal(covariance, epsilon)
+    return product(found.vectors, found.whitening)
 
 
 @inverse_square_root.defjvp
 def _inverse_square_root_jvp(
     primals: tuple[Array, Array], tangents: tuple[Array, Array]
 ) -> tuple[Array, Array]:
-    eigenvalues, v = _decompose(*primals)
-    roots = jnp.sqrt(eigenvalues)
-    w = product(v / roots[..., None, :], transpose(v))
+    variances, u, whitening, _ = _principal(*primals)
+    roots = jnp.sqrt(variances + primals[1])
     a, b = roots[..., :, None], roots[..., None, :]
-    factors = -1 / (a * b * (a + b))
-    inner = factors * _in_basis(v, *tangents)
-    return w, product(product(v, inner), transpose(v))
+    inner = _whitened(whitening, *tangents) * b / (a + b)
+    return product(u, whitening), -product(product(u, inner), whitening)
 
 
-def _in_basis(v: Array, tangent: Array, of_epsilon: Array) -> Array:
-    """Return V^T T V of a tangent of the covariance and one of epsilon.
-
-    T is the symmetric part, all that eigh reads; V^T (e I) V is e I.
-    """
+def _whitened(w: Array, tangent: Array, of_epsilon: Array) -> Array:
+    """Return W (T + e I) W^T of a tangent T of the covariance and e of epsilon."""
     symmetric = (tangent + transpose(tangent)) / 2
-    inner = product(product(transpose(v), symmetric), v)
-    return inner + of_epsilon * jnp.eye(v.shape[-1], dtype=v.dtype)
+    symmetric = symmetric + of_epsilon * jnp.eye(w.shape[-1], dtype=w.dtype)
+    return product(product(w, symmetric), transpose(w))
 
 
 @jax.custom_jvp
 def _pca_matrix(covariance: Array, epsilon: float | Array) -> Array:
-    r"""Return $\Lambda^{-1/2} V^T$, of the largest variance first.
+    r"""Return $(V + \epsilon I)^{-1/2} U^T$, of the largest variance first.
 
     The largest entry by magnitude of each eigenvector is positive. The derivative of
-    eigenvectors, $dV = V (K \circ (V^T d\Sigma\, V))$ with
-    $K_{ij} = 1 / (\lambda_j - \lambda_i)$, is not finite where eigenvalues repeat. As a
-    deviation from the formula, $1 / d$ is broadened to $d / (d^2 + \delta^2)$, with
-    $\delta$ a small share of the largest eigenvalue: wrong by $(\delta / d)^2$.
+    eigenvectors, $dU = U (K \circ (U^T d\Sigma\, U))$ with
+    $K_{ij} = 1 / (v_j - v_i)$, is not finite where eigenvalues repeat. As a deviation
+    from the formula, $1 / d$ is broadened to $d / (d^2 + \delta^2)$, with $\delta$ a
+    small share of the variances that both directions would have, were the features not
+    correlated: wrong by $(\delta / d)^2$.
 
     References:
       Liao et al., 2019, "Differentiable Programming Tensor Networks",
       arXiv:1903.09650 (broadening).
     """
-    eigenvalues, v = _pca_basis(covariance, epsilon)
-    return transpose(v * lax.rsqrt(eigenvalues)[..., None, :])
+    return _principal(covariance, epsilon, _LEAST_VARIANCE).whitening
 
 
 @_pca_matrix.defjvp
 def _pca_matrix_jvp(
     primals: tuple[Array, Array], tangents: tuple[Array, Array]
 ) -> tuple[Array, Array]:
-    eigenvalues, v = _pca_basis(*primals)
-    inverse_roots = lax.rsqrt(eigenvalues)[..., None, :]
-    inner = _in_basis(v, *tangents)
-    gaps = eigenvalues[..., None, :] - eigenvalues[..., :, None]
-    delta = _BROADENING * jnp.max(eigenvalues, -1)[..., None, None]
-    d_v = product(v, gaps / (gaps**2 + delta**2) * inner)
-    d_eigenvalues = jnp.diagonal(inner, axis1=-2, axis2=-1)[..., None, :]
-    # d(v / sqrt(a)) = dv / sqrt(a) - v da / (2 a sqrt(a))
-    d_w = (d_v - v * d_eigenvalues * inverse_roots**2 / 2) * inverse_roots
-    return transpose(v * inverse_roots), transpose(d_w)
+    v, _, w, uncorrelated = _principal(*primals, _LEAST_VARIANCE)
+    scales = jnp.sqrt(uncorrelated)
+    unit = scales[..., :, None] * scales[..., None, :]
+    gaps = (v[..., :, None] - v[..., None, :]) / unit
+    # Of no gap, 1 / (0 + inf).
+    turns = (v + primals[1])[..., None, :] / unit / (gaps + _BROADENING**2 / gaps)
+    shrinking = jnp.eye(w.shape[-1], dtype=w.dtype) / 2
+    inner = (turns - shrinking) * _whitened(w, *tangents)
+    return w, product(inner, w)
 
 
-def _pca_basis(covariance: Array, epsilon: float | Array) -> tuple[Array, Array]:
-    """Return `_decompose`, descending and with signs that the batch cannot choose."""
-    eigenvalues, v = _decompose(covariance, epsilon)
-    eigenvalues, v = eigenvalues[..., ::-1], v[..., ::-1]
-    largest = jnp.argmax(jnp.abs(v), -2, keepdims=True)
-    return eigenvalues, v * jnp.sign(jnp.take_along_axis(v, largest, -2))
-
-
+@jax.custom_jvp
 def _cholesky_matrix(covariance: Array, epsilon: float | Array) -> Array:
-    """Return the inverse of the lower Cholesky factor."""
-    identity = jnp.broadcast_to(
-        jnp.eye(covariance.shape[-1], dtype=covariance.dtype), covariance.shape
-    )
-    factor = jnp.linalg.cholesky(covariance + epsilon * identity)
-    return lax.linalg.triangular_solve(factor, identity, left_side=True, lower=True)
+    r"""Return the inverse of the lower Cholesky factor.
+
+    Its derivative is $-\Phi(W d\Sigma\, W^T) W$, where $\Phi$ takes the lower triangle
+    and half the diagonal.
+    """
+    s, _, _ = _factor(covariance, [jnp.asarray(epsilon, covariance.dtype)])
+    identity = jnp.eye(s.shape[-1], dtype=s.dtype)
+    return _solve(s, jnp.broadcast_to(identity, s.shape))
+
+
+@_cholesky_matrix.defjvp
+def _cholesky_matrix_jvp(
+    primals: tuple[Array, Array], tangents: tuple[Array, Array]
+) -> tuple[Array, Array]:
+    w = _cholesky_matrix(*primals)
+    half = 1 - jnp.eye(w.shape[-1], dtype=w.dtype) / 2
+    inner = jnp.tril(half * _whitened(w, *tangents))
+    return w, -product(inner, w)
 
 
 def _newton_matrix(

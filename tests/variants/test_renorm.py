@@ -11,6 +11,7 @@ from bn_jax import BatchNormParams, BatchNormState, batch_norm
 from bn_jax.averages import CountedState
 from bn_jax.transforms import NORMS
 from bn_jax.variants.renorm import batch_renorm, limits
+from marks import rounding_of_plain_code
 from reference import normal
 
 X = normal((16, 3), mean=1.0, std=2.0)
@@ -138,6 +139,9 @@ def test_schedule_is_the_papers():
         ({"d_max": np.array(-1)}, "d_max=-1.*0 or greater"),
         ({"start": 5, "r_end": 0}, "r_end=0 is before start=5; give the step"),
         ({"start": 5, "r_end": 9, "d_end": 4}, "d_end=4 is before start=5"),
+        ({"start": 2**24 + 1}, "start=16777217 is never reached.* 16777216 or earlier"),
+        ({"r_end": 2**25}, "r_end=33554432 is never reached"),
+        ({"d_end": 2**25}, "d_end=33554432 is never reached"),
     ],
 )
 def test_limits_that_cannot_be_are_refused(bad, message):
@@ -186,6 +190,30 @@ def test_warm_up_as_batch_norm_ends_in_a_jump_or_a_ramp(spec, at):
         expected = batch_renorm(X, PARAMS, state, train=True, r_max=r_max, d_max=d_max)
         chex.assert_trees_all_close(got, expected, rtol=1e-5, atol=1e-6)
         assert got[1].count == count + 1
+
+
+@pytest.mark.parametrize("params", [PARAMS, BatchNormParams(None, None)])
+@pytest.mark.parametrize("jit", [jax.jit, lambda f: f], ids=["jit", "eager"])
+def test_before_its_start_it_is_batch_norm_to_the_bit_and_then_jumps(params, jit):
+    def of(norm, state):
+        def outcome(x, params):
+            y, new = norm(x, params, state, train=True)
+            return loss(y), (y, averages(new))
+
+        differentiate = jax.value_and_grad(outcome, argnums=(0, 1), has_aux=True)
+        return jit(differentiate)(X, params)
+
+    plain = of(batch_norm, STATE)
+    for start, count in {100_000: 99_999, 1: 0, 10**7: 9_999_999}.items():
+        renorm = functools.partial(batch_renorm, start=start)
+        before = of(renorm, COUNTED._replace(count=jnp.float32(count)))
+        tolerance = rounding_of_plain_code()
+        chex.assert_trees_all_close(before, plain, rtol=tolerance, atol=tolerance)
+        (_, (y, moved)), _ = of(renorm, COUNTED._replace(count=jnp.float32(start)))
+        at_once, _ = batch_renorm(X, params, COUNTED, train=True)
+        np.testing.assert_allclose(y, at_once, rtol=1e-5, atol=1e-6)
+        assert np.abs(y - plain[0][1][0]).max() > 0.1
+        chex.assert_trees_all_close(moved, plain[0][1][1], rtol=1e-6)
 
 
 def test_schedule_follows_the_batches_that_were_counted():

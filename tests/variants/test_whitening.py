@@ -94,16 +94,45 @@ def test_groups_of_one_feature_are_batch_norm():
         )
 
 
-def reference_matrix(method, sigma):
-    """Return the whitening matrix by NumPy in float64."""
-    eigenvalues, v = np.linalg.eigh(sigma)
-    if method == "cholesky":
-        return np.linalg.inv(np.linalg.cholesky(sigma))
-    if method == "zca":
-        return v / np.sqrt(eigenvalues) @ v.T
-    eigenvalues, v = eigenvalues[::-1], v[:, ::-1]
-    v = v * np.sign(v[np.abs(v).argmax(0), np.arange(len(v))])
-    return (v / np.sqrt(eigenvalues)).T
+def reference_matrix(method, sigma, num_iterations=5):
+    """Return the whitening matrix by NumPy in float64.
+
+    Sigma = L L^T and L = U s V^T give Sigma^(-1/2) = U V^T L^-1, and V^T L^-1 for pca.
+    Of eigenvalues from 1e-5 to 1e8, eigh loses the least; L has their roots.
+    """
+    lower = np.linalg.cholesky(sigma)
+    u, s, vt = np.linalg.svd(lower)
+    if method == "pca":
+        u, signs = 1, np.sign(u[np.abs(u).argmax(0), np.arange(len(u))])
+        vt = signs[:, None] * vt
+    if method == "iternorm":
+        share, p = s**2 / np.sum(s**2), 1.0
+        for _ in range(num_iterations):
+            p = (3 * p - p**3 * share) / 2
+        vt = (p * np.sqrt(share))[:, None] * vt
+    rotation = np.eye(len(s)) if method == "cholesky" else np.dot(u, vt)
+    return np.linalg.solve(lower.T, rotation.T).T
+
+
+def reference(x, method, epsilon, group_size):
+    """Return y by NumPy in float64, of gamma 1 and beta 0."""
+    groups = np.split(x - x.mean(0), x.shape[1] // group_size, axis=1)
+    sigmas = [g.T @ g / len(g) + epsilon * np.eye(group_size) for g in groups]
+    whitened_ = [
+        g @ reference_matrix(method, s).T for g, s in zip(groups, sigmas, strict=True)
+    ]
+    return np.concatenate(whitened_, axis=1)
+
+
+def by_differences(f, x):
+    """Return the gradient of f by differences of a thousandth of each deviation."""
+    gradient = np.empty_like(x)
+    steps = 1e-3 * x.std(0)
+    for i, j in np.ndindex(*x.shape):
+        step = np.zeros_like(x)
+        step[i, j] = steps[j]
+        gradient[i, j] = (f(x + step) - f(x - step)) / (2 * steps[j])
+    return gradient
 
 
 @pytest.mark.parametrize("method", EXACT)
@@ -113,6 +142,57 @@ def test_is_the_methods_formula_in_float64(method):
     expected = (x - x.mean(0)) @ w.T * np.arange(1.0, 7.0) + np.arange(-3.0, 3.0)
     y = whitened(X, PARAMS, method=method, epsilon=epsilon)
     np.testing.assert_allclose(y, expected, rtol=1e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("method", "group_size"),
+    slow_but([(m, 6) for m in METHODS], list(itertools.product(METHODS, (6, 3)))),
+)
+@pytest.mark.parametrize("epsilon", [1e-5, 1e-3])
+def test_features_of_unlike_scales_are_whitened_as_in_float64(
+    method, group_size, epsilon
+):
+    # Of the covariance's entries, 1e-8 to 1e8, the largest round to multiples of 8.
+    weights = np.float64(normal((40, 6), seed=5))
+    value_and_gradient = value_and_gradient_of(method=method, group_size=group_size)
+    for order in ([0, 1, 2, 3, 4, 5], [5, 4, 3, 2, 1, 0], [3, 0, 5, 1, 4, 2]):
+        x = np.float32(X_NUMPY[:40] * np.geomspace(1e-4, 1e4, 6)[order])
+        y, gradient = value_and_gradient(x, np.float32(weights), epsilon)
+
+        def exact(x):
+            return reference(x, method, epsilon, group_size)
+
+        assert_close_by_feature(y, exact(np.float64(x)), 1e-3)
+        expected = by_differences(lambda x: np.sum(weights * exact(x)), np.float64(x))
+        assert_close_by_feature(gradient, expected, 1e-2)
+
+
+@functools.cache
+def value_and_gradient_of(**options):
+    """Return a compiled function of y and the gradient of a linear function of it."""
+
+    def linear(x, weights, epsilon):
+        y = whitened(x, epsilon=epsilon, **options)
+        return jnp.sum(weights * y), y
+
+    gradient = jax.jit(jax.grad(linear, has_aux=True))
+    return lambda *args: jax.device_get(gradient(*args))[::-1]
+
+
+def assert_close_by_feature(actual, expected, share):
+    """Assert that errors are below a share of each feature's largest magnitude."""
+    errors = np.max(np.abs(actual - expected), 0) / np.max(np.abs(expected), 0)
+    np.testing.assert_array_less(errors, share)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_prediction_of_unlike_scales_is_training(method):
+    x = np.float32(X_NUMPY[:40] * np.geomspace(1e-4, 1e4, 6))
+    _, state = init(6)
+    options = {"method": method, "momentum": 0.0}
+    y, state = compiled(train=True, **options)(x, NONE, state)
+    predicted, _ = compiled(train=False, **options)(x, NONE, state)
+    assert_close_by_feature(predicted, y, 1e-3)
 
 
 def test_error_of_iternorm_falls_with_each_iteration():
@@ -389,12 +469,42 @@ def test_singular_covariance_shrinks_to_nothing_what_does_not_vary(method):
     assert np.all(np.isfinite(gradient))
 
 
-@pytest.mark.parametrize("method", ["zca", "pca", "iternorm"])
+@pytest.mark.parametrize("method", METHODS)
 def test_rounding_below_zero_gives_no_nan(method):
     x = np.tile(1e4 * X_NUMPY[:4], (1, 4))  # eigenvalues of 0 come out as -100
     gradient, y = gradient_of(method=method)(x)
     assert np.all(np.isfinite(y))
     assert np.all(np.isfinite(gradient))
+    if method != "iternorm":
+        # x varies in 3 directions.
+        got = np.linalg.eigvalsh(covariance(y))
+        np.testing.assert_allclose(got, [0] * 21 + [1] * 3, atol=1e-2)
+
+
+def test_duplicates_and_constants_beside_large_features_leave_them_alone():
+    # Whatever of rank is lacking, the features of full rank are whitened as without.
+    x = X_NUMPY[:, :3]
+    for others in (1e4 * np.ones((512, 3)), 1e4 * X_NUMPY[:, [4, 4, 4]]):
+        together = np.concatenate([x, others], 1, dtype=np.float32)
+        apart = reference(np.float64(together), "zca", 1e-5, 6)
+        assert_close_by_feature(whitened(together)[:, :3], apart[:, :3], 1e-3)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_not_a_number_stays_so(method):
+    x = np.where(X_NUMPY == X_NUMPY[0, 0], np.nan, X_NUMPY)
+    assert np.all(np.isnan(whitened(x, method=method)))
+
+
+def test_training_exports_with_a_symbolic_batch():
+    params, state = init(6)
+    (n,) = jax.export.symbolic_shape("n")
+    train = jax.jit(functools.partial(whiten, train=True))
+    exported = jax.export.export(train)(
+        jax.ShapeDtypeStruct((n, 6), jnp.float32), params, state
+    )
+    y, _ = exported.call(X[:33], params, state)
+    np.testing.assert_allclose(y, whitened(X[:33]), rtol=1e-5, atol=1e-5)
 
 
 def test_one_example_gives_beta():

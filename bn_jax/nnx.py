@@ -239,7 +239,8 @@ class BatchNorm(nnx.Module):
         statistics; see `bn_jax.batch_norm`.
       batch_axis: axis of the examples; ghost batches are cut along it.
       average: "exponential", with `momentum`; "debiased" or "cumulative", as for
-        `bn_jax.linen.BatchNorm`. The last two keep the number of batches as `count`.
+        `bn_jax.linen.BatchNorm`. The last two keep the number of batches as `count`:
+        restore it together with mean and var, or the first batch replaces them.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -437,6 +438,13 @@ def _apply(
         ghost_batch_size=module.ghost_batch_size,
         statistics=statistics,
     )
+    if train and _is_tabulated(module):
+        # No collective, and no warning of a batch of one, which serves for a table.
+        moves, options = False, {}
+        if "statistics" in transform.takes:
+            options["statistics"] = moments_lib.measure(
+                batch, feature_axis=axis, weights=weights
+            )
     if "update_state" in transform.takes:
         options["update_state"] = moves
     y, state = transform.apply(
@@ -454,6 +462,11 @@ def _apply(
         for name, value in state._asdict().items():
             getattr(module, name).set_value(lax.stop_gradient(value))
     return y.astype(dtype).reshape(x.shape)
+
+
+def _is_tabulated(module: Any) -> bool:
+    """Return whether `nnx.tabulate` calls the module, a copy that it marks."""
+    return hasattr(module, "_nnx_tabulate_id")
 
 
 def _widened(x: Array) -> Array:

@@ -7,10 +7,14 @@ its predictions at two points. The table holds errors; `nan` is a result that is
 number, `-` means that the library is not installed or lacks the feature, and `refuses`
 that it raises an error.
 
+A second table compares batch renormalisation with the formula of Ioffe (2017), and
+counts the gradients that are not numbers. SBX, CrossQ and PureJaxQL have one layer from
+each other; none is installed, so that it is written here from its definition.
+
   pip install -e '.[peers]'
   python -m experiments.conformance --workdir=runs/conformance     takes a minute
 
-The folder receives results.json and table.md; recorded ones are in
+The folder receives results.json, table.md and renorm_table.md; recorded ones are in
 experiments/results/conformance. Libraries that need not be installed are imported by
 the functions that use them.
 """
@@ -34,7 +38,9 @@ from flax import nnx as flax_nnx
 import bn_jax
 import bn_jax.linen
 import bn_jax.nnx
+from bn_jax.averages import CountedState
 from bn_jax.runs import results
+from bn_jax.variants.renorm import batch_renorm
 from experiments import launch
 from experiments.benchmarks import timing
 
@@ -326,7 +332,9 @@ def diverged_averages(library: Library) -> float | None:
     return float(np.abs(np.asarray(var) / rows.reshape(-1, 3).var(0) - 1).max())
 
 
-CHECKS: dict[str, tuple[str, Callable[[Library], float | None]]] = {
+# From a check's name to its title, and to the error of what it is given.
+Checks = Mapping[str, tuple[str, Callable[[Any], float | None]]]
+CHECKS: Checks = {
     "large_mean": ("N(10,000, 1): deviation of the output", large_mean),
     "variance_1": ("moving variance after 1 step", moving_variance(1)),
     "variance_10": ("moving variance after 10 steps", moving_variance(10)),
@@ -337,6 +345,143 @@ CHECKS: dict[str, tuple[str, Callable[[Library], float | None]]] = {
     "unequal_masks": ("variance over shards with 3 and 1 rows", masked_shards([3, 1])),
     "empty_shard": ("variance over shards with 4 and 0 rows", masked_shards([4, 0])),
     "diverged": ("variance merged from unsynced devices", diverged_averages),
+}
+
+
+# (x [N, C], moving mean, moving variance, step) -> the output in training: as batch
+# norm until step `START`, then with limits 3 and 5.
+Renorm = Callable[[Any, Any, Any, int], Any]
+START = 10
+RENORM_EPSILON = 1e-3  # the default of SBX, CrossQ, PureJaxQL and Keras
+
+
+def our_renorm(x: Any, mean: Any, var: Any, step: int) -> Any:
+    """Return the output of ours."""
+    params, _ = bn_jax.init(x.shape[-1])
+    state = CountedState(mean, var, jnp.float32(step))
+    y, _ = batch_renorm(
+        x, params, state, train=True, start=START, epsilon=RENORM_EPSILON
+    )
+    return y
+
+
+def sbx_renorm(x: Any, mean: Any, var: Any, step: int) -> Any:
+    r"""Return the output of SBX, CrossQ and PureJaxQL, from its definition.
+
+    The batch is normalised by $(x - m) / \sqrt{v + \epsilon}$, where after the start
+    $m = \mu_B - d s_B / r$ and $v = s_B^2 / r^2$; until then they are the batch's. The
+    variance is that of Flax by default, E[x^2] - E[x]^2 or 0.
+    """
+    batch_mean = x.mean(0)
+    batch_var = jnp.maximum(0, (x * x).mean(0) - batch_mean**2)
+    sigma = jnp.sqrt(var + RENORM_EPSILON)
+    r = jnp.clip(jnp.sqrt(batch_var + RENORM_EPSILON) / sigma, 1 / 3, 3)
+    d = jnp.clip((batch_mean - mean) / sigma, -5, 5)
+    r, d = jax.lax.stop_gradient((r, d))
+    on = jnp.float32(step >= START)  # weighs both, and leaves NaN in neither out
+    m = on * (batch_mean - d * jnp.sqrt(batch_var) / r) + (1 - on) * batch_mean
+    v = on * batch_var / r**2 + (1 - on) * batch_var
+    return (x - m) * jax.lax.rsqrt(v + RENORM_EPSILON)
+
+
+def keras_renorm(x: Any, mean: Any, var: Any, step: int) -> Any:
+    """Return the output of Keras, whose users set the limits of the step."""
+    os.environ.setdefault("KERAS_BACKEND", "jax")
+    from keras import layers
+
+    on = step >= START
+    r_max, d_max = (3, 5) if on else (1, 0)
+    layer = layers.BatchNormalization(
+        epsilon=RENORM_EPSILON,
+        renorm=True,
+        renorm_clipping={"rmax": r_max, "rmin": 1 / r_max, "dmax": d_max},
+    )
+    layer.build(x.shape)
+    held = {"renorm_mean": mean, "renorm_stddev": jnp.sqrt(var + RENORM_EPSILON)}
+    frozen = [v.value for v in layer.trainable_variables]
+    state = [held.get(v.name, v.value) for v in layer.non_trainable_variables]
+    y, _ = layer.stateless_call(frozen, state, x, training=True)
+    return y
+
+
+RENORMS: dict[str, tuple[str, Renorm]] = {
+    "bn_jax": ("bn_jax", our_renorm),
+    "SBX, CrossQ, PureJaxQL (from their definition)": ("jax", sbx_renorm),
+    "Keras": ("keras", keras_renorm),
+}
+
+
+def off_the_paper(deviation: float, mean: float = 0.0) -> Callable[[Renorm], float]:
+    """Return a check of the output against Ioffe's formula in float64.
+
+    The error is the largest over 256 rows and 8 features, over the largest output. The
+    averages are half a deviation and a tenth of the variance off.
+    """
+
+    def error(renorm: Renorm) -> float:
+        rng = np.random.default_rng(4)
+        x = rng.normal(mean, deviation, (256, 8)).astype(np.float32)
+        old_mean = np.full(8, mean + deviation / 2, np.float32)
+        old_var = np.full(8, 1.1 * deviation**2, np.float32)
+        wide = np.float64(x)
+        sigma = np.sqrt(np.float64(old_var) + RENORM_EPSILON)
+        sigma_batch = np.sqrt(wide.var(0) + RENORM_EPSILON)
+        r = np.clip(sigma_batch / sigma, 1 / 3, 3)
+        d = np.clip((wide.mean(0) - np.float64(old_mean)) / sigma, -5, 5)
+        right = (wide - wide.mean(0)) / sigma_batch * r + d
+        y = renorm(jnp.asarray(x), jnp.asarray(old_mean), jnp.asarray(old_var), START)
+        return float(np.abs(np.float64(y) - right).max() / np.abs(right).max())
+
+    return error
+
+
+ACTIVATIONS = (jax.nn.relu, jnp.tanh, jax.nn.silu, jax.nn.elu, jax.nn.gelu)
+# Weight and bias of a dead unit: switched off, constant, and far in the negative.
+DEAD_UNITS = ((0.0, 0.0), (0.0, 1.0), (1.0, -1e3))
+
+
+def not_numbers(step: int) -> Callable[[Renorm], int]:
+    """Return a count of gradients with a NaN, of 30 layers with one dead unit.
+
+    It is dead in one of three ways, the norm before or after one of five activations.
+    """
+    rng = np.random.default_rng(5)
+    x = jnp.asarray(rng.normal(size=(64, 4)), jnp.float32)
+    live = jnp.asarray(rng.normal(size=(4, 4)), jnp.float32)
+
+    def number(renorm: Renorm) -> int:
+        def norm(h: Any) -> Any:
+            return renorm(h, jnp.zeros(4), jnp.ones(4), step)
+
+        def has_nan(activation: Callable[[Any], Any], norm_first: bool) -> Any:
+            def loss(weights: Any, bias: Any) -> Any:
+                h = x @ weights + bias
+                y = activation(norm(h)) if norm_first else norm(activation(h))
+                return jnp.sin(y).sum()
+
+            def of_unit(weight: Any, bias: Any) -> Any:
+                gradients = jax.grad(loss, argnums=(0, 1))(
+                    live.at[:, 0].multiply(weight), jnp.zeros(4).at[0].set(bias)
+                )
+                return jnp.isnan(jnp.concatenate([g.ravel() for g in gradients])).any()
+
+            return [of_unit(*unit) for unit in DEAD_UNITS]
+
+        def all_layers() -> Any:
+            return [has_nan(a, first) for a in ACTIVATIONS for first in (True, False)]
+
+        return int(np.sum(jax.jit(all_layers)()))
+
+    return number
+
+
+RENORM_CHECKS: Checks = {
+    "deviation_1": ("N(0, 1): output", off_the_paper(1)),
+    "deviation_0.1": ("N(0, .1^2): output", off_the_paper(0.1)),
+    "deviation_0.01": ("N(0, .01^2): output", off_the_paper(0.01)),
+    "mean_10000": ("N(10,000, 1): output", off_the_paper(1, 1e4)),
+    "warm_up_nans": ("NaN gradients of 30, as batch norm", not_numbers(0)),
+    "nans": ("NaN gradients of 30, after the start", not_numbers(START)),
 }
 
 
@@ -351,41 +496,49 @@ def compare(workdir: Path) -> None:
     errors = {}
     for name, library in LIBRARIES.items():
         print(f"{name} ...", flush=True)
-        errors[name] = measure(library)
-    table = markdown(errors)
-    print(f"\n{table}")
+        errors[name] = measure_all(CHECKS, library.module, library)
+    renorm_errors = {
+        name: measure_all(RENORM_CHECKS, *renorm) for name, renorm in RENORMS.items()
+    }
+    table = markdown(errors, CHECKS)
+    renorm_table = markdown(renorm_errors, RENORM_CHECKS)
+    print(f"\n{table}\n{renorm_table}")
     (workdir / "table.md").write_text(table)
+    (workdir / "renorm_table.md").write_text(renorm_table)
     modules = sorted({library.module for library in LIBRARIES.values()})
     summary = {
         "errors": errors,
+        "renorm_errors": renorm_errors,
         "versions": timing.versions(modules),
         "environment": results.environment(),
     }
     results.write_json(workdir / results.RESULTS, summary)
-    print(f"written to {workdir}: table.md, {results.RESULTS}")
+    print(f"written to {workdir}: table.md, renorm_table.md, {results.RESULTS}")
 
 
-def measure(library: Library) -> dict[str, str]:
+def measure_all(checks: Checks, module: str, library: Any) -> dict[str, str]:
     """Return a library's error in each check, as text."""
-    if importlib.util.find_spec(library.module) is None:
-        return dict.fromkeys(CHECKS, "-")
-    return {check: as_text(error, library) for check, (_, error) in CHECKS.items()}
+    if importlib.util.find_spec(module) is None:
+        return dict.fromkeys(checks, "-")
+    return {check: as_text(error, library) for check, (_, error) in checks.items()}
 
 
-def as_text(error: Callable[[Library], float | None], library: Library) -> str:
-    """Return the error in two digits, "-" for a missing feature, or "refuses"."""
+def as_text(error: Callable[[Any], float | None], library: Any) -> str:
+    """Return the error in two digits, a number of cases, "-" for none, or "refuses"."""
     try:
         value = error(library)
     except ValueError as refusal:
         print(f"  refuses: {str(refusal)[:100]}", flush=True)
         return "refuses"
+    if isinstance(value, int):
+        return str(value)
     return "-" if value is None else f"{value:.1e}"
 
 
-def markdown(errors: Mapping[str, Mapping[str, str]]) -> str:
+def markdown(errors: Mapping[str, Mapping[str, str]], checks: Checks) -> str:
     """Return the errors as a table, a row a check and a column a library."""
     rows = [["error of", *errors]]
-    for check, (title, _) in CHECKS.items():
+    for check, (title, _) in checks.items():
         rows.append([title, *(of_library[check] for of_library in errors.values())])
     return timing.table(rows)
 

@@ -1,5 +1,7 @@
 r"""Batch norm layers to and from PyTorch, Keras 3, Haiku, Equinox and Flax.
 
+Batch renorm layers, too, of SBX, CrossQ and PureJaxQL.
+
 Everything goes through one form, `BatchNormLayer`: parameters, moving averages, and the
 number of batches in them. `from_*` and `to_*` convert a single layer, `layers_from` and
 `layers_into` all batch norm layers of a model, by name. None of the libraries is
@@ -66,12 +68,15 @@ from bn_jax.convert.models import (
     layers_from,
     layers_into,
 )
+from bn_jax.convert.renorm import RenormOptions, from_batch_renorm, to_batch_renorm
 
 __all__ = [
     "BatchNormLayer",
     "DEFAULTS",
     "Hyperparameters",
+    "RenormOptions",
     "biased_average",
+    "from_batch_renorm",
     "from_equinox",
     "from_flax",
     "from_haiku",
@@ -82,6 +87,7 @@ __all__ = [
     "layers_into",
     "momentum_from_torch",
     "momentum_to_torch",
+    "to_batch_renorm",
     "to_equinox",
     "to_flax",
     "to_haiku",

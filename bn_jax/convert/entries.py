@@ -17,9 +17,20 @@ from jax import Array
 from bn_jax.averages import BatchNormState
 from bn_jax.convert.averages import debias
 from bn_jax.convert.layer import BatchNormLayer, Entries, Like
+from bn_jax.fields import AT_LEAST_1, NOT_NEGATIVE
 from bn_jax.functional import BatchNormParams
 from bn_jax.moments import statistics_dtype
 
+# The BatchRenorm that reinforcement learning libraries have from each other.
+_RENORM = {
+    "scale": "params/{}/scale",
+    "bias": "params/{}/bias",
+    "mean": "batch_stats/{}/mean",
+    "var": "batch_stats/{}/var",
+    "num_batches": "batch_stats/{}/steps",
+    "r_max": "batch_stats/{}/r_max",
+    "d_max": "batch_stats/{}/d_max",
+}
 # Where each library keeps what: {} is the name of the layer, levels are joined by "/".
 PLACES: dict[str, dict[str, str]] = {
     "torch": {
@@ -72,10 +83,15 @@ PLACES: dict[str, dict[str, str]] = {
         "var_hidden": "{}/hidden_var",
         "num_batches": "{}/counter",
     },
+    "sbx": _RENORM,
+    "crossq": _RENORM,
+    "purejaxql": _RENORM,
 }
 # PyTorch wrote no counter before 0.4.1; Flax has none, bn_jax.linen one on demand.
 _OPTIONAL = {"torch": {"num_batches"}, "flax": {"num_batches"}}
-SCALARS = {"num_batches", "var_num_batches", "first_time"}
+# Of an ensemble, such as `flax.linen.vmap` makes, they have the axes of its members.
+SCALARS = {"num_batches", "var_num_batches", "first_time", "r_max", "d_max"}
+_LIMITS = {"r_max": AT_LEAST_1, "d_max": NOT_NEGATIVE}  # may be infinite
 _VARIANCES = {"var", "var_hidden"}
 # What JAX has no dtype for.
 _NARROWER = {
@@ -85,7 +101,10 @@ _NARROWER = {
 _STATISTICS = {"mean", "var", "mean_hidden", "var_hidden"}
 
 
-_POSSIBLE = "finite numbers, variances of 0 or more, and whole numbers of batches"
+_POSSIBLE = (
+    "finite numbers, variances of 0 or more, whole numbers of batches, limits r_max at "
+    "least 1 and d_max 0 or greater, and the same scalars in all members of an ensemble"
+)
 
 
 class Problems:
@@ -205,11 +224,11 @@ def read_entries(
             for role, value in roles.items()
         }
         counters = [
-            roles[role].item()
+            roles[role].tolist()
             for role in ("num_batches", "var_num_batches")
-            if role in roles and roles[role].shape == ()
+            if role in roles
         ]
-        if len(set(counters)) > 1:
+        if len(counters) == 2 and counters[0] != counters[1]:
             problems.misshapen.append(
                 f"{keys['num_batches']} is {counters[0]} and "
                 f"{keys['var_num_batches']} is {counters[1]}, expected the same"
@@ -224,7 +243,10 @@ def read_entries(
         ordered = sorted(per_feature, key=lambda role: role not in _STATISTICS)
         expected = per_feature[ordered[0]] if ordered else ()
     for role, value in roles.items():
-        wanted = () if role in SCALARS else expected
+        wanted = expected
+        if role in SCALARS:
+            members = value.ndim < len(expected)
+            wanted = expected[: value.ndim] if members else ()
         if value.shape != wanted:
             problems.misshapen.append(
                 f"{keys[role]} has shape {list(value.shape)}, expected {list(wanted)}"
@@ -244,6 +266,11 @@ def note_impossible(
 
 def _fault(role: str, value: np.ndarray) -> str | None:
     """Describe the fault of an entry's numbers, or return None."""
+    if role in SCALARS and len(numbers := np.unique(value)) > 1:
+        return f"has the values {', '.join(map(str, numbers))}"
+    if role in _LIMITS:
+        held = all(_LIMITS[role].holds(number) for number in value.ravel().tolist())
+        return None if held else f"is {value}"
     finite = np.isfinite(value)
     if not finite.all():
         number = f"{(~finite).sum()} of {value.size} values"
@@ -279,9 +306,11 @@ def roles_to_layer(
     roles: Mapping[str, np.ndarray], momentum: float | None
 ) -> BatchNormLayer:
     """Return the layer for entries that fit."""
-    num_batches = int(roles["num_batches"]) if "num_batches" in roles else None
+    num_batches = None
+    if "num_batches" in roles:
+        num_batches = int(roles["num_batches"].flat[0])
     if "first_time" in roles:
-        num_batches = 0 if roles["first_time"] else None
+        num_batches = 0 if roles["first_time"].flat[0] else None
 
     def average(role: str) -> Array:
         if role in roles:

@@ -9,9 +9,12 @@ from typing import Any, Literal, NamedTuple
 from bn_jax.averages import BatchNormState
 from bn_jax.functional import BatchNormParams
 
-Library = Literal[
-    "torch", "keras", "flax", "nnx", "haiku", "equinox_ema", "equinox_batch"
-]
+# The BatchRenorm of SBX, CrossQ and PureJaxQL: see `from_batch_renorm`.
+RenormLibrary = Literal["sbx", "crossq", "purejaxql"]
+Library = (
+    Literal["torch", "keras", "flax", "nnx", "haiku", "equinox_ema", "equinox_batch"]
+    | RenormLibrary
+)
 Entries = Mapping[Any, Any]
 Like = tuple[Any, ...]  # (params, state), as bn_jax.init returns, or a BatchNormLayer
 
@@ -32,7 +35,8 @@ class Hyperparameters(NamedTuple):
 
 
 # Of the constructors in torch 2.13, keras 3.15, flax 0.12, dm-haiku 0.0.17 and
-# equinox 0.13; the parity tests compare them.
+# equinox 0.13; the parity tests compare them. Those of araffin/sbx 9bdc9c1,
+# adityab/CrossQ 2811ad1 and mttga/purejaxql c5aa074 are read from their sources.
 DEFAULTS: Mapping[str, Hyperparameters] = types.MappingProxyType(
     {
         "torch": Hyperparameters(momentum=0.9, epsilon=1e-5),
@@ -42,5 +46,8 @@ DEFAULTS: Mapping[str, Hyperparameters] = types.MappingProxyType(
         "haiku": Hyperparameters(momentum=None, epsilon=1e-5),
         "equinox_ema": Hyperparameters(momentum=0.99, epsilon=1e-5),
         "equinox_batch": Hyperparameters(momentum=0.99, epsilon=1e-5),
+        "sbx": Hyperparameters(momentum=0.99, epsilon=1e-3),
+        "crossq": Hyperparameters(momentum=0.999, epsilon=1e-3),
+        "purejaxql": Hyperparameters(momentum=0.999, epsilon=1e-3),
     }
 )

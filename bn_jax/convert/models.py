@@ -9,6 +9,7 @@ import numpy as np
 
 from bn_jax.convert.entries import (
     PLACES,
+    SCALARS,
     Problems,
     as_array,
     check_momentum,
@@ -35,12 +36,14 @@ def layers_from(
     """Return all batch norm layers of a model's state.
 
     Args:
-      library: torch, keras, flax, nnx, haiku, equinox_ema or equinox_batch.
+      library: torch, keras, flax, nnx, haiku, equinox_ema, equinox_batch, sbx, crossq
+        or purejaxql. Of the last three the limits r_max and d_max are no part of the
+        result: `from_batch_renorm` returns them for a layer.
       entries: of the model, with entries other than batch norm's or without:
         torch, its `state_dict()`; keras, `{w.path: w.numpy() for w in model.weights}`;
-        flax, its variables, nested or flattened; nnx, `nnx.state(model)`; haiku,
-        `{"params": params, "state": state}`; equinox, names of your own to entries as
-        `from_equinox` takes them.
+        flax and the last three, its variables, nested or flattened; nnx,
+        `nnx.state(model)`; haiku, `{"params": params, "state": state}`; equinox, names
+        of your own to entries as `from_equinox` takes them.
       names: from each layer's name there to its name in the result, or to None to leave
         it out. Levels of nested names are joined by "/": "Block_0/BatchNorm_0".
       like: from names in the result to what `from_torch` takes as `like`.
@@ -100,7 +103,7 @@ def layers_into(
 
     Returns:
       Nested dicts like `entries`, with NumPy arrays in place of the layers' entries and
-      all others as they were.
+      all others, and r_max and d_max, as they were.
 
     Raises:
       ValueError: if entries of the layers are missing, extra, misshapen or no arrays of
@@ -130,11 +133,17 @@ def layers_into(
         read_entries(library, flat, theirs, layer, problems)
         for role, value in roles.items():
             if (there := as_array(flat.get(keys[role]))) is not None:
-                fits = there.size == value.size
-                replaced[keys[role]] = value.reshape(there.shape) if fits else value
+                replaced[keys[role]] = _shaped_like(there, role, value)
     problems.extra += unmapped(library, flat, names)
     problems.refuse(library)
     return replace_entries(entries, replaced)
+
+
+def _shaped_like(there: np.ndarray, role: str, value: np.ndarray) -> np.ndarray:
+    """Return the value in the shape of an entry, where it has the numbers for it."""
+    if role in SCALARS:
+        return np.full(there.shape, value)
+    return value.reshape(there.shape) if there.size == value.size else value
 
 
 def check_names(names: Mapping[str, str | None]) -> dict[str, str]:

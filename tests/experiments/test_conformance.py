@@ -40,9 +40,27 @@ def test_checks_find_the_faults_of_a_library_that_has_them():
     assert conformance.bfloat16_mean(conformance.LIBRARIES["Flax nnx"]) > 0.5
 
 
+@pytest.mark.parametrize("check", conformance.RENORM_CHECKS)
+def test_our_renorm_is_the_papers_and_its_gradients_are_numbers(check):
+    _, error = conformance.RENORM_CHECKS[check]
+    assert error(conformance.our_renorm) < 1e-5
+
+
+def test_checks_find_the_faults_of_the_renorm_of_reinforcement_learning():
+    theirs = conformance.sbx_renorm
+    of_deviation = [conformance.off_the_paper(10.0**-n)(theirs) for n in range(3)]
+    assert of_deviation == sorted(of_deviation)
+    assert of_deviation[0] > 1e-5
+    assert of_deviation[2] > 0.05
+    assert conformance.off_the_paper(1, 1e4)(theirs) > 1
+    # As batch norm, too: the layers before and after the start are computed both.
+    for step in (0, conformance.START):
+        assert conformance.not_numbers(step)(theirs) > 10
+
+
 def test_page_holds_the_table_that_the_committed_run_wrote():
     errors = json.loads((RESULTS / "results.json").read_text())["errors"]
-    table = conformance.markdown(errors)
+    table = conformance.markdown(errors, conformance.CHECKS)
     assert table == (RESULTS / "table.md").read_text()
     assert table in README.read_text()
 

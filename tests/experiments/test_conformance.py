@@ -58,10 +58,17 @@ def test_checks_find_the_faults_of_the_renorm_of_reinforcement_learning():
         assert conformance.not_numbers(step)(theirs) > 10
 
 
-def test_page_holds_the_table_that_the_committed_run_wrote():
-    errors = json.loads((RESULTS / "results.json").read_text())["errors"]
-    table = conformance.markdown(errors, conformance.CHECKS)
-    assert table == (RESULTS / "table.md").read_text()
+@pytest.mark.parametrize(
+    ("name", "errors", "checks"),
+    [
+        ("table.md", "errors", conformance.CHECKS),
+        ("renorm_table.md", "renorm_errors", conformance.RENORM_CHECKS),
+    ],
+)
+def test_page_holds_the_tables_that_the_committed_run_wrote(name, errors, checks):
+    written = json.loads((RESULTS / "results.json").read_text())[errors]
+    table = conformance.markdown(written, checks)
+    assert table == (RESULTS / name).read_text()
     assert table in README.read_text()
 
 

@@ -12,6 +12,7 @@ from flax import nnx
 from bn_jax import linen as linen_lib
 from bn_jax import nnx as nnx_lib
 from bn_jax import transforms
+from marks import slow_but
 from reference import normal
 
 KEY = jax.random.key(0)
@@ -64,7 +65,7 @@ def test_abstract_construction_of_an_nnx_layer_does_not_warn(norm):
 ACTIVATIONS = (nn.relu, nn.tanh, nn.gelu, nn.silu, nn.softplus)
 
 
-@pytest.mark.parametrize("norm", ["batch_norm", "renorm"])
+@pytest.mark.parametrize("norm", slow_but(["batch_norm"], ["batch_norm", "renorm"]))
 def test_gradients_are_finite_beside_features_that_are_constant(norm):
     layer = linen_lib.norm(norm)(use_running_average=False)
     x = normal((8, 3))

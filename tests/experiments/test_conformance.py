@@ -46,6 +46,7 @@ def test_our_renorm_is_the_papers_and_its_gradients_are_numbers(check):
     assert error(conformance.our_renorm) < 1e-5
 
 
+@pytest.mark.slow
 def test_checks_find_the_faults_of_the_renorm_of_reinforcement_learning():
     theirs = conformance.sbx_renorm
     of_deviation = [conformance.off_the_paper(10.0**-n)(theirs) for n in range(3)]

@@ -88,8 +88,7 @@ def of_whole_set(model, variables):
 CASES = [(lift, norm) for lift in LIFTS for norm in (BatchNorm, nn.BatchNorm)]
 QUICK = [
     ("scan along the last axis", BatchNorm),
-    ("scan of remat", nn.BatchNorm),
-    ("vmap", BatchNorm),
+    ("vmap", nn.BatchNorm),
 ]
 
 

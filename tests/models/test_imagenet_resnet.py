@@ -135,6 +135,7 @@ def test_layouts_give_bottlenecks_the_same_predictions():
     np.testing.assert_allclose(first, second, atol=1e-5 * np.abs(second).max())
 
 
+@pytest.mark.slow
 def test_initial_values_are_distributed_as_torchvisions():
     # Of 3 x 3 kernels the deviation is sqrt(2 / fan_out), fan_out = 9 * 64, and some
     # values of a normal distribution are beyond 3 of them. Weights and biases of the

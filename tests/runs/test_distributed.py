@@ -173,7 +173,8 @@ def test_two_processes_train_as_one(name, trained, folder):
     chex.assert_trees_all_equal(*({**found, "rows": 0} for found in of_processes))
 
 
-@pytest.mark.parametrize("axes", slow_but(["Explicit"], ["Auto", "Explicit"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("axes", ["Auto", "Explicit"])
 def test_processes_measure_a_data_set_that_they_share_out(axes, folder, start_pair):
     pair = start_pair("measure", data=str(folder / "data.npz"), axes=axes)
     assert_both_end_well(pair)

@@ -254,7 +254,7 @@ def test_optimizer_follows_the_schedule_of_a_traced_rate():
         ({"optimizer": "sgd:nesterov=true"}, r"without momentum; .*sgd:momentum=0.9"),
         ({"optimizer": "sgd:momentum=1.1"}, r"momentum=1.1; expected a number in \[0,"),
         ({"optimizer": "adam:b1=1"}, r"b1=1; expected a number in \[0, 1\)"),
-        ({"optimizer": "adam:beta1=0.5"}, r"'beta1=0.5'.* adam takes b1=0.9"),
+        ({"optimizer": "adam:beta1=0.5"}, "no option 'beta1'; adam takes b1=0.9"),
         ({"schedule": "step"}, r"expected one of constant, .*did you mean steps"),
         ({"schedule": "cosine:end=2"}, r"end=2; expected a number in \[0, 1\]"),
         ({"schedule": "cosine:warmup_epochs=4"}, r"=4 in a run of 4 epochs; .*shorter"),

@@ -314,7 +314,7 @@ def test_averages_move_when_told_whatever_whitens(train, update):
 @pytest.mark.parametrize(
     ("method", "group_size"),
     slow_but(
-        [("zca", 2), ("pca", None), ("cholesky", None), ("iternorm", None)],
+        [("zca", 2), ("pca", None)],
         [*((m, None) for m in METHODS), ("zca", 2)],
     ),
 )
@@ -418,10 +418,7 @@ def state_of(states):
 @pytest.mark.parametrize(
     ("method", "how", "num_devices"),
     slow_but(
-        [
-            (method, "pmap" if method in ("zca", "iternorm") else "vmap", 4)
-            for method in METHODS
-        ],
+        [("zca", "pmap", 4), ("cholesky", "vmap", 4)],
         [
             *((method, how, 4) for method in METHODS for how in ("vmap", "pmap")),
             *(("zca", "pmap", n) for n in (2, 8)),

@@ -264,7 +264,7 @@ def _misfits(pairs: list[_Pair], params: Flat, stats: Flat) -> list[str]:
 def _outputs_of_norms(
     predict: Predict, variables: Any, inputs: Array
 ) -> dict[Path, Array]:
-    """Return what the norms give, by the paths of their layers."""
+    """Return the outputs of the norms by path."""
     traced, sites = _mark_layers(predict, variables, inputs)
     arguments = [tracing.Unknown() for _ in traced.jaxpr.invars]
     variable = functools.partial(_layer_of, _paths(variables, arguments))

@@ -404,7 +404,7 @@ def _pairs(
 def _children(
     layers: Mapping[Path, str], module: Path
 ) -> dict[str, dict[Path, tuple[str, ...]]]:
-    """Return what is in a module: by kind, paths with the kinds of layers inside."""
+    """Return the children of a module by kind: their paths, and their layers' kinds."""
     depth = len(module) + 1
     inside: dict[Path, list[str]] = {}
     modules: set[Path] = set()

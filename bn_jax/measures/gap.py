@@ -75,8 +75,8 @@ def gap(
       variables: of the model, with the running averages.
       inputs: to evaluate on, shape `[N, ...]`.
       labels: of `inputs`, shape `[N]`, integers.
-      measure_on: the training set, whose statistics are the exact ones: an array, or
-        its batches, as for `exact_statistics`.
+      measure_on: the training set, whose statistics are the exact ones. Give an array
+        or an iterable of batches; see `exact_statistics`.
       batch_size: of the batches that normalise by themselves, of consecutive examples;
         a last smaller batch is one, too.
 

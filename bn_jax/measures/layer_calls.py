@@ -381,7 +381,7 @@ def _by_place(
     places: Sequence[_Place],
     shapes: Mapping[Path, tuple[int, ...]],
 ) -> list[dict[Path, Moments]]:
-    """Return what a call measured for each place, in the shape of the variables.
+    """Return the moments of each place of a call, in the shape of the variables.
 
     Args:
       moments: as the call carries them, with the axes of `mapped` in front.

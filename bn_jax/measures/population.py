@@ -156,9 +156,13 @@ def _measure_all(
     seen: set[Path] = set()
     for number, of_call in enumerate(calls):
         paths = {call.path for call in of_call}
-        size = sum(math.prod(call.shape) for call in of_call) / len(example)
-        keep = number + 1 < len(calls) and 4 * size * len(source) <= _MAX_KEPT_BYTES
-        keep, seen = keep and not paths & seen, seen | paths
+        keep = number + 1 < len(calls) and not paths & seen
+        if source.num_examples is None:
+            keep = False
+        else:
+            size = sum(math.prod(call.shape) for call in of_call) / len(example)
+            keep &= 4 * size * source.num_examples <= _MAX_KEPT_BYTES
+        seen |= paths
         (moments,), kept = source.measure(
             predict, current, kept=kept, number=number, keep=keep
         )
@@ -214,13 +218,15 @@ class _Stored:
         self._inputs, self._weights = inputs, weights
         self._batch_size = batch_size
 
-    def __len__(self) -> int:
+    @property
+    def num_examples(self) -> int:
+        """Number of examples."""
         return len(self._inputs)
 
     @property
     def weight(self) -> Any:
         """Number of examples, or their weight."""
-        return len(self) if self._weights is None else jnp.sum(self._weights)
+        return self.num_examples if self._weights is None else jnp.sum(self._weights)
 
     def example(self) -> Array:
         """Return a batch."""
@@ -261,7 +267,12 @@ class _Stored:
 
 
 class _Batches:
-    """A data set whose batches are iterated over, a pass at a time."""
+    """A data set whose batches are iterated over, a pass at a time.
+
+    How many examples there are is not known before, so nothing is kept between passes.
+    """
+
+    num_examples = None
 
     def __init__(self, batches: Any, num_examples: int | None) -> None:
         self._all, self._num_examples = batches, num_examples
@@ -285,9 +296,6 @@ class _Batches:
                 f"num_examples={self._num_examples}, but the batches hold "
                 f"{self._num_examples - int(left)} examples; give at most as many"
             )
-
-    def __len__(self) -> int:
-        return 2**62  # not known; too many to keep what layers are given
 
     def example(self) -> Array:
         """Return a batch.

@@ -56,7 +56,8 @@ def monte_carlo_batch_norm(
             f"one pass and a batch of 1 to {len(train_inputs)} training examples"
         )
 
-    predict, variables = automatic(resolve(model, variables))
+    predict, variables = resolve(model, variables)
+    variables = automatic(variables)
     inputs, train_inputs, key = automatic((inputs, jnp.asarray(train_inputs), key))
 
     def one_pass(key: Array) -> Any:

@@ -91,8 +91,8 @@ class TrainConfig:
     )
     norm_statistics: str = option(
         "batch",
-        "What norms normalise by in training: the batch's statistics, or their moving "
-        "ones, which then stay as they are (frozen, as for fine-tuning).",
+        "Statistics that norms use in training: those of the batch, or their moving "
+        "averages, which are then frozen, as for fine-tuning.",
         choices=("batch", "moving"),
     )
     init_from: str = option(

@@ -331,11 +331,8 @@ def _apply(
     options = transforms.taken(transform, **options)
     if train and module.is_initializing():
         # No collective, no average moved, no warning of a dummy batch of one.
-        moves, options = False, {}
-        if "statistics" in transform.takes:
-            options["statistics"] = moments_lib.measure(
-                x, feature_axis=axis, weights=weights
-            )
+        moves = False
+        options = transforms.of_dummy_batch(transform, x, axis, weights)
     if "update_state" in transform.takes:
         options["update_state"] = moves
     y, state = transform.apply(

@@ -440,11 +440,8 @@ def _apply(
     )
     if train and _is_tabulated(module):
         # No collective, and no warning of a batch of one, which serves for a table.
-        moves, options = False, {}
-        if "statistics" in transform.takes:
-            options["statistics"] = moments_lib.measure(
-                batch, feature_axis=axis, weights=weights
-            )
+        moves = False
+        options = transforms.of_dummy_batch(transform, batch, axis, weights)
     if "update_state" in transform.takes:
         options["update_state"] = moves
     y, state = transform.apply(

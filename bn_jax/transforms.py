@@ -332,6 +332,23 @@ def taken(transform: Transform, **options: Any) -> dict[str, Any]:
     return given
 
 
+def of_dummy_batch(
+    transform: Transform,
+    x: Array,
+    feature_axis: int | Sequence[int],
+    weights: Array | None,
+) -> dict[str, Any]:
+    """Return the keyword arguments of a call in training on a dummy batch.
+
+    It initialises a module, or makes a table of its layers: no collective is called,
+    and a batch of one gives no warning.
+    """
+    if "statistics" not in transform.takes:
+        return {}
+    moments = moments_lib.measure(x, feature_axis=feature_axis, weights=weights)
+    return {"statistics": moments}
+
+
 def check_taken(name: str, takes: frozenset[str], given: Mapping[str, Any]) -> None:
     """Refuse what a norm does not take.
 

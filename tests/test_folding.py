@@ -307,7 +307,7 @@ class Deep(nn.Module):
     ("norm", "dtype", "scale", "mean"),
     [
         (BatchNorm, jnp.float32, True, 1000.0),
-        (nn.BatchNorm, jnp.bfloat16, True, 0.0),
+        pytest.param(nn.BatchNorm, jnp.bfloat16, True, 0.0, marks=pytest.mark.slow),
         pytest.param(nn.BatchNorm, jnp.float32, False, 0.0, marks=pytest.mark.slow),
         pytest.param(BatchNorm, jnp.bfloat16, False, 0.0, marks=pytest.mark.slow),
         pytest.param(BatchNorm, jnp.float16, True, 0.0, marks=pytest.mark.slow),

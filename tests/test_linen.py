@@ -66,8 +66,6 @@ QUICK = [
     "NCHW, no scale, mask of lower rank",
     "first axis, no bias, mask of every value",
     "param_dtype bf16",
-    "x bf16",
-    "x f16, dtype f32",
     "all bf16",
 ]
 

@@ -70,7 +70,6 @@ QUICK = [
     "axis from the end, no scale, mask of lower rank",
     "first axis, no bias, mask of every value",
     "x f16, dtype f32",
-    "x f16, dtype f16",
     "all bf16",
     "promote_dtype that casts input and parameters",
 ]

@@ -168,7 +168,7 @@ def test_the_entries_of_these_tests_are_torchvisions(depth, torchvision):
     assert {k: v.shape for k, v in state_dict(depth, width=64).items()} == shapes
 
 
-@pytest.mark.parametrize("depth", [18, 50])
+@pytest.mark.parametrize("depth", slow_but([18], [18, 50]))
 def test_there_and_back_is_the_same_to_the_bit_and_tells_what_went_where(depth):
     entries = state_dict(depth)
     variables, rows = networks.network_from_torch(resnet(depth), entries)

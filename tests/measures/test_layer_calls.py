@@ -84,8 +84,8 @@ def predict_by_state(state, x):
     ("model", "held_in", "kind"),
     [
         (Net(), freeze, FrozenDict),
-        (jax.jit(Net().apply), freeze, FrozenDict),
-        (Net(), state_of, dict),
+        pytest.param(jax.jit(Net().apply), freeze, FrozenDict, marks=pytest.mark.slow),
+        pytest.param(Net(), state_of, dict, marks=pytest.mark.slow),
         (jax.jit(predict_by_state), state_of, dict),
     ],
     ids=["module, frozen", "function, frozen", "module, state", "function, state"],
@@ -98,6 +98,7 @@ def test_variables_of_linen_are_taken_as_they_are_kept(model, held_in, kind):
     chex.assert_trees_all_close(got, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_gap_and_uncertainty_take_a_train_state():
     model, variables, _ = net()
     of_state, of_dict = (

@@ -88,7 +88,6 @@ def of_whole_set(model, variables):
 CASES = [(lift, norm) for lift in LIFTS for norm in (BatchNorm, nn.BatchNorm)]
 QUICK = [
     ("scan along the last axis", BatchNorm),
-    ("vmap", nn.BatchNorm),
 ]
 
 

@@ -153,6 +153,7 @@ def test_initial_values_are_distributed_as_torchvisions():
         assert 0.9 * bound < np.abs(head[name]).max() <= bound
 
 
+@pytest.mark.slow
 def test_zero_init_residual_starts_the_last_scale_of_each_block_from_0():
     params = init(SMALL(zero_init_residual=True))["params"]
     paths = [

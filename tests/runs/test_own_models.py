@@ -82,7 +82,7 @@ def trained(config, tiny_data, tmp_path_factory):
     return trained
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", slow_but(["linen"], MODELS))
 def test_own_module_trains_and_is_read_back(kind, trained, tiny_data):
     run, folder = trained(kind)
     assert run.metrics[-1]["loss"] < run.metrics[0]["loss"]
@@ -104,7 +104,8 @@ def test_own_run_is_not_read_without_its_model(trained):
         runs.load(folder, model=OwnNnx)
 
 
-@pytest.mark.parametrize("kind", slow_but(["linen"], MODELS))
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", MODELS)
 def test_stopped_own_run_resumes_bit_for_bit(
     kind, config, trained, tiny_data, tmp_path, signal_at, monkeypatch
 ):
@@ -124,7 +125,7 @@ def test_stopped_own_run_resumes_bit_for_bit(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", slow_but(["linen"], MODELS))
 def test_own_module_in_a_sweep_trains_as_alone(kind, config, tiny_data, tmp_path):
     model = MODELS[kind]()
     configs = members.parse("learning_rate=0.05,0.1;seed=0..1", config)

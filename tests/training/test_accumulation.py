@@ -132,7 +132,8 @@ def test_without_norm_accumulation_changes_nothing_but_rounding(batch):
     chex.assert_trees_all_close(of_whole, of_parts, atol=1e-6)
 
 
-@pytest.mark.parametrize("parallel_by", slow_but(["pmap"], ["pmap", "jit"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel_by", ["pmap", "jit"])
 def test_devices_accumulate_as_one_does(parallel_by, tiny_config, tiny_data):
     config = dataclasses.replace(
         tiny_config,
@@ -193,6 +194,7 @@ def test_average_changes_no_number_of_the_training(batch):
     assert plain[-1].average == {}
 
 
+@pytest.mark.slow
 def test_average_is_scored_with_statistics_of_its_own(tiny_config, tiny_data):
     config = dataclasses.replace(
         tiny_config, model="mlp:widths=8", epochs=1, average_weights=0.9

@@ -168,9 +168,9 @@ def test_synced_devices_are_one_device_with_the_whole_batch(num_devices, program
     assert losses[-10:].mean() < losses[:10].mean() - 0.1  # there was something to lose
 
 
-@pytest.mark.parametrize("program", ["pmap", "jit"])
 @pytest.mark.parametrize(
-    "num_devices", [*(pytest.param(n, marks=pytest.mark.slow) for n in (2, 4)), 8]
+    ("num_devices", "program"),
+    slow_but([(8, "pmap")], [(n, by) for n in (2, 4, 8) for by in ("pmap", "jit")]),
 )
 def test_synced_devices_are_one_device_to_rounding_in_float64(
     num_devices, program, x64
@@ -228,7 +228,6 @@ APART = [
     slow_but(
         [
             ("per_device", 8, 8, "pmap"),
-            ("groups:2", 8, 4, "pmap"),
             ("groups:2", 8, 4, "jit"),
         ],
         [(*apart, program) for apart in APART for program in ("pmap", "jit")],

@@ -31,6 +31,7 @@ def test_many_layers_are_measured_in_one_pass(num_norms, mode):
     assert scoring.exact_mode(*network_of(num_norms), IMAGES[:1]) == mode
 
 
+@pytest.mark.slow
 def test_statistics_in_one_pass_do_not_depend_on_the_devices(devices):
     network, variables = network_of(3)
     one, two = (
@@ -50,6 +51,7 @@ def test_statistics_in_one_pass_do_not_depend_on_the_devices(devices):
     assert np.abs(difference / one["norm3"]["var"]).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_deep_networks_are_scored_in_one_pass_alone_and_in_a_sweep(
     tiny_config, tiny_data, monkeypatch
 ):

@@ -108,6 +108,7 @@ def three(configs, tiny_data):
     return swept(configs, tiny_data)
 
 
+@pytest.mark.slow
 def test_two_devices_share_three_members_and_change_no_number(rows, three):
     one = three.progress()
     # JSON's null is NaN here.

@@ -192,8 +192,11 @@ def test_warm_up_as_batch_norm_ends_in_a_jump_or_a_ramp(spec, at):
         assert got[1].count == count + 1
 
 
-@pytest.mark.parametrize("params", [PARAMS, BatchNormParams(None, None)])
-@pytest.mark.parametrize("jit", [jax.jit, lambda f: f], ids=["jit", "eager"])
+@pytest.mark.parametrize(
+    ("params", "jit"),
+    [(PARAMS, jax.jit), (BatchNormParams(None, None), lambda f: f)],
+    ids=["affine, jit", "plain, eager"],
+)
 def test_before_its_start_it_is_batch_norm_to_the_bit_and_then_jumps(params, jit):
     def of(norm, state):
         def outcome(x, params):

@@ -148,7 +148,7 @@ def test_is_the_methods_formula_in_float64(method):
     ("method", "group_size"),
     slow_but([(m, 6) for m in METHODS], list(itertools.product(METHODS, (6, 3)))),
 )
-@pytest.mark.parametrize("epsilon", [1e-5, 1e-3])
+@pytest.mark.parametrize("epsilon", slow_but([1e-5], [1e-5, 1e-3]))
 def test_features_of_unlike_scales_are_whitened_as_in_float64(
     method, group_size, epsilon
 ):
@@ -242,7 +242,8 @@ def test_cholesky_and_pca_do_not_see_what_leaves_the_rotation():
     )
 
 
-@pytest.mark.parametrize("group_size", slow_but([2], [None, 2]))
+@pytest.mark.slow
+@pytest.mark.parametrize("group_size", [None, 2])
 def test_layout_does_not_matter(group_size):
     x = X_NUMPY.reshape(32, 4, 4, 6)
     _, state = init(6, group_size=group_size)
@@ -263,7 +264,7 @@ def test_layout_does_not_matter(group_size):
 @pytest.mark.parametrize(
     ("method", "group_size"),
     slow_but(
-        [("zca", 2), ("pca", None), ("cholesky", None), ("iternorm", 2)],
+        [("zca", 2), ("cholesky", None)],
         list(itertools.product(METHODS, (None, 2))),
     ),
 )
@@ -298,23 +299,10 @@ def test_averages_after_n_steps_are_those_of_the_closed_form():
     chex.assert_trees_all_close(state, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("train", [True, False])
-@pytest.mark.parametrize("update", [None, True, False])
-def test_averages_move_when_told_whatever_whitens(train, update):
-    _, state = init(6)
-    y, moved = whiten(X, NONE, state, train=train, update_state=update)
-    chex.assert_trees_all_equal(y, whiten(X, NONE, state, train=train)[0])
-    if train if update is None else update:
-        expected = whiten(X, NONE, state, train=True)[1]
-        chex.assert_trees_all_close(moved, expected)
-    else:
-        assert moved is state
-
-
 @pytest.mark.parametrize(
     ("method", "group_size"),
     slow_but(
-        [("zca", 2), ("pca", None)],
+        [("zca", 2)],
         [*((m, None) for m in METHODS), ("zca", 2)],
     ),
 )
@@ -418,7 +406,7 @@ def state_of(states):
 @pytest.mark.parametrize(
     ("method", "how", "num_devices"),
     slow_but(
-        [("zca", "pmap", 4), ("cholesky", "vmap", 4)],
+        [("zca", "pmap", 4)],
         [
             *((method, how, 4) for method in METHODS for how in ("vmap", "pmap")),
             *(("zca", "pmap", n) for n in (2, 8)),

@@ -119,6 +119,7 @@ class _Pair(NamedTuple):
     dtype: Any  # of the linear layer's output
     epsilon: float  # of the norm
     axis: int | Sequence[int]  # of the norm
+    scale_offset: float  # of gamma, which is stored without it
 
 
 class _Site(NamedTuple):
@@ -222,7 +223,8 @@ def _find_pairs(
             if num_calls[called] > 1:
                 faults.append(f"{_name(called)} is called {num_calls[called]} times")
         dtype = sites[before.site].dtype
-        pairs.append(_Pair(path, of_kernel, dtype, layer.epsilon, layer.axis))
+        of_norm = (layer.epsilon, layer.axis, layer.scale_offset)
+        pairs.append(_Pair(path, of_kernel, dtype, *of_norm))
     norms = statistics_of(variables).keys()
     seen_layers = {_base(path) for path in num_calls}
     kept = collection(variables, "batch_stats")
@@ -288,7 +290,9 @@ def _affine(pair: _Pair, params: Flat, stats: Flat) -> tuple[Array, Array, Array
     b = params.get((*pair.linear, "bias"), jnp.zeros(()))
     mean, var = stats[(*pair.norm, "mean")], stats[(*pair.norm, "var")]
     multiplier = jax.lax.rsqrt(var + pair.epsilon)
-    multiplier = multiplier * params.get((*pair.norm, "scale"), 1)
+    scale = params.get((*pair.norm, "scale"))
+    if scale is not None:
+        multiplier = multiplier * (scale + pair.scale_offset)
     beta = params.get((*pair.norm, "bias"), 0)
     size = (jnp.abs(b) + jnp.abs(mean)) * jnp.abs(multiplier) + jnp.abs(beta)
     return multiplier, (b - mean) * multiplier + beta, size
@@ -336,7 +340,9 @@ def _rescaled(pairs: list[_Pair], params: Flat, stats: Flat) -> tuple[Flat, Flat
             new_var = (var + pair.epsilon) * factor**2 - pair.epsilon
             stats[(*pair.norm, "var")] = new_var.astype(var.dtype)
         else:
-            params[(*pair.norm, "scale")] = (scale / factor).astype(scale.dtype)
+            gamma = scale + pair.scale_offset
+            new_scale = gamma / factor - pair.scale_offset
+            params[(*pair.norm, "scale")] = new_scale.astype(scale.dtype)
         stats[(*pair.norm, "mean")] = (mean * factor).astype(mean.dtype)
         for name in ("kernel", "bias"):
             value = params.get((*pair.linear, name))

@@ -80,8 +80,10 @@ class Norm(nn.Module):
         need not be bound while the module is initialised.
       axis_index_groups: partition of that axis into groups that share statistics.
       ghost_batch_size: number of examples, a divisor of the batch, that share
-        statistics.
+        statistics; see `BatchNorm`.
       batch_axis: axis of the examples.
+      zero_masked: whether the result is 0 where `mask` is False or `weights` are 0, as
+        padding should be before it is summed; else it is normalised with the rest.
 
     Examples:
       >>> import jax
@@ -103,6 +105,7 @@ class Norm(nn.Module):
     axis_index_groups: Any = None
     ghost_batch_size: int | None = None
     batch_axis: int = 0
+    zero_masked: bool = False
 
     @nn.compact
     def __call__(
@@ -187,11 +190,16 @@ class BatchNorm(nn.Module):
         way that is both fast and accurate.
       force_float32_reductions: accepted for Flax's sake; taken as True.
       ghost_batch_size: number of examples, a divisor of the batch, that share
-        statistics; see `bn_jax.batch_norm`.
+        statistics; see `bn_jax.batch_norm`. Under `jit` over a mesh these are groups
+        of devices: of a batch of 64 on 8 devices, 16 are each two devices' examples.
       batch_axis: axis of the examples; ghost batches are cut along it.
       average: "exponential", with `momentum`; "debiased", the same without the weight
         of the initial mean 0 and variance 1; or "cumulative", the mean over all
         batches. The last two keep the number of batches as `count` in `batch_stats`.
+      zero_masked: whether the result is 0 where `mask` is False or `weights` are 0, as
+        padding should be before it is summed; else it is normalised with the rest.
+      scale_offset: added to the stored scale. With 1 the parameter is gamma - 1, which
+        weight decay draws to a gamma of 1; `scale_init` is of gamma all the same.
     """
 
     use_running_average: bool | None = None
@@ -211,6 +219,8 @@ class BatchNorm(nn.Module):
     ghost_batch_size: int | None = None
     batch_axis: int = 0
     average: Average = "exponential"
+    zero_masked: bool = False
+    scale_offset: float = 0.0
 
     @nn.compact
     def __call__(
@@ -230,7 +240,7 @@ class BatchNorm(nn.Module):
             example of a batch mapped by `jax.vmap`. Integers are promoted to float32.
           use_running_average: as the attribute; given in one place, not in both.
           mask: booleans that broadcast to `x`; False leaves a value out of the
-            statistics (it is normalised all the same).
+            statistics (it is normalised all the same, or see `zero_masked`).
           weights: real, non-negative weights in the statistics, as `measure` takes
             them; given instead of `mask`.
           update_average: whether the running averages move; by default where the batch
@@ -251,6 +261,7 @@ class BatchNorm(nn.Module):
             use_bias=self.use_bias,
             average=self.average,
         )
+        scale_init = transforms.offset_init(self.scale_init, self.scale_offset)
         return _apply(
             self,
             transform,
@@ -260,7 +271,8 @@ class BatchNorm(nn.Module):
             weights=weights,
             update_average=update_average,
             statistics=statistics,
-            initializers={"scale": self.scale_init, "bias": self.bias_init},
+            initializers={"scale": scale_init, "bias": self.bias_init},
+            scale_offset=self.scale_offset,
         )
 
 
@@ -276,19 +288,21 @@ def _apply(
     update_average: bool | None,
     statistics: Any,
     initializers: Mapping[str, Callable[..., Array]] = MappingProxyType({}),
+    scale_offset: float = 0.0,
 ) -> Array:
     """Apply a transform to parameters and a state that are variables of a module.
 
     Args:
       module: whose attributes are those of `Norm` but `transform`.
       transform: what is applied.
-      x: see `Norm`, and so are all others but the last.
+      x: see `Norm`, and so are all others but the last two.
       use_running_average: see `x`.
       mask: see `x`.
       weights: see `x`.
       update_average: see `x`.
       statistics: see `x`.
       initializers: of parameters by name, instead of the transform's own values.
+      scale_offset: see `BatchNorm`.
     """
     given = jnp.asarray(x)
     # Integers, too, as in Flax.
@@ -313,6 +327,7 @@ def _apply(
         return module.param(name, initializer, value.shape, value.dtype)
 
     params = type(first)(**{k: param(k, v) for k, v in first._asdict().items()})
+    params = transforms.with_offset(params, scale_offset)
     dtype = nn.dtypes.canonicalize_dtype(given, *params, dtype=module.dtype)
 
     train = False
@@ -335,8 +350,9 @@ def _apply(
         options = transforms.of_dummy_batch(transform, x, axis, weights)
     if "update_state" in transform.takes:
         options["update_state"] = moves
+    kept = transforms.kept(x, axis, weights) if module.zero_masked else None
     y, state = transform.apply(
-        x,
+        transforms.zero_unless(kept, x),
         params,
         type(initial)(**{name: variable.value for name, variable in variables.items()}),
         train=train,
@@ -347,7 +363,7 @@ def _apply(
     if moves:
         for name, variable in variables.items():
             variable.value = getattr(state, name)
-    return y.astype(dtype).reshape(given.shape)
+    return transforms.zero_unless(kept, y).astype(dtype).reshape(given.shape)
 
 
 def _check_complete(module: Any, transform: Transform, names: Sequence[str]) -> None:

@@ -89,8 +89,9 @@ class Norm(nnx.Module):
       axis_name: name (or tuple of names) of the mapped axes that share statistics.
       axis_index_groups: partition of that axis into groups that share statistics.
       ghost_batch_size: number of examples, a divisor of the batch, that share
-        statistics.
+        statistics; see `BatchNorm`.
       batch_axis: axis of the examples.
+      zero_masked: see `bn_jax.linen.BatchNorm`.
       rngs: accepted because other layers take it; no initial value is random.
 
     Examples:
@@ -116,6 +117,7 @@ class Norm(nnx.Module):
         axis_index_groups: Any = None,
         ghost_batch_size: int | None = None,
         batch_axis: int = 0,
+        zero_masked: bool = False,
         rngs: nnx.Rngs | None = None,
     ) -> None:
         del rngs
@@ -134,6 +136,7 @@ class Norm(nnx.Module):
         self.axis_index_groups = axis_index_groups
         self.ghost_batch_size = ghost_batch_size
         self.batch_axis = batch_axis
+        self.zero_masked = zero_masked
 
     def __call__(
         self,
@@ -236,11 +239,14 @@ class BatchNorm(nnx.Module):
       bias_metadata: metadata of the bias's variable, such as its sharding.
       scale_metadata: metadata of the scale's variable.
       ghost_batch_size: number of examples, a divisor of the batch, that share
-        statistics; see `bn_jax.batch_norm`.
+        statistics; see `bn_jax.batch_norm`. Under `jit` over a mesh these are groups
+        of devices: of a batch of 64 on 8 devices, 16 are each two devices' examples.
       batch_axis: axis of the examples; ghost batches are cut along it.
       average: "exponential", with `momentum`; "debiased" or "cumulative", as for
         `bn_jax.linen.BatchNorm`. The last two keep the number of batches as `count`:
         restore it together with mean and var, or the first batch replaces them.
+      zero_masked: see `bn_jax.linen.BatchNorm`.
+      scale_offset: see there.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -280,6 +286,8 @@ class BatchNorm(nnx.Module):
         ghost_batch_size: int | None = None,
         batch_axis: int = 0,
         average: Average = "exponential",
+        zero_masked: bool = False,
+        scale_offset: float = 0.0,
     ) -> None:
         shape = (num_features,)
 
@@ -293,6 +301,7 @@ class BatchNorm(nnx.Module):
 
         _add_state(self, transforms.batch_norm(average=average), num_features)
         # Scale before bias, as in Flax: each draws a key.
+        scale_init = transforms.offset_init(scale_init, scale_offset)
         self.scale = param(use_scale, scale_init, scale_metadata)
         self.bias = param(use_bias, bias_init, bias_metadata)
 
@@ -312,6 +321,8 @@ class BatchNorm(nnx.Module):
         self.ghost_batch_size = ghost_batch_size
         self.batch_axis = batch_axis
         self.average = average
+        self.zero_masked = zero_masked
+        self.scale_offset = scale_offset
 
     def __call__(
         self,
@@ -329,7 +340,7 @@ class BatchNorm(nnx.Module):
           x: array with the features on `axis`; of rank 1 it is one example.
           use_running_average: goes before the attribute.
           mask: booleans that broadcast to `x`; False leaves a value out of the
-            statistics (it is normalised all the same).
+            statistics (it is normalised all the same, or see `zero_masked`).
           weights: real, non-negative weights in the statistics, as `measure` takes
             them; given instead of `mask`.
           update_average: whether the running averages move; by default where the batch
@@ -360,6 +371,7 @@ class BatchNorm(nnx.Module):
             update_average=update_average,
             statistics=statistics,
             promote_dtype=self.promote_dtype,
+            scale_offset=self.scale_offset,
         )
 
     def set_view(self, use_running_average: bool | None = None) -> None:
@@ -390,19 +402,21 @@ def _apply(
     update_average: bool | None,
     statistics: Any,
     promote_dtype: Callable[..., Any],
+    scale_offset: float = 0.0,
 ) -> Array:
     """Apply a transform to parameters and a state that are variables of a module.
 
     Args:
       module: whose attributes are those of `Norm` but `transform`.
       transform: what is applied.
-      x: see `Norm`, and so are all others but the last.
+      x: see `Norm`, and so are all others but the last two.
       use_running_average: see `x`.
       mask: see `x`.
       weights: see `x`.
       update_average: see `x`.
       statistics: see `x`.
       promote_dtype: see `BatchNorm`.
+      scale_offset: see there.
     """
 
     def of_module(like: Any) -> Any:
@@ -426,6 +440,7 @@ def _apply(
 
     x, *promoted = promote_dtype((x, *state, *params), dtype=module.dtype)
     params = type(params)(*promoted[len(state) :])
+    params = transforms.with_offset(params, scale_offset)
     if not moves:
         state = jax.tree.map(_widened, state)
     dtype = dtypes.canonicalize_dtype(x, *params, dtype=module.dtype)
@@ -444,8 +459,10 @@ def _apply(
         options = transforms.of_dummy_batch(transform, batch, axis, weights)
     if "update_state" in transform.takes:
         options["update_state"] = moves
+    kept = transforms.kept(batch, axis, weights) if module.zero_masked else None
     y, state = transform.apply(
-        _widened(batch),  # so that the result is rounded once, to dtype
+        # Wide, so that the result is rounded once, to dtype.
+        _widened(transforms.zero_unless(kept, batch)),
         params,
         state,
         train=train,
@@ -458,7 +475,7 @@ def _apply(
         # The mean of complex inputs is complex, which [...] = would cast to real.
         for name, value in state._asdict().items():
             getattr(module, name).set_value(lax.stop_gradient(value))
-    return y.astype(dtype).reshape(x.shape)
+    return transforms.zero_unless(kept, y).astype(dtype).reshape(x.shape)
 
 
 def _is_tabulated(module: Any) -> bool:

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -313,6 +313,39 @@ def as_batch(
         weights = jnp.asarray(weights)
         weights = weights.reshape((1,) * (x.ndim - weights.ndim) + weights.shape)
     return x, -1 if is_example else feature_axis, weights
+
+
+def kept(
+    x: Array, feature_axis: int | Sequence[int], weights: Array | None
+) -> Array | None:
+    """Return where values weigh anything, broadcasting to x; None for everywhere."""
+    if weights is None:
+        return None
+    return moments_lib.align_weights(weights, x, feature_axis) != 0
+
+
+def zero_unless(kept: Array | None, x: Array) -> Array:
+    """Return x with 0 where nothing is kept, and no gradient there."""
+    return x if kept is None else jnp.where(kept, x, 0)
+
+
+def offset_init(initializer: Callable[..., Any], offset: float) -> Callable[..., Any]:
+    """Return an initializer of values less the offset that `with_offset` adds."""
+    if not offset:
+        return initializer
+
+    def init(*args: Any) -> Any:
+        # They may be in a box, as with `nn.with_partitioning`.
+        return jax.tree.map(lambda value: value - offset, initializer(*args))
+
+    return init
+
+
+def with_offset(params: Any, offset: float) -> Any:
+    """Return parameters of which the scale is gamma, stored less an offset."""
+    if not offset or params.scale is None:
+        return params
+    return params._replace(scale=params.scale + offset)
 
 
 def taken(transform: Transform, **options: Any) -> dict[str, Any]:

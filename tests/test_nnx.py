@@ -11,7 +11,9 @@ import pytest
 from flax import nnx
 
 import reference
+from bn_jax import linen
 from bn_jax import nnx as ours
+from bn_jax.averages import BatchNormState
 from marks import slow_but
 from nnx_layers import (
     MODULES,
@@ -118,7 +120,13 @@ def test_call_and_set_view_begin_with_flaxs_signature_and_add_keywords_alone():
 def test_attributes_and_variables_are_flaxs(used):
     options = {"use_scale": used, "use_bias": not used, "axis_index_groups": [[0, 1]]}
     mine, flax = (make(m, **options) for m in MODULES)
-    added = {"ghost_batch_size", "batch_axis", "average"}
+    added = {
+        "ghost_batch_size",
+        "batch_axis",
+        "average",
+        "zero_masked",
+        "scale_offset",
+    }
     names = {n for n in vars(flax) if not n.startswith("_")}
     assert {n for n in vars(mine) if not n.startswith("_")} == names | added
     for name in names:
@@ -297,3 +305,45 @@ def test_update_average_is_apart_from_what_normalises():
     expected = np.asarray(x) / np.sqrt(1 + 1e-5, dtype=np.float32)
     chex.assert_trees_all_close(predicted, expected, rtol=1e-6)
     chex.assert_trees_all_close(variables(frozen), variables(moved), rtol=1e-6)
+
+
+OWN_OPTIONS = {
+    "weights": ({}, {"weights": np.arange(8.0)[:, None]}),
+    "mask that leaves a batch out": ({}, {"mask": np.zeros((8, 1, 1), bool)}),
+    "zeroed mask": ({"zero_masked": True}, {"mask": np.arange(8)[:, None, None] > 4}),
+    "given statistics": (
+        {},
+        {"statistics": BatchNormState(jnp.ones(3), jnp.full(3, 2.0))},
+    ),
+    "debiased": ({"average": "debiased"}, {}),
+    "cumulative, weights": ({"average": "cumulative"}, {"weights": np.eye(8, 5)}),
+    "ghosts": ({"ghost_batch_size": 2}, {}),
+    "ghosts along another axis": ({"ghost_batch_size": 1, "batch_axis": 1}, {}),
+    "offset": ({"scale_offset": 1.0, "use_bias": False}, {}),
+}
+
+
+@pytest.mark.parametrize("case", OWN_OPTIONS)
+def test_options_of_our_own_are_those_of_linen(case):
+    attributes, given = OWN_OPTIONS[case]
+    batches = normal((2, 8, 5, 3), mean=1.0)
+
+    @jax.jit
+    def by_linen():
+        layer = linen.BatchNorm(**attributes)
+        held = layer.init(jax.random.key(0), batches[0], True)
+        ys = []
+        for x in batches:
+            y, moved = layer.apply(held, x, False, mutable=["batch_stats"], **given)
+            held = {**held, **moved}
+            ys.append(y)
+        return ys, held["batch_stats"], layer.apply(held, batches[0], True)
+
+    @jax.jit
+    def by_nnx():
+        layer = make(**attributes)
+        ys = [layer(x, **given) for x in batches]
+        moved = nnx.to_pure_dict(nnx.state(layer, nnx.BatchStat))
+        return ys, moved, layer(batches[0], True)
+
+    chex.assert_trees_all_close(by_nnx(), by_linen(), rtol=1e-6, atol=1e-6)

@@ -286,7 +286,9 @@ def _mark_calls(
                     f"{list(moments.mean.shape)}; expected one value a feature"
                 )
             x = tracing.mark(x, (layer.mean, layer.var, *moments), site=site)
-            return layers.normalized(layer, x, moments) if by_batch else proceed(x)
+            if by_batch:
+                return layers.normalized(layer, x, moments, weights_given)
+            return proceed(x)
 
         with layers.seen(each_call):
             outputs, of_results = jax.tree.flatten(predict(variables, inputs))

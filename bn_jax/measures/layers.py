@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
+from bn_jax import transforms
 from bn_jax.functional import BatchNormParams, normalize
 from bn_jax.moments import Moments, align_weights
 
@@ -28,7 +29,9 @@ class Layer(NamedTuple):
     dtype: Any  # of the result; None for that of input and parameters
     mean: Array
     var: Array
-    params: BatchNormParams
+    params: BatchNormParams  # gamma and beta
+    scale_offset: float  # of gamma, which is stored without it
+    zero_masked: bool
 
 
 class Linear(NamedTuple):
@@ -63,18 +66,29 @@ def seen(each_call: EachCall, each_linear: EachLinear | None = None) -> Iterator
         yield
 
 
-def normalized(layer: Layer, x: Array, moments: Moments) -> Array:
-    """Normalise by moments, as the layer does in training mode."""
+def normalized(
+    layer: Layer, x: Array, moments: Moments, weights: Array | None
+) -> Array:
+    """Normalise by moments, as the layer does in training mode.
+
+    Args:
+      layer: whose call it is.
+      x: its input.
+      moments: what to normalise by.
+      weights: those that the model itself gives to the layer.
+    """
     dtype = nn.dtypes.canonicalize_dtype(x, *layer.params, dtype=layer.dtype)
     present = moments.count > 0  # a batch that is masked out has no moments
-    return normalize(
+    kept = weights != 0 if layer.zero_masked and weights is not None else None
+    y = normalize(
         x.astype(moments.mean.dtype),
         jnp.where(present, moments.mean, layer.mean),
         jnp.where(present, moments.var, layer.var),
         layer.params,
         epsilon=layer.epsilon,
         feature_axis=layer.axis,
-    ).astype(dtype)
+    )
+    return transforms.zero_unless(kept, y).astype(dtype)
 
 
 def _linen_call(
@@ -167,6 +181,8 @@ def _call(
                 "mean and a variance, such as batch_norm and renorm"
             )
         if epsilon is not None and {"mean", "var"} <= statistics.keys():
+            given = BatchNormParams(params.get("scale"), params.get("bias"))
+            offset = getattr(module, "scale_offset", 0.0)
             layer = Layer(
                 name,
                 module.axis,
@@ -174,7 +190,9 @@ def _call(
                 getattr(module, "dtype", None),
                 statistics["mean"],
                 statistics["var"],
-                BatchNormParams(params.get("scale"), params.get("bias")),
+                transforms.with_offset(given, offset),
+                offset,
+                getattr(module, "zero_masked", False),
             )
             return each_call(layer, x, _weights_given(module, x, kwargs), proceed)
     if each_linear is not None and "kernel" in params:

@@ -201,7 +201,8 @@ def experiment(
                     f"{folder} holds results, which would be lost: measuring again "
                     "gives others; give another folder with --workdir"
                 )
-            results.start_run(folder, started, repeat=True)
+            results.check_free(folder, started, repeat=True)
+            results.start_run(folder, started)
         yield folder
 
 

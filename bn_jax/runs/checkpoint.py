@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ import jax
 import numpy as np
 from flax import serialization, traverse_util
 
+from bn_jax.runs import results
 from bn_jax.runs.results import RunError, differences
 from bn_jax.training.loop import EpochReport, Progress
 from bn_jax.training.state import TrainState
@@ -23,15 +25,20 @@ CHECKPOINTS = "checkpoints"
 NUM_LATEST = 3  # kept, and the best
 
 
-def save_variables(workdir: Path, variables: Any, *, name: str = VARIABLES) -> None:
+def save_variables(
+    workdir: Path, variables: Any, *, name: str = VARIABLES
+) -> dict[str, int]:
     """Write a model's variables to a folder in `workdir`, whole or not at all.
+
+    Returns:
+      The CRC-32 of each array by name.
 
     Raises:
       RunError: if they cannot be written.
     """
     import orbax.checkpoint as ocp  # here, because it takes a second to import
 
-    path = (workdir / name).absolute()
+    path = results.remove_link(workdir / name).absolute()
     try:
         with ocp.StandardCheckpointer(
             multiprocessing_options=_primary_alone(), async_options=_folders_first()
@@ -39,14 +46,18 @@ def save_variables(workdir: Path, variables: Any, *, name: str = VARIABLES) -> N
             checkpointer.save(path, variables, force=True)
     except (OSError, ValueError) as error:
         raise _cannot_write(path, error) from error
+    return _checksums(traverse_util.flatten_dict(variables, sep="/"))
 
 
-def load_variables(workdir: Path, like: Any, *, name: str = VARIABLES) -> Any:
+def load_variables(
+    workdir: Path, like: Any, checksums: Any, *, name: str = VARIABLES
+) -> Any:
     """Read what `save_variables` wrote.
 
     Args:
       workdir: the run's directory.
       like: variables of the expected structure, shapes and dtypes.
+      checksums: what `save_variables` returned.
       name: of the folder.
 
     Raises:
@@ -63,12 +74,19 @@ def load_variables(workdir: Path, like: Any, *, name: str = VARIABLES) -> Any:
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            return checkpointer.restore(path, abstract)
-    except (OSError, ValueError, KeyError) as error:
+            variables = checkpointer.restore(path, abstract)
+    except Exception as error:  # whatever a damaged file makes Orbax stumble over
         raise RunError(
-            f"cannot read the variables in {path}: {error}; they are damaged or belong "
-            "to another model: train again in another folder"
+            f"cannot read the variables in {path}: they are damaged or belong to "
+            f"another model; {results.MEND} ({_first_line(error)})"
         ) from error
+    changed = _changed(traverse_util.flatten_dict(variables, sep="/"), checksums)
+    if changed:
+        raise RunError(
+            f"the variables in {path} are damaged: {', '.join(changed)} hold other "
+            f"numbers than were written; {results.MEND}"
+        )
+    return variables
 
 
 class _LatestAndBest:
@@ -101,7 +119,7 @@ class Checkpoints:
         self._ocp = ocp
         self._kept = _LatestAndBest()
         self._identity = dict(identity)
-        self._path = (workdir / CHECKPOINTS).absolute()
+        self._path = results.remove_link(workdir / CHECKPOINTS).absolute()
         options = ocp.CheckpointManagerOptions(
             create=False,
             preservation_policy=self._kept,
@@ -163,12 +181,13 @@ class Checkpoints:
         if step in self.steps:
             return
         args = self._ocp.args
+        run = {"identity": self._identity, **run, "arrays": _checksums(arrays)}
         try:
             self._manager.save(
                 step,
                 args=args.Composite(
                     arrays=args.StandardSave(dict(arrays)),
-                    run=args.JsonSave({"identity": self._identity, **run}),
+                    run=args.JsonSave({**run, "checksum": _checksum_of_json(run)}),
                 ),
                 force=True,
             )
@@ -236,6 +255,13 @@ class Checkpoints:
             )
             arrays = {name: np.asarray(a) for name, a in saved["arrays"].items()}
             run = saved["run"]
+            if run.pop("checksum") != _checksum_of_json(run):
+                raise ValueError("its JSON holds other values than were written")
+            changed = _changed(arrays, run.pop("arrays"))
+            if changed:
+                raise ValueError(
+                    f"{', '.join(changed)} hold other numbers than were written"
+                )
             identity = run.pop("identity")
         self._refuse(step, differences(identity, self._identity))
         return step, arrays, run
@@ -245,10 +271,10 @@ class Checkpoints:
         """Turn what goes wrong in reading a damaged checkpoint into our error."""
         try:
             yield
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except Exception as error:  # whatever a damaged file makes Orbax stumble over
             raise RunError(
-                f"cannot read the checkpoint {self._path / str(step)}: {error}; it is "
-                f"damaged: move it away, and the run resumes from {self._before(step)}"
+                f"the checkpoint {self._path / str(step)} is damaged: move it away, "
+                f"and the run resumes from {self._before(step)} ({_first_line(error)})"
             ) from error
 
     def _refuse(self, step: int, faults: list[str]) -> None:
@@ -353,8 +379,32 @@ def _folders_first() -> Any:
     return ocp.AsyncOptions(create_directories_asynchronously=False)
 
 
+def _checksums(arrays: Mapping[str, Any]) -> dict[str, int]:
+    """Return the CRC-32 of each array."""
+    return {
+        name: zlib.crc32(np.asarray(array).tobytes()) for name, array in arrays.items()
+    }
+
+
+def _changed(arrays: Mapping[str, Any], checksums: Mapping[str, int]) -> list[str]:
+    """Return the names of arrays that are not those of the checksums."""
+    found = _checksums(arrays)
+    return [
+        n for n in sorted(found.keys() | checksums) if found.get(n) != checksums.get(n)
+    ]
+
+
+def _checksum_of_json(value: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(value, sort_keys=True).encode())
+
+
+def _first_line(error: Exception) -> str:
+    """Return what an error says, without the source code positions that follow."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 def _cannot_write(path: Path, error: Exception) -> RunError:
     return RunError(
-        f"cannot write {path}: {error}; what was written before is kept. Make room, or "
-        "the folder writable, and the same command resumes"
+        f"cannot write {path}: what was written before is kept; make room, or the "
+        f"folder writable, and the same command resumes ({_first_line(error)})"
     )

@@ -3,8 +3,11 @@
 config.json       every choice that decides the numbers
 environment.json  versions, device and commit that the run used
 metrics.jsonl     a line per epoch
+checksums.json    of the files above and below, and of each array of the variables
 results.json      the final numbers; its presence says that the run is finished
 .lock             held while a process is at work in the directory
+
+No file is written through a link: one that stands in its place is replaced.
 """
 
 from __future__ import annotations
@@ -15,10 +18,11 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -29,9 +33,13 @@ from bn_jax.version import __version__
 CONFIG = "config.json"
 ENVIRONMENT = "environment.json"
 METRICS = "metrics.jsonl"
+CHECKSUMS = "checksums.json"
 RESULTS = "results.json"
 LOCK = ".lock"
 UNFINISHED = ".unfinished"  # ending of a file that is being written
+
+# What to do about a damaged file.
+MEND = "restore it from a copy, or train again in another folder"
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
@@ -70,20 +78,20 @@ def locked(workdir: str | Path) -> Iterator[Path]:
         lock.release()
 
 
-def start_run(
+def check_free(
     workdir: Path,
     config: Mapping[str, Any],
     *,
     resume: bool = True,
     repeat: bool = False,
 ) -> None:
-    """Make a working directory that is `locked` ready for a run of `config`.
+    """Refuse a working directory that cannot take a run of `config`.
 
-    Resume an unfinished run of the same config; otherwise overwrite nothing.
+    It takes an unfinished run of the same config, to resume it. Nothing is written.
 
     Args:
-      workdir: the directory.
-      config: the run's config, written to config.json.
+      workdir: the directory, which is `locked`.
+      config: the run's config.
       resume: whether to resume an unfinished run; else it is refused.
       repeat: whether a finished run of the same config may write its results anew.
 
@@ -118,8 +126,67 @@ def start_run(
             f"{workdir} holds an unfinished run of this config; resume it by "
             "--resume, or give another folder with --workdir"
         )
+
+
+def start_run(workdir: Path, config: Mapping[str, Any]) -> None:
+    """Write what a run is, and where it runs now.
+
+    Raises:
+      RunError: if it cannot be written.
+    """
     write_json(workdir / CONFIG, config)
     write_json(workdir / ENVIRONMENT, environment())
+
+
+def finish_run(
+    workdir: Path,
+    summary: Mapping[str, Any],
+    *,
+    others: Sequence[str],
+    arrays: Mapping[str, Mapping[str, int]],
+) -> None:
+    """Write results.json, last of all, and before it checksums of everything.
+
+    Args:
+      workdir: the directory.
+      summary: the contents of results.json.
+      others: names of the other files of the run.
+      arrays: by folder of arrays, the CRC-32 of each array by name.
+
+    Raises:
+      RunError: if it cannot be written.
+    """
+    files = {name: zlib.crc32((workdir / name).read_bytes()) for name in others}
+    files[RESULTS] = zlib.crc32(_json(summary).encode())
+    write_json(workdir / CHECKSUMS, {"files": files, "arrays": arrays})
+    write_json(workdir / RESULTS, summary)
+
+
+def check_finished(workdir: Path, *, others: Sequence[str]) -> dict[str, Any]:
+    """Refuse a finished run's directory of which a file has changed.
+
+    Args:
+      workdir: the directory.
+      others: as for `finish_run`.
+
+    Returns:
+      What `finish_run` was given as `arrays`.
+
+    Raises:
+      RunError: naming the file that is missing or damaged, or if the run has not ended.
+    """
+    read_object(workdir / RESULTS)  # says of a folder without one what it is
+    known = read_object(workdir / CHECKSUMS)
+    files, arrays = known.get("files"), known.get("arrays")
+    if not isinstance(files, dict) or not isinstance(arrays, dict):
+        raise RunError(f"{workdir / CHECKSUMS} is damaged: it lacks checksums; {MEND}")
+    for name in (*others, RESULTS):
+        if zlib.crc32(_read_bytes(workdir / name)) != files.get(name):
+            raise RunError(
+                f"{workdir / name} is damaged: it is not what {CHECKSUMS} says was "
+                f"written; {MEND}"
+            )
+    return arrays
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -184,14 +251,32 @@ def write_json(path: Path, value: Any) -> None:
     Raises:
       RunError: if it cannot be written.
     """
-    _write(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+    _write(path, _json(value))
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2, allow_nan=False) + "\n"
 
 
 def _write(path: Path, text: str) -> None:
     unfinished = path.with_name(path.name + UNFINISHED)
     with _writing(path):
-        unfinished.write_text(text)
+        unfinished.unlink(missing_ok=True)
+        with open(unfinished, "x") as file:  # which follows no link
+            file.write(text)
         unfinished.replace(path)
+
+
+def remove_link(path: Path) -> Path:
+    """Return a path that is to be written, of which a link was removed.
+
+    Raises:
+      RunError: if it cannot be removed.
+    """
+    with _writing(path):
+        if path.is_symlink():
+            path.unlink()
+    return path
 
 
 @contextmanager
@@ -212,15 +297,39 @@ def read_json(path: Path) -> Any:
     Raises:
       RunError: if there is no such file or it does not hold JSON.
     """
+    return _parse(path, _read_bytes(path))
+
+
+def _read_bytes(path: Path) -> bytes:
     try:
-        return json.loads(path.read_text())
+        return path.read_bytes()
     except FileNotFoundError:
         raise RunError(
             f"there is no {path.name} in {path.parent}; expected the working directory "
             "of a run"
         ) from None
-    except json.JSONDecodeError as error:
-        raise RunError(f"{path} is damaged: it does not hold JSON ({error})") from None
+    except OSError as error:
+        raise RunError(
+            f"cannot read {path}: {error.strerror}; expected a file that you may read"
+        ) from None
+
+
+def _parse(path: Path, content: bytes) -> Any:
+    """Return what JSON says.
+
+    Raises:
+      RunError: if it is no JSON.
+    """
+
+    def refuse(constant: str) -> NoReturn:
+        raise ValueError(f"{constant} is no number")
+
+    try:
+        return json.loads(content.decode(), parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise RunError(
+            f"{path} is damaged: it does not hold JSON ({error}); {MEND}"
+        ) from None
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -231,7 +340,7 @@ def read_object(path: Path) -> dict[str, Any]:
     """
     value = read_json(path)
     if not isinstance(value, dict):
-        raise RunError(f"{path} is damaged: it holds no JSON object")
+        raise RunError(f"{path} is damaged: it holds no JSON object; {MEND}")
     return value
 
 
@@ -250,14 +359,13 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     Raises:
       RunError: if the file is missing or damaged.
     """
-    if not path.is_file():
-        raise RunError(
-            f"there is no {path.name} in {path.parent}; expected a run's directory"
-        )
-    try:
-        return [json.loads(line) for line in path.read_text().splitlines()]
-    except json.JSONDecodeError as error:
-        raise RunError(f"{path} is damaged: it does not hold JSON ({error})") from None
+    rows = [_parse(path, line) for line in _read_bytes(path).splitlines()]
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise RunError(
+                f"{path} is damaged: line {number} holds no JSON object; {MEND}"
+            )
+    return rows
 
 
 def write_metrics(workdir: Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -267,7 +375,7 @@ def write_metrics(workdir: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 def append_metrics(workdir: Path, row: Mapping[str, Any]) -> None:
     """Add a line to metrics.jsonl."""
-    with _writing(workdir / METRICS), open(workdir / METRICS, "a") as file:
+    with _writing(workdir / METRICS), open(remove_link(workdir / METRICS), "a") as file:
         file.write(_line(row))
 
 

@@ -27,6 +27,7 @@ from bn_jax.version import __version__
 # Training images that take more than this are streamed by default.
 MAX_STORED_BYTES = 10**9
 
+_FILES = (results.CONFIG, results.ENVIRONMENT, results.METRICS)
 _VALIDATION = ("validation_loss", "validation_accuracy")
 
 
@@ -219,10 +220,12 @@ class _Files:
 
     def start(self, like: TrainState, *, resume: bool) -> Progress | None:
         """Make the directory ready; return the progress to resume from."""
-        results.start_run(self._workdir, self._config.to_dict(), resume=resume)
+        config = self._config.to_dict()
+        results.check_free(self._workdir, config, resume=resume)
         progress = None
         if (self._workdir / checkpoint.CHECKPOINTS).exists():
             progress = self._open().latest(like)
+        results.start_run(self._workdir, config)
         history = () if progress is None else progress.history
         results.write_metrics(self._workdir, (r.to_row() for r in history))
         return progress
@@ -277,17 +280,21 @@ class _Files:
         """Write the results, last of all their file."""
         from bn_jax import plots  # here, so that training starts sooner
 
-        checkpoint.save_variables(self._workdir, run.variables)
-        if run.average is not None:
-            checkpoint.save_variables(
-                self._workdir, run.average, name=checkpoint.AVERAGE
+        arrays = {
+            name: checkpoint.save_variables(self._workdir, of_name, name=name)
+            for name, of_name in (
+                (checkpoint.VARIABLES, run.variables),
+                (checkpoint.AVERAGE, run.average),
             )
-        plots.curves(run.metrics, run.results, self._workdir / "curves.png")
+            if of_name is not None
+        }
+        path = results.remove_link(self._workdir / "curves.png")
+        plots.curves(run.metrics, run.results, path)
         if run.results["gamma_beta"]:
-            path = self._workdir / "gamma_beta.png"
+            path = results.remove_link(self._workdir / "gamma_beta.png")
             plots.gamma_beta(run.results["gamma_beta"], path)
         self.close()  # an error in writing a checkpoint comes up before the results
-        results.write_json(self._workdir / results.RESULTS, run.results)
+        results.finish_run(self._workdir, run.results, others=_FILES, arrays=arrays)
 
     def close(self) -> None:
         """Wait until checkpoints are written."""
@@ -344,18 +351,22 @@ def load(workdir: str | Path, *, model: Any = None) -> Run:
             "bn_jax.runs.sweeps.load_variables reads its members' variables"
         )
     config = read_config(workdir, values)
+    checksums = results.check_finished(workdir, others=_FILES)
     summary = results.read_object(workdir / results.RESULTS)
     if model is not None:
         config = own_models.named(config, model)
     of_task = Task.from_dict(summary["task"])
     network = make_network(config, of_task, model=model)
     like = jax.eval_shape(network.init, jax.random.key(0))
-    variables = checkpoint.load_variables(workdir, like)
+
+    def read(name: str, like: Any) -> Any:
+        known = checksums.get(name, {})
+        return checkpoint.load_variables(workdir, like, known, name=name)
+
+    variables = read(checkpoint.VARIABLES, like)
     average = None
     if config.average_weights:
-        average = checkpoint.load_variables(
-            workdir, like["params"], name=checkpoint.AVERAGE
-        )
+        average = read(checkpoint.AVERAGE, like["params"])
     rows = results.read_metrics(workdir)
     return Run(config, network, variables, rows, summary, average)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from bn_jax.training.sweep import Progress, Sweep
 from bn_jax.training.task import Task, make_network
 
 ROWS = "runs.jsonl"
+_FILES = (results.CONFIG, results.ENVIRONMENT, ROWS)
 
 
 def sweep(
@@ -72,11 +74,16 @@ def sweep(
     common = _common(configs)
     config = {**common, "data": selected[0].source, "exact": exact, "train": train}
     with interrupt.listening() as request, results.locked(workdir):
-        results.start_run(workdir, config, resume=options.resume, repeat=True)
+        results.check_free(workdir, config, resume=options.resume, repeat=True)
         if (workdir / results.RESULTS).exists():
+            results.check_finished(workdir, others=_FILES)
             return results.read_rows(workdir / ROWS)
+        start = functools.partial(results.start_run, workdir, config)
+        if not (workdir / results.CONFIG).exists():
+            start()
         rows: list[Any] = [None] * len(configs)
         programs = []
+        arrays = {}
         for number, group in enumerate(groups, 1):
             folder = workdir if len(groups) == 1 else workdir / f"program{number}"
             folder.mkdir(exist_ok=True)
@@ -91,14 +98,17 @@ def sweep(
                 identity={**config, "members": group},
                 folder=folder,
             )
-            of_group = program.train(request, exact=exact, train=train)
+            of_group = program.train(start, request, exact=exact, train=train)
             for i, row in zip(group, of_group, strict=True):
                 rows[i] = row
             programs.append(program)
+            name = str((folder / checkpoint.VARIABLES).relative_to(workdir))
+            arrays[name] = program.checksums
         from bn_jax import plots  # here, so that training starts sooner
 
         results.write_rows(workdir / ROWS, rows)
-        plots.members_by_epoch(rows, _labels(configs), workdir / "sweep.png")
+        path = results.remove_link(workdir / "sweep.png")
+        plots.members_by_epoch(rows, _labels(configs), path)
         seconds = sum(program.seconds for program in programs)
         num_examples = sum(program.num_examples for program in programs)
         summary = {
@@ -111,7 +121,7 @@ def sweep(
             "task": programs[0].sweep.task.to_dict(),
             **_best(rows, configs),
         }
-        results.write_json(workdir / results.RESULTS, summary)
+        results.finish_run(workdir, summary, others=_FILES, arrays=arrays)
     return rows
 
 
@@ -178,18 +188,33 @@ class _Program:
         return len(self.sweep.configs) * self.sweep.num_steps * first.batch_size
 
     def train(
-        self, request: interrupt.StopRequest, *, exact: bool, train: bool
+        self,
+        start: Callable[[], None],
+        request: interrupt.StopRequest,
+        *,
+        exact: bool,
+        train: bool,
     ) -> list[dict[str, Any]]:
-        """Train to the end from where the folder's checkpoints are; return the rows."""
+        """Train to the end from where the folder's checkpoints are; return the rows.
+
+        Args:
+          start: called when they have been read.
+          request: says when to stop.
+          exact: see `sweep`.
+          train: see `sweep`.
+        """
         sweep = self.sweep
         with contextlib.closing(
             checkpoint.Checkpoints(self._folder, self._identity)
         ) as checkpoints:
             _restore(sweep, checkpoints)
+            start()
             _train(sweep, checkpoints, request, self._checkpoint_steps)
         progress = sweep.progress()
         self.seconds = progress.seconds
-        checkpoint.save_variables(self._folder, progress.state.variables)
+        self.checksums = checkpoint.save_variables(
+            self._folder, progress.state.variables
+        )
         return sweep.rows(exact=exact, train=train)
 
 
@@ -205,6 +230,7 @@ def load_variables(workdir: str | Path, *, model: Any = None) -> dict[str, Any]:
       ConfigError: as `run.load` says.
     """
     workdir = Path(workdir)
+    checksums = results.check_finished(workdir, others=_FILES)
     rows = results.read_rows(workdir / ROWS)
     config = read_config(workdir, rows[0]["config"])
     of_task = Task.from_dict(results.read_object(workdir / results.RESULTS)["task"])
@@ -213,7 +239,8 @@ def load_variables(workdir: str | Path, *, model: Any = None) -> dict[str, Any]:
     like = jax.tree.map(
         lambda v: jax.ShapeDtypeStruct((len(rows), *v.shape), v.dtype), of_one
     )
-    variables = checkpoint.load_variables(workdir, like)
+    known = checksums.get(checkpoint.VARIABLES, {})
+    variables = checkpoint.load_variables(workdir, like, known)
     stacked: dict[str, Any] = jax.tree.map(np.asarray, variables)
     return stacked
 

@@ -13,7 +13,8 @@ CONFIG = {"norm": "batch_norm", "epochs": 3}
 
 def start(workdir, config=CONFIG, **options):
     with results.locked(workdir):
-        results.start_run(workdir, config, **options)
+        results.check_free(workdir, config, **options)
+        results.start_run(workdir, config)
     return workdir
 
 
@@ -74,12 +75,58 @@ def test_start_that_was_killed_before_the_config_was_whole_is_begun_anew(tmp_pat
     assert results.read_json(tmp_path / "config.json") == CONFIG
 
 
-@pytest.mark.parametrize("content", ["", '{"norm": ', "[1, 2]", "null"])
+DAMAGED = {
+    "empty": b"",
+    "cut": b'{"norm": ',
+    "list": b"[1, 2]",
+    "null": b"null",
+    "no text": b'{"norm": "\xff"}',
+    "deep": b"[" * 100_000,
+    "digits": b'{"seed": ' + b"1" * 5000 + b"}",
+    "no number": b'{"loss": NaN}',
+}
+
+
+@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
 def test_damaged_config_is_named_and_left_alone(tmp_path, content):
-    (tmp_path / "config.json").write_text(content)
-    with pytest.raises(RunError, match="config.json is damaged: it .*holds? "):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(
+        RunError, match="config.json is damaged: it .*holds? .*; restore it from a copy"
+    ):
         start(tmp_path)
-    assert (tmp_path / "config.json").read_text() == content
+    assert (tmp_path / "config.json").read_bytes() == content
+
+
+def test_folder_in_the_place_of_a_file_is_named(tmp_path):
+    for name in ("config.json", "metrics.jsonl"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(RunError, match="cannot read .*/config.json: Is a directory"):
+        start(tmp_path)
+    with pytest.raises(RunError, match="cannot read .*/metrics.jsonl: Is a directory"):
+        results.read_metrics(tmp_path)
+
+
+def test_row_that_is_no_object_is_named(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"epoch": 1}\n[2]\n')
+    with pytest.raises(RunError, match="metrics.jsonl is damaged: line 2 holds no JS"):
+        results.read_metrics(tmp_path)
+
+
+def test_links_are_replaced_and_never_followed(tmp_path):
+    outside = tmp_path / "thesis.tex"
+    outside.write_text("precious")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    names = ("a.json", "a.json.unfinished", "metrics.jsonl", "metrics.jsonl.unfinished")
+    for name in names:
+        (folder / name).symlink_to(outside)
+    results.write_json(folder / "a.json", {"loss": 1.0})
+    results.append_metrics(folder, {"epoch": 1})
+    results.write_metrics(folder, results.read_metrics(folder))
+    assert outside.read_text() == "precious"
+    assert results.read_json(folder / "a.json") == {"loss": 1.0}
+    assert results.read_metrics(folder) == [{"epoch": 1}]
+    assert not [path for path in folder.iterdir() if path.is_symlink()]
 
 
 @pytest.mark.parametrize("parent", ["file", "/proc"])

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import zlib
 
 import chex
 import jax
@@ -44,6 +45,7 @@ def test_run_leaves_all_its_files(run, finished):
     assert sorted(path.name for path in finished.iterdir()) == [
         ".lock",
         "checkpoints",
+        "checksums.json",
         "config.json",
         "curves.png",
         "environment.json",
@@ -375,7 +377,12 @@ def test_variables_of_another_model_are_refused(run, finished, tmp_path):
     shutil.copytree(finished, copy)
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps({**config, "norm": "none"}))
-    with pytest.raises(RunError, match="belong to another model"):
+    with pytest.raises(RunError, match="config.json is damaged: it is not what check"):
+        run_lib.load(copy)
+    known = results.read_json(copy / "checksums.json")
+    known["files"]["config.json"] = zlib.crc32((copy / "config.json").read_bytes())
+    results.write_json(copy / "checksums.json", known)
+    with pytest.raises(RunError, match="damaged or belong to another model; restore"):
         run_lib.load(copy)
 
 

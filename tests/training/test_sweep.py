@@ -317,6 +317,7 @@ def test_sweep_leaves_a_row_for_each_member_and_is_not_repeated(
     names = sorted(path.name for path in finished.glob("[!.]*"))
     assert names == [
         "checkpoints",
+        "checksums.json",
         "config.json",
         "environment.json",
         "results.json",

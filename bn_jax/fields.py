@@ -7,8 +7,9 @@ its default: a bool, an int, a float, a str, or a tuple of one of these.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 
@@ -93,13 +94,19 @@ def _expected(field: dataclasses.Field[Any], default: Any, value: Any) -> str | 
     choices, valid = field.metadata["choices"], field.metadata["valid"]
     kind = type(default)
     if choices is not None and value not in choices:
-        return f"one of {', '.join(choices)}"
+        return f"one of {', '.join(choices)}{did_you_mean(str(value), choices)}"
     if type(value) is not kind and not (kind is float and type(value) is int):
         return f"a value of type {kind.__name__}"
     if valid is not None and not valid.holds(value):
         words: str = valid.words
         return words
     return None
+
+
+def did_you_mean(given: str, known: Iterable[str]) -> str:
+    """Return a suggestion of what is known and near to what was given, or nothing."""
+    close = difflib.get_close_matches(given, known, 1)
+    return f" (did you mean {close[0]}?)" if close else ""
 
 
 def parse(field: dataclasses.Field[Any], text: str) -> Any:

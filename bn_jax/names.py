@@ -15,15 +15,14 @@ these (written with `x` between the values, `512x512`), or one of them and None 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import inspect
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
-from bn_jax.fields import ConfigError, Range
+from bn_jax.fields import ConfigError, Range, did_you_mean
 
 T = TypeVar("T")
 
@@ -170,7 +169,7 @@ class Table(Generic[T]):
         if name not in self.rows:
             raise ConfigError(
                 f"{self.kind}={text!r}; expected one of {', '.join(self.rows)}"
-                f"{_did_you_mean(name, self.rows)}"
+                f"{did_you_mean(name, self.rows)}"
             )
         options = self.options(name)
         values: dict[str, Any] = {}
@@ -184,7 +183,7 @@ class Table(Generic[T]):
             if key not in options:
                 raise ConfigError(
                     f"{self.kind}={text!r}: no option {key!r}"
-                    f"{_did_you_mean(key, options)}; {self._takes(name)}"
+                    f"{did_you_mean(key, options)}; {self._takes(name)}"
                 )
             try:
                 values[key] = options[key].parse(value)
@@ -264,11 +263,6 @@ class Table(Generic[T]):
             listed = ",".join(f"{o.name}={o.written(o.default)}" for o in options)
             described.append(f"{name}:{listed}" if listed else name)
         return " | ".join(described)
-
-
-def _did_you_mean(given: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(given, known, 1)
-    return f" (did you mean {close[0]}?)" if close else ""
 
 
 @functools.cache

@@ -11,11 +11,11 @@ itself: a study by its STUDY, any other command by its `if __name__ == "__main__
 from __future__ import annotations
 
 import ast
-import difflib
 import runpy
 import sys
 from collections.abc import Sequence
 
+from bn_jax.fields import did_you_mean
 from experiments import report
 
 
@@ -58,11 +58,9 @@ def main(argv: Sequence[str]) -> None:
     name = argv[1]
     known = commands()
     if name not in known:
-        close = difflib.get_close_matches(name, known, 1)
-        hint = f" (did you mean {close[0]}?)" if close else ""
         sys.exit(
-            f"error: there is no experiment {name!r}{hint}; `python -m experiments` "
-            "lists all"
+            f"error: there is no experiment {name!r}{did_you_mean(name, known)}; "
+            "`python -m experiments` lists all"
         )
     sys.argv = list(argv[1:])
     sys.modules.pop(f"experiments.{name}", None)  # runpy executes it anew

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from absl import app, flags, logging
 
+from bn_jax import paths
 from bn_jax.fields import ConfigError
 from bn_jax.training.config import RunOptions
 from experiments import flag_fields
@@ -20,6 +23,9 @@ if TYPE_CHECKING:
     from bn_jax.data import ImageData
 
 flags.disclaim_key_flags()
+
+# Flags that say which processes train together.
+PROCESSES = ("coordinator_address", "num_processes", "process_id", "distributed")
 
 
 def define_workdir_flag() -> None:
@@ -35,7 +41,7 @@ def workdir() -> Path:
     """
     if flags.FLAGS.workdir is None:
         raise ConfigError("give --workdir=DIR for the results; --help lists all flags")
-    return Path(flags.FLAGS.workdir)
+    return paths.local(flags.FLAGS.workdir, "workdir")
 
 
 def define_run_flags() -> None:
@@ -79,6 +85,8 @@ def set_up_cache() -> None:
     folder = flags.FLAGS.cache_dir
     if folder is None and jax.config.jax_compilation_cache_dir is None:
         folder = str(default_cache_dir())
+    if folder:
+        folder = str(paths.local(folder, "cache_dir"))
     if folder is not None:
         jax.config.update("jax_compilation_cache_dir", folder or None)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
@@ -96,6 +104,7 @@ def set_up_jax() -> None:
 
     given = flags.FLAGS
     options = flag_fields.read(RunOptions, given)
+    _check_processes()
     joins = given.distributed
     if joins is None:
         joins = given.coordinator_address is not None or distributed.is_detected()
@@ -120,6 +129,46 @@ def set_up_jax() -> None:
             f"{distributed.DEATH_SECONDS} seconds",
             flush=True,
         )
+    check_devices()
+
+
+def _check_processes() -> None:
+    """Refuse flags of processes that would be ignored.
+
+    Raises:
+      ConfigError: naming them.
+    """
+    given = flags.FLAGS
+    numbers = [n for n in ("num_processes", "process_id") if given[n].present]
+    if numbers and given.coordinator_address is None:
+        raise ConfigError(
+            f"{' and '.join(f'--{n}={given[n].value}' for n in numbers)} without "
+            "--coordinator_address; give HOST:PORT of process 0, too"
+        )
+    if given.distributed is False and given.coordinator_address is not None:
+        raise ConfigError(
+            f"--nodistributed with --coordinator_address={given.coordinator_address}; "
+            "leave out one of them"
+        )
+
+
+def check_devices() -> None:
+    """Have JAX find its devices.
+
+    Raises:
+      ConfigError: if there are none of those that it was told to use.
+    """
+    import jax
+
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        platforms = os.environ.get("JAX_PLATFORMS", "")
+        reason = next(iter(str(error).splitlines()), "")
+        raise ConfigError(
+            f"JAX_PLATFORMS={platforms!r}, and JAX has no such device here; unset it, "
+            f"or install what JAX needs for it{reason and f' ({reason})'}"
+        ) from None
 
 
 def define_data_flags() -> None:
@@ -240,6 +289,54 @@ def _quiet_orbax() -> None:
     sys.unraisablehook = show
 
 
+class _Output(io.TextIOBase):
+    """A standard stream that goes nowhere from where it cannot be written any more.
+
+    So training goes on when the terminal is gone, the disk of a log is full, or `head`
+    has seen enough.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with self._kept():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._kept():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _kept(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+            print(
+                f"note: output cannot be written ({error.strerror}); the program goes "
+                "on without",
+                file=sys.stderr,
+            )
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _keep_output() -> None:
+    """Let no write to a standard stream end the program."""
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:  # closed: a file of ours would get its number
+            os.open(os.devnull, os.O_RDWR)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout = _Output(sys.stdout)
+    if isinstance(sys.stderr, io.TextIOWrapper):
+        sys.stderr = _Output(sys.stderr)
+
+
 def start(
     main: Callable[[Sequence[str]], None], define_flags: Callable[[], None]
 ) -> None:
@@ -250,7 +347,16 @@ def start(
       define_flags: called first. Flags are not defined on import, so that experiments
         can be imported side by side.
     """
+    _keep_output()
     define_flags()
+
+    def parse(argv: Sequence[str]) -> list[str]:
+        try:
+            return app.parse_flags_with_usage(argv)
+        except SystemExit:  # after --help, or a flag that there is not
+            if any(re.fullmatch(r"--?(h|\?|help.*)", word) for word in argv[1:]):
+                sys.exit(0)  # for which absl has 1
+            raise
 
     def run(argv: Sequence[str]) -> None:
         from bn_jax.data import DataError
@@ -274,4 +380,4 @@ def start(
         ) as error:
             fail(f"error: {error}")
 
-    app.run(run)
+    app.run(run, flags_parser=parse)

@@ -28,9 +28,9 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from bn_jax import runs
+from bn_jax import paths, runs
 from bn_jax.fields import ConfigError
-from bn_jax.runs import distributed
+from bn_jax.runs import distributed, results
 from bn_jax.training import members, scoring, task
 from bn_jax.training.config import RunOptions, TrainConfig
 from bn_jax.training.evaluation import Evaluator
@@ -72,24 +72,29 @@ def main(argv: Sequence[str]) -> None:
             "a run left there; --help lists all flags"
         )
     if given.load is not None:
-        names = [field.name for field in dataclasses.fields(TrainConfig)]
+        fields = (*dataclasses.fields(TrainConfig), *dataclasses.fields(RunOptions))
+        names = [field.name for field in fields]
+        names += ["smoke", "sweep", *launch.PROCESSES]
         ignored = [f"--{name}" for name in names if given[name].present]
         if ignored:
             raise ConfigError(
-                f"--load takes the config of the run, so leave out {', '.join(ignored)}"
+                "--load evaluates a run on one device, by the run's own config, so "
+                f"leave out {', '.join(ignored)}"
             )
-        evaluate_again(given.load)
+        launch.set_up_cache()
+        launch.check_devices()
+        evaluate_again(paths.local(given.load, "load"))
         return
     launch.set_up_jax()
     smoke = {"dataset": "sample", "epochs": 1} if given.smoke else {}
     config = flag_fields.read(TrainConfig, given, defaults=smoke)
     if given.sweep is not None:
-        train_sweep(given.workdir, given.sweep, config)
+        train_sweep(launch.workdir(), given.sweep, config)
     else:
-        train(given.workdir, config)
+        train(launch.workdir(), config)
 
 
-def train(workdir: str, config: TrainConfig) -> None:
+def train(workdir: Path, config: TrainConfig) -> None:
     """Train `config` into `workdir` and print what came out."""
     data = launch.load_data(config.dataset)
     options = flag_fields.read(RunOptions, flags.FLAGS)
@@ -109,7 +114,7 @@ def train(workdir: str, config: TrainConfig) -> None:
     if found["test_accuracy_exact"] is not None:
         by_exact = f"{found['test_accuracy_exact']:.3f} by exact statistics"
     print(
-        f"loss {found['train_loss']:.3f}, "
+        f"loss {_rounded(found['train_loss'])}, "
         f"train accuracy {found['train_accuracy']:.3f}, {validated}"
         f"test accuracy {found['test_accuracy']:.3f} by moving averages and "
         f"{by_exact}, {found['examples_per_second']:,.0f} examples/s"
@@ -123,12 +128,12 @@ def train(workdir: str, config: TrainConfig) -> None:
             f"average of the weights: test accuracy "
             f"{found['test_accuracy_averaged']:.3f} by exact statistics of its own"
         )
-    names = sorted(path.name for path in Path(workdir).glob("[!.]*"))
+    names = sorted(path.name for path in workdir.glob("[!.]*"))
     print(f"data: {found['data_source']}")
     print(f"written to {workdir}: {', '.join(names)}")
 
 
-def train_sweep(workdir: str, spec: str, base: TrainConfig) -> None:
+def train_sweep(workdir: Path, spec: str, base: TrainConfig) -> None:
     """Train the members of a sweep into `workdir` and print a line for each."""
     configs = members.parse(spec, base)
     data = launch.load_data(base.dataset)
@@ -154,7 +159,7 @@ def train_sweep(workdir: str, spec: str, base: TrainConfig) -> None:
     print(f"written to {workdir}")
 
 
-def evaluate_again(workdir: str) -> None:
+def evaluate_again(workdir: Path) -> None:
     """Evaluate the run in `workdir` and compare with what it wrote."""
     run = runs.load(workdir)
     data = task.select(run.config, launch.load_data(run.config.dataset))
@@ -169,15 +174,20 @@ def evaluate_again(workdir: str) -> None:
         devices=devices,
         average=run.average,
     ).to_row()
+    new = results.finite(new)
     old = {name: run.results[name] for name in new}
     for name, value in new.items():
         print(f"{name:22s} {_number(value)}  (the run wrote {_number(old[name])})")
     if new == old:
-        print(f"the same numbers as in {Path(workdir) / 'results.json'}")
+        print(f"the same numbers as in {workdir / 'results.json'}")
     elif all(_is_close(new[name], old[name]) for name in new):
         print("the same numbers but for rounding, as on another machine or backend")
     else:
         sys.exit("error: the numbers differ from those that the run wrote")
+
+
+def _rounded(loss: float | None) -> str:
+    return "not finite" if loss is None else f"{loss:.3f}"
 
 
 def _number(value: float | str | None) -> str:

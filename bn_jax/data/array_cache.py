@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from bn_jax.data.checks import check_values
 from bn_jax.data.image_data import DataError, Split
 from bn_jax.data.spec import PARTS, DatasetSpec
 
@@ -93,6 +94,13 @@ def read(prepared: Path, spec: DatasetSpec) -> tuple[Split, Split] | None:
                 folder / f"{part}.npy",
                 f"has shape {array.shape}, expected {spec.shape(part)}",
             )
+        dtype = np.dtype(np.uint8 if part.endswith("images") else np.int32)
+        if array.dtype != dtype:
+            raise _damaged(
+                folder / f"{part}.npy", f"is of {array.dtype}, expected {dtype}"
+            )
+        mend = f"Delete the folder {folder}; the next load makes it anew."
+        check_values(folder / f"{part}.npy", part, array, spec, mend=mend)
     train_images, train_labels, test_images, test_labels = arrays
     return Split(train_images, train_labels), Split(test_images, test_labels)
 

@@ -33,9 +33,18 @@ def check_values(
                 f"of the {part.replace('_', ' ')} ({wrong.size:,} such), expected "
                 f"labels from 0 to {classes - 1}. {mend}"
             )
-    if spec.crc32 is None:
+    if spec.crc32 is None and not spec.alike:
         return
     found = zlib.crc32(values.astype(np.uint8, copy=False).data)
+    for other in spec.alike:
+        if other.crc32 is not None and found == other.crc32[part]:
+            raise DataError(
+                f"{where} holds {other.title}'s {part.replace('_', ' ')}, expected "
+                f"{spec.title}'s. Give the folder of {spec.title}'s files, or "
+                f"--dataset={other.name}."
+            )
+    if spec.crc32 is None:
+        return
     expected = spec.crc32[part]
     if found != expected:
         raise DataError(

@@ -28,6 +28,7 @@ from bn_jax.data.checks import check_values
 from bn_jax.data.image_data import DataError, Split
 from bn_jax.data.spec import PARTS, DatasetSpec, SplitName
 
+_MAX_REST = 1024  # megabytes after the last file of an archive
 _GZIP_MAGIC = b"\x1f\x8b"
 _MEND = "Delete it and fetch it again."
 
@@ -165,7 +166,9 @@ def _read(
     }
     found: set[str] = set()
     chosen = None
-    for name, content in _contents(path, list(places)):
+    # A file has the values of its images, and labels and names of files beside them.
+    most = 2 * max(spec.sizes.values()) * math.prod(spec.image_shape) + (1 << 20)
+    for name, content in _contents(path, list(places), most):
         version, split, i, parts = places[name]
         chosen = chosen or version
         if version is not chosen:
@@ -194,7 +197,9 @@ def _read(
     return train, test
 
 
-def _contents(path: Path, names: list[str]) -> Iterator[tuple[str, bytes]]:
+def _contents(
+    path: Path, names: list[str], max_bytes: int
+) -> Iterator[tuple[str, bytes]]:
     """Yield name and content of each of `names` that a folder or archive holds."""
     try:
         if path.is_dir():
@@ -209,10 +214,19 @@ def _contents(path: Path, names: list[str]) -> Iterator[tuple[str, bytes]]:
             with tarfile.open(fileobj=stream, mode="r|") as archive:
                 for member in archive:
                     name = PurePosixPath(member.name).name
-                    if name in names and (content := archive.extractfile(member)):
-                        yield name, content.read()
-            while stream.read(1 << 20):  # to the end, where gzip has its checksum
-                pass
+                    if name not in names or not member.isfile():
+                        continue
+                    if member.size > max_bytes:
+                        raise DataError(
+                            f"{path} holds {name} of {member.size:,} bytes, expected "
+                            f"at most {max_bytes:,}. {_MEND}"
+                        )
+                    yield name, archive.extractfile(member).read()  # type: ignore[union-attr]
+            # To the end, where gzip has its checksum.
+            for _ in range(_MAX_REST):
+                if not stream.read(1 << 20):
+                    return
+            raise DataError(f"{path} does not end after its last file. {_MEND}")
     except (EOFError, OSError, tarfile.TarError, zlib.error) as error:
         words = " ".join(str(error).split())
         raise DataError(

@@ -6,11 +6,14 @@ http://yann.lecun.com/exdb/mnist/). Only unsigned bytes are read here, nothing i
 written.
 """
 
+import contextlib
 import gzip
+import math
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import IO, cast
 
 import numpy as np
 
@@ -108,39 +111,45 @@ def _as_labels(values: np.ndarray) -> np.ndarray:
 
 def _read_part(path: Path, part: Part, spec: DatasetSpec) -> np.ndarray:
     """Read one file into its uint8 array, shaped as `spec` says."""
-    content = _read_bytes(path)
-    dims, offset = _parse_header(path, part, content)
-    _check_length(path, dims, len(content) - offset)
-    _check_dims(path, part, dims, spec)
-    values = np.frombuffer(content, np.uint8, offset=offset)
+    with _opened(path) as stream:
+        dims = _read_header(path, part, stream)
+        _check_dims(path, part, dims, spec)
+        declared = math.prod(dims)
+        # One more, where gzip has its checksum; not all that a few bytes unpack to.
+        content = stream.read(declared + 1)
+    _check_length(path, dims, len(content))
+    values = np.frombuffer(content, np.uint8)
     check_values(path, part, values, spec, mend=_MEND)
     return values.reshape(spec.shape(part))
 
 
-def _read_bytes(path: Path) -> bytes:
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file, unpacking it if it is gzipped."""
+    is_gzip = False
     try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(
-            f"{path} cannot be read: {error.strerror}. Check its permissions."
-        ) from None
-    # The content tells gzip, not the name: browsers unpack files and keep ".gz".
-    if not content.startswith(_GZIP_MAGIC):
-        return content
-    try:
-        return gzip.decompress(content)
+        # The content tells gzip, not the name: browsers unpack files and keep ".gz".
+        with open(path, "rb") as file:
+            is_gzip = file.read(2) == _GZIP_MAGIC
+        with gzip.open(path) if is_gzip else open(path, "rb") as stream:
+            yield cast(IO[bytes], stream)
     except (EOFError, OSError, zlib.error) as error:
+        if is_gzip:
+            raise DataError(
+                f"{path} is a truncated or damaged gzip file of "
+                f"{path.stat().st_size:,} bytes: {error}. {_MEND}"
+            ) from None
+        words = error.strerror if isinstance(error, OSError) else error
         raise DataError(
-            f"{path} is a truncated or damaged gzip file of {len(content):,} bytes: "
-            f"{error}. {_MEND}"
+            f"{path} cannot be read: {words}. Check its permissions."
         ) from None
 
 
-def _parse_header(
-    path: Path, part: Part, content: bytes
-) -> tuple[tuple[int, ...], int]:
-    """Return the dimensions that the header declares, and where the values start."""
+def _read_header(path: Path, part: Part, stream: IO[bytes]) -> tuple[int, ...]:
+    """Return the dimensions that the header declares."""
     ndim = 3 if part.endswith("images") else 1
+    offset = 4 + 4 * ndim
+    content = stream.read(offset)
     expected = bytes((0, 0, _UNSIGNED_BYTE, ndim))
     found = content[:4]
     if found != expected:
@@ -155,27 +164,24 @@ def _parse_header(
             f"{path} is not an IDX file of unsigned bytes in {ndim} dimension(s): its "
             f"magic number is 0x{found.hex()}, expected 0x{expected.hex()}. {_MEND}"
         )
-    offset = 4 + 4 * ndim
     if len(content) < offset:
         raise DataError(
             f"{path} is truncated: it holds {len(content)} bytes, expected a header of "
             f"{offset} bytes and the values. {_MEND}"
         )
-    return struct.unpack(f">{ndim}I", content[4:offset]), offset
+    return struct.unpack(f">{ndim}I", content[4:])
 
 
 def _check_length(path: Path, dims: tuple[int, ...], length: int) -> None:
-    declared = int(np.prod(dims, dtype=np.int64))
+    declared = math.prod(dims)
     if length == declared:
         return
-    problem = (
-        "is truncated"
-        if length < declared
-        else f"has {length - declared:,} trailing bytes"
-    )
+    problem, held = "is truncated", f"{length:,}"
+    if length > declared:
+        problem, held = "has trailing bytes", "more"
     raise DataError(
-        f"{path} {problem}: it holds {length:,} bytes of values, its header declares "
-        f"{_times(dims)} = {declared:,}. {_MEND}"
+        f"{path} {problem}: its header declares {_times(dims)} = {declared:,} bytes of "
+        f"values, and it holds {held}. {_MEND}"
     )
 
 

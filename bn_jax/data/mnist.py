@@ -61,6 +61,7 @@ MNIST = _spec(
     homepage="http://yann.lecun.com/exdb/mnist/",
     class_names=tuple("0123456789"),
     urls=idx.urls("https://storage.googleapis.com/cvdf-datasets/mnist/"),
+    alike=(FASHION_MNIST,),
 )
 
 KMNIST = _spec(
@@ -70,4 +71,5 @@ KMNIST = _spec(
     homepage="http://codh.rois.ac.jp/kmnist/index.html.en",
     class_names=("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo"),
     urls=idx.urls("http://codh.rois.ac.jp/kmnist/dataset/kmnist/"),
+    alike=(FASHION_MNIST,),
 )

@@ -149,6 +149,7 @@ def _array(path: Path, file: np.lib.npyio.NpzFile, key: str) -> np.ndarray:
         array = file[key]
     except (
         EOFError,
+        MemoryError,
         OSError,
         RuntimeError,
         ValueError,

@@ -14,6 +14,7 @@ import urllib.request
 import warnings
 from pathlib import Path
 
+from bn_jax import paths
 from bn_jax.data import array_cache, cifar, mnist, npz, sample, svhn
 from bn_jax.data.image_data import (
     DataError,
@@ -92,6 +93,7 @@ def load(
 
     Raises:
         DataError: If the name is unknown, or the data is missing or damaged.
+        ConfigError: If a folder is no path of this machine.
     """
     check_name(name)
     if name == "sample" or name.startswith(npz.PREFIX):
@@ -191,7 +193,7 @@ def _prepared_folder(
 ) -> Path:
     # The default is TFDS's own, repeated here so that TFDS need not be imported.
     root = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-    return Path(root).expanduser() / spec.name / spec.version
+    return paths.local(root, "data_dir") / spec.name / spec.version
 
 
 def _is_prepared(prepared: Path) -> bool:
@@ -212,7 +214,7 @@ def _folder(
 ) -> Path | None:
     """Return the folder of published files, if one was given or is installed."""
     if data_files is not None:
-        return Path(data_files).expanduser()
+        return paths.local(data_files, "data_files")
     if spec.system_folder is not None and Path(spec.system_folder).is_dir():
         return Path(spec.system_folder)
     return None

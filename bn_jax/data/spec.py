@@ -45,6 +45,7 @@ class DatasetSpec:
     system_folder: str | None = None  # where a system package puts the files
     system_package: str | None = None  # its name
     crc32: Mapping[Part, int] | None = None  # of the decoded uint8 content, in order
+    alike: tuple["DatasetSpec", ...] = ()  # other sets of its sizes
 
     def shape(self, part: Part) -> tuple[int, ...]:
         """Return the shape of the decoded array of `part`."""

@@ -274,4 +274,7 @@ def _as_png(image: np.ndarray) -> io.BytesIO:
 
 def _from_png(content: bytes, shape: tuple[int, int, int]) -> np.ndarray:
     with Image.open(io.BytesIO(content)) as image:
+        width, height = image.size
+        if (height, width) != shape[:2]:  # nothing is unpacked then
+            raise ValueError(f"an image of {height} x {width} pixels")
         return np.asarray(image).reshape(shape)

@@ -9,7 +9,8 @@ wrapped.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax.errors
@@ -17,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
+from jax.extend.core import jaxprs_in_params
 
 from bn_jax.fields import ConfigError
 
@@ -69,7 +71,12 @@ def name_of(model: Any) -> str:
 
 
 def check_fits(
-    model: Any, image_shape: tuple[int, ...], *, num_classes: int | None = None
+    model: Any,
+    image_shape: tuple[int, ...],
+    *,
+    num_classes: int | None = None,
+    num_images: int = 2,
+    max_bytes: float = math.inf,
 ) -> None:
     """Refuse a model that does not fit the images, without computing anything.
 
@@ -77,6 +84,8 @@ def check_fits(
       model: as `as_model` returns it.
       image_shape: `[H, W, C]`.
       num_classes: number of logits that it should return; None for any.
+      num_images: of a batch.
+      max_bytes: of the largest array that the model computes of a batch.
 
     Raises:
       ConfigError: in one line, naming the model, the shape, and what to do.
@@ -87,9 +96,9 @@ def check_fits(
         return variables, model.apply(variables, images, train=False)
 
     name, size = name_of(model), " x ".join(map(str, image_shape))
-    images = jax.ShapeDtypeStruct((2, *image_shape), jnp.result_type(float))
+    images = jax.ShapeDtypeStruct((num_images, *image_shape), jnp.result_type(float))
     try:
-        variables, logits = jax.eval_shape(trace, images)
+        traced, (variables, logits) = jax.make_jaxpr(trace, return_shape=True)(images)
     except ConfigError:
         raise
     except ZeroDivisionError as error:  # of an initializer: of a kernel of 0 inputs
@@ -121,17 +130,37 @@ def check_fits(
             f"{name} has the variables {', '.join(others)}; expected none besides "
             "params and batch_stats, which are all that training keeps"
         )
-    expected = (2, num_classes or "classes")
+    expected = (num_images, num_classes or "classes")
     if (
-        getattr(logits, "ndim", None) != 2
-        or logits.shape[0] != 2
+        len(getattr(logits, "shape", ())) != 2
+        or logits.shape[0] != num_images
         or (num_classes is not None and logits.shape[1] != num_classes)
     ):
         given = jax.tree.map(jnp.shape, logits)
         raise ConfigError(
-            f"{name} returns {given} for 2 images of {size}; expected logits of shape "
-            f"({expected[0]}, {expected[1]})"
+            f"{name} returns {given} for {num_images} images of {size}; expected "
+            f"logits of shape ({expected[0]}, {expected[1]})"
         )
+    largest = max(map(_bytes, _computed(traced.jaxpr)), default=0)
+    if largest > max_bytes:
+        raise ConfigError(
+            f"{name} needs an array of {largest / 1e9:,.0f} GB for {num_images} images "
+            f"of {size}; expected at most {max_bytes / 1e9:,.0f} GB, twice the memory: "
+            "give a smaller model or batch, or less padding"
+        )
+
+
+def _computed(jaxpr: Any) -> Iterator[Any]:
+    """Return what a traced program computes, with what the programs in it do."""
+    for equation in jaxpr.eqns:
+        yield from (variable.aval for variable in equation.outvars)
+        for inner in jaxprs_in_params(equation.params):
+            yield from _computed(inner)
+
+
+def _bytes(aval: Any) -> int:
+    dtype = getattr(aval, "dtype", None)
+    return math.prod(aval.shape) * getattr(dtype, "itemsize", 0)
 
 
 def logits_by_batch(model: Any, variables: Any, images: Array) -> Array:

@@ -6,6 +6,7 @@ reads and writes the run's folder; the others learn from it what they need.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import json
 import os
@@ -14,7 +15,7 @@ import selectors
 import socket
 import time
 from collections.abc import Callable, Mapping
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import jax
 import numpy as np
@@ -33,13 +34,19 @@ class DistributedError(RuntimeError):
 
 
 def is_detected(environment: Mapping[str, str] = os.environ) -> bool:
-    """Return whether Slurm, Kubernetes or a TPU pod has started several processes."""
+    """Return whether Slurm, Kubernetes or a TPU pod has started several processes.
+
+    Raises:
+      DistributedError: if Slurm's variable is no number.
+    """
     tpu_hosts = environment.get("TPU_WORKER_HOSTNAMES", "").split(",")
-    return (
-        int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1
-        or "JOB_COMPLETION_INDEX" in environment
-        or len(tpu_hosts) > 1
-    )
+    tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
+    if not re.fullmatch(r"[0-9]{1,9}", tasks):
+        raise DistributedError(
+            f"SLURM_STEP_NUM_TASKS={tasks!r} in the environment; expected the number "
+            "that Slurm writes there: start the program by srun, or unset it"
+        )
+    return int(tasks) > 1 or "JOB_COMPLETION_INDEX" in environment or len(tpu_hosts) > 1
 
 
 def initialize(
@@ -100,15 +107,21 @@ def _meet(address: str, num_processes: int, process_id: int, *, seconds: int) ->
     coordinator will, takes the others' numbers, and tells all of them who has not come.
     """
     host, _, port = address.rpartition(":")
-    if not host or not port.isdigit():
+    if not host or not re.fullmatch(r"[0-9]{1,5}", port) or not 0 < int(port) < 2**16:
         raise DistributedError(
-            f"coordinator_address={address!r}; expected HOST:PORT, as in 10.0.0.1:1234"
+            f"coordinator_address={address!r}; expected HOST:PORT, as in "
+            "10.0.0.1:1234, with a port from 1 to 65535"
         )
     deadline = time.monotonic() + seconds
     if process_id == 0:
-        missing = _receive_numbers(int(port), num_processes, deadline)
+        missing, twice = _receive_numbers(int(port), num_processes, deadline)
     else:
-        missing = _send_number(host, int(port), process_id, deadline)
+        missing, twice = _send_number(host, int(port), process_id, deadline)
+    if twice:
+        raise DistributedError(
+            f"two processes have come with --process_id={twice[0]}; give each its own, "
+            f"from 0 to {num_processes - 1}"
+        )
     if missing:
         raise DistributedError(
             f"process {', '.join(map(str, missing))} of {num_processes} has not come "
@@ -117,24 +130,31 @@ def _meet(address: str, num_processes: int, process_id: int, *, seconds: int) ->
         )
 
 
-def _receive_numbers(port: int, num_processes: int, deadline: float) -> list[int]:
-    """Return the processes that have not come, having told it to those that have."""
+def _receive_numbers(
+    port: int, num_processes: int, deadline: float
+) -> tuple[list[int], list[int]]:
+    """Return the processes that have not come, and those that have come twice.
+
+    Those that have come are told.
+    """
     try:
         server = socket.create_server(("", port), backlog=num_processes)
     except OSError as error:
         raise DistributedError(
             f"process 0 cannot listen on port {port}: {error.strerror}; give another "
-            "port in --coordinator_address"
+            "port in --coordinator_address, or another --process_id where process 0 "
+            "has been started already"
         ) from error
     lines: dict[socket.socket, bytes] = {}  # what each that has knocked has said
     with contextlib.ExitStack() as stack:
         selector = stack.enter_context(selectors.DefaultSelector())
         selector.register(stack.enter_context(server), selectors.EVENT_READ)
         while True:
-            present = {int(line) for line in lines.values() if line.endswith(b"\n")}
-            missing = [i for i in range(1, num_processes) if i not in present]
+            numbers = [int(line) for line in lines.values() if line.endswith(b"\n")]
+            missing = [i for i in range(1, num_processes) if i not in numbers]
+            twice = [i for i in range(1, num_processes) if numbers.count(i) > 1]
             seconds = deadline - time.monotonic()
-            if not missing or seconds <= 0:
+            if not missing or twice or seconds <= 0:
                 break
             for key, _ in selector.select(seconds):
                 if key.fileobj is server:
@@ -154,28 +174,69 @@ def _receive_numbers(port: int, num_processes: int, deadline: float) -> list[int
                     connection.close()
         for connection in lines:
             with contextlib.suppress(OSError):
-                connection.sendall(json.dumps(missing).encode() + b"\n")
-    return missing
+                connection.sendall(json.dumps([missing, twice]).encode() + b"\n")
+    return missing, twice
 
 
-def _send_number(host: str, port: int, process_id: int, deadline: float) -> list[int]:
-    """Return the processes that have not come, as process 0 says."""
+def _send_number(
+    host: str, port: int, process_id: int, deadline: float
+) -> tuple[list[int], list[int]]:
+    """Return what `_receive_numbers` does, as process 0 says it."""
     while time.monotonic() < deadline:
         # What answers may be something else.
         with contextlib.suppress(OSError, ValueError):
             with socket.create_connection((host, port), timeout=5) as connection:
                 connection.sendall(f"{process_id}\n".encode())
                 connection.settimeout(max(0.01, deadline - time.monotonic()) + 5)
-                missing = json.loads(connection.makefile().readline())
-                if isinstance(missing, list):
-                    return missing
+                answer = json.loads(connection.makefile().readline())
+                if isinstance(answer, list) and list(map(type, answer)) == [list] * 2:
+                    return answer[0], answer[1]
         time.sleep(0.2)
-    return [0]
+    return [0], []
 
 
 def is_primary() -> bool:
     """Return whether this process is the one that reads and writes files."""
     return jax.process_index() == 0
+
+
+def check_same(values: Mapping[str, Any]) -> None:
+    """Refuse to go on where processes differ; all of them must ask.
+
+    Args:
+      values: what is to be the same, as JSON values.
+
+    Raises:
+      DistributedError: on all of them, naming what differs.
+    """
+    if jax.process_count() == 1:
+        return
+    devices = collections.Counter(device.process_index for device in jax.devices())
+    if len(set(devices.values())) > 1:
+        # No array can be gathered then; but all of them know.
+        counts = ", ".join(f"{devices[i]} on process {i}" for i in sorted(devices))
+        raise DistributedError(
+            f"processes have unlike numbers of devices: {counts}; give them as many"
+        )
+    own = json.dumps(values, sort_keys=True).encode()
+    sizes = multihost_utils.process_allgather(np.int32(len(own)))
+    padded = np.zeros(int(sizes.max()), np.uint8)
+    padded[: len(own)] = np.frombuffer(own, np.uint8)
+    texts = np.asarray(multihost_utils.process_allgather(padded))
+    first, *others = [
+        json.loads(bytes(text[:size])) for text, size in zip(texts, sizes, strict=True)
+    ]
+    faults = [
+        f"{name}: {first.get(name)!r} on process 0, {other.get(name)!r} on process {i}"
+        for i, other in enumerate(others, 1)
+        for name in sorted(first.keys() | other.keys())
+        if first.get(name) != other.get(name)
+    ]
+    if faults:
+        raise DistributedError(
+            f"processes differ ({'; '.join(faults)}); start all of them with the same "
+            "command, but for --process_id, on the same versions and data"
+        )
 
 
 def any_process(flag: bool) -> bool:

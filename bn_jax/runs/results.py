@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import subprocess
@@ -28,6 +29,7 @@ import jax
 import numpy as np
 from filelock import FileLock, Timeout
 
+from bn_jax import paths
 from bn_jax.version import __version__
 
 CONFIG = "config.json"
@@ -56,8 +58,9 @@ def locked(workdir: str | Path) -> Iterator[Path]:
 
     Raises:
       RunError: if the directory cannot be written, or another process holds it.
+      ConfigError: if it is no path of this machine.
     """
-    workdir = Path(workdir)
+    workdir = paths.local(workdir, "workdir")
     lock = FileLock(workdir / LOCK, blocking=False)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -198,13 +201,20 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def environment() -> dict[str, Any]:
-    """Return the versions, processor, device and commit that numbers depend on."""
-    device = jax.devices()[0]
+def versions() -> dict[str, str]:
+    """Return the versions of this program, of Python and of packages."""
     return {
         "bn_jax": __version__,
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in _PACKAGES},
+    }
+
+
+def environment() -> dict[str, Any]:
+    """Return the versions, processor, device and commit that numbers depend on."""
+    device = jax.devices()[0]
+    return {
+        **versions(),
         "platform": platform.platform(),
         "cpu_count": os.cpu_count(),
         "cpu_instructions": _cpu_instructions(),
@@ -243,6 +253,17 @@ def _commit() -> str | None:
         return git("rev-parse", "HEAD") + ("+changes" if changes else "")
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def finite(value: Any) -> Any:
+    """Return JSON values with None for each number that is not finite."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite(of_key) for key, of_key in value.items()}
+    if isinstance(value, list):
+        return [finite(each) for each in value]
+    return value
 
 
 def write_json(path: Path, value: Any) -> None:

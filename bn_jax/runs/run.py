@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import signal
+import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +15,7 @@ from flax import traverse_util
 from tqdm import tqdm
 
 from bn_jax import data as data_lib
+from bn_jax import paths
 from bn_jax.fields import ConfigError
 from bn_jax.runs import checkpoint, distributed, interrupt, results
 from bn_jax.runs.results import RunError
@@ -73,9 +76,11 @@ def train(
       FloatingPointError: if the loss is not finite; the last checkpoint is kept.
       Interrupted: on SIGTERM or Ctrl-C, after a checkpoint.
     """
+    workdir = paths.local(workdir, "workdir")
     options = options or RunOptions(devices="1")
     if model is not None:
         config = own_models.named(config, model)
+    distributed.check_same(_agreed(config, options, data))
     selected = task.select(config, data)
     earlier = load(config.init_from, model=model) if config.init_from else None
     placement = parallel.place(
@@ -97,7 +102,7 @@ def train(
         like = trainer.progress().state  # all processes take part
         files = None
         if distributed.is_primary():
-            files = _Files(Path(workdir), trainer)
+            files = _Files(workdir, trainer)
 
         def start() -> bytes:
             assert files is not None  # this is called on the primary alone
@@ -115,7 +120,7 @@ def train(
         score = trainer.score()
         state = trainer.state()
         summary = _summary(trainer, score, state.variables)
-        rows = [report.to_row() for report in trainer.history]
+        rows = [results.finite(report.to_row()) for report in trainer.history]
         run = Run(
             config,
             trainer.network,
@@ -153,7 +158,7 @@ def train_or_load(
     Raises:
       RunError: if `workdir` holds another run, or as `train` says.
     """
-    workdir = Path(workdir)
+    workdir = paths.local(workdir, "workdir")
     done = distributed.on_primary(
         lambda: b"done" if (workdir / results.RESULTS).exists() else b""
     )
@@ -173,6 +178,22 @@ def train_or_load(
             f"{workdir} holds another run ({'; '.join(faults)}); give another --workdir"
         )
     return run
+
+
+def _agreed(
+    config: TrainConfig, options: RunOptions, data: data_lib.ImageData
+) -> dict[str, Any]:
+    """Return what the processes of a run have to have in common."""
+    if jax.process_count() == 1:  # which need not read all of the images
+        return {}
+    arrays = (*data.train, *data.test)
+    return {
+        **dataclasses.asdict(options),
+        **config.to_dict(),
+        "data": data.name,
+        "images and labels": [zlib.crc32(np.asarray(a).tobytes()) for a in arrays],
+        **results.versions(),
+    }
 
 
 def _is_streamed(options: RunOptions, data: data_lib.ImageData) -> bool:
@@ -227,7 +248,8 @@ class _Files:
             progress = self._open().latest(like)
         results.start_run(self._workdir, config)
         history = () if progress is None else progress.history
-        results.write_metrics(self._workdir, (r.to_row() for r in history))
+        rows = (results.finite(report.to_row()) for report in history)
+        results.write_metrics(self._workdir, rows)
         return progress
 
     def _open(self) -> checkpoint.Checkpoints:
@@ -262,7 +284,7 @@ class _Files:
 
     def add_epoch(self, report: EpochReport) -> None:
         """Write and show an epoch's line."""
-        results.append_metrics(self._workdir, report.to_row())
+        results.append_metrics(self._workdir, results.finite(report.to_row()))
         self._bar.write(_line(report, self._config.epochs))
 
     def save(self, progress: Progress) -> None:
@@ -305,7 +327,7 @@ class _Files:
 
 
 def _summary(trainer: loop.Trainer, score: Score, variables: Any) -> dict[str, Any]:
-    """Return the contents of results.json."""
+    """Return the contents of results.json, None for numbers that are not finite."""
     last = trainer.history[-1]
     row = last.to_row()
     seconds = sum(report.seconds for report in trainer.history)
@@ -313,7 +335,7 @@ def _summary(trainer: loop.Trainer, score: Score, variables: Any) -> dict[str, A
     num_examples = len(trainer.data.train.labels)
     if trainer.stream:
         num_examples = min(num_examples, loop.MAX_STREAMED_EXAMPLES)
-    return {
+    summary = {
         "train_loss": last.loss,
         "train_accuracy": last.train_accuracy,
         **{name: row[name] for name in _VALIDATION if name in row},
@@ -329,6 +351,8 @@ def _summary(trainer: loop.Trainer, score: Score, variables: Any) -> dict[str, A
         "first_step_losses": losses[:20].astype(float).tolist(),
         "gamma_beta": gamma_beta(variables),
     }
+    of_summary: dict[str, Any] = results.finite(summary)
+    return of_summary
 
 
 def load(workdir: str | Path, *, model: Any = None) -> Run:
@@ -343,7 +367,7 @@ def load(workdir: str | Path, *, model: Any = None) -> Run:
       ConfigError: if its config is of another version of the program, or its model was
         passed in, and is not now.
     """
-    workdir = Path(workdir)
+    workdir = paths.local(workdir, "workdir")
     values = results.read_object(workdir / results.CONFIG)
     if "exact" in values:
         raise RunError(

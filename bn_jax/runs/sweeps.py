@@ -14,6 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from bn_jax import data as data_lib
+from bn_jax import paths
 from bn_jax.fields import ConfigError
 from bn_jax.runs import checkpoint, interrupt, results
 from bn_jax.runs.run import read_config
@@ -60,7 +61,7 @@ def sweep(
       Interrupted: on SIGTERM or Ctrl-C, after a checkpoint.
     """
     options = options or RunOptions(devices="1")
-    workdir = Path(workdir)
+    workdir = paths.local(workdir, "workdir")
     if model is not None:
         configs = [own_models.named(config, model) for config in configs]
     groups = members.grouped(configs)
@@ -70,7 +71,8 @@ def sweep(
     for group, chosen in zip(groups, selected, strict=True):
         group_task = Task.of(configs[group[0]], chosen)
         networks = [make_network(configs[i], group_task, model=model) for i in group]
-        networks[0].check_fits()  # the others are of the same shapes
+        # The others are of the same shapes.
+        networks[0].check_fits(configs[group[0]].batch_size)
     common = _common(configs)
     config = {**common, "data": selected[0].source, "exact": exact, "train": train}
     with interrupt.listening() as request, results.locked(workdir):
@@ -229,7 +231,7 @@ def load_variables(workdir: str | Path, *, model: Any = None) -> dict[str, Any]:
       RunError: if `workdir` holds none, or they are damaged or of another model.
       ConfigError: as `run.load` says.
     """
-    workdir = Path(workdir)
+    workdir = paths.local(workdir, "workdir")
     checksums = results.check_finished(workdir, others=_FILES)
     rows = results.read_rows(workdir / ROWS)
     config = read_config(workdir, rows[0]["config"])

@@ -22,6 +22,7 @@ from bn_jax.fields import (
     ConfigError,
     Range,
     check,
+    did_you_mean,
     option,
     parse,
 )
@@ -334,7 +335,10 @@ def value_of(config: Mapping[str, Any], name: str) -> Any:
     """
     field, _, option_name = name.partition(".")
     if field not in config:
-        raise ConfigError(f"{field!r} is no field; expected one of {', '.join(config)}")
+        raise ConfigError(
+            f"{field!r} is no field{did_you_mean(field, config)}; expected one of "
+            f"{', '.join(config)}"
+        )
     if not option_name:
         return config[field]
     return _table(field).value(config[field], option_name)

@@ -111,7 +111,7 @@ class Trainer:
             model=model,
             norm_attributes=parallel.norm_attributes(config, placement),
         )
-        self.network.check_fits()
+        self.network.check_fits(config.batch_size // len(placement.devices))
         if model is not None:
             own_models.check_sharing(config, placement, trained)
         init_key, self.order_key = jax.random.split(jax.random.key(config.seed))

@@ -25,6 +25,9 @@ from bn_jax.training.optimizers import make_optimizer
 from bn_jax.training.state import Network, TrainState
 from bn_jax.training.task import Task, make_network
 
+# As many configs are made, and the rows of their results are held, at once.
+MAX_MEMBERS = 100_000
+
 Values = dict[str, Any]  # numbers that differ, and the seed, as arrays, by dotted name
 
 
@@ -39,9 +42,11 @@ def parse(spec: str, base: TrainConfig) -> list[TrainConfig]:
       base: gives the other fields.
 
     Raises:
-      ConfigError: if there is no such field or option, or a value does not fit it.
+      ConfigError: if there is no such field or option, a value does not fit it or is
+        given twice, or there are more than `MAX_MEMBERS`.
     """
     choices: dict[str, list[str]] = {}
+    num_members = 1
     for part in spec.split(";"):
         name, _, text = (piece.strip() for piece in part.partition("="))
         if not text or name in choices:
@@ -51,26 +56,59 @@ def parse(spec: str, base: TrainConfig) -> list[TrainConfig]:
             )
         base.value(name)  # refuses a name that there is not
         has_options = "." not in name and (":" in text or "|" in text)
-        choices[name] = [
-            value
-            for piece in text.split("|" if has_options else ",")
-            for value in _range(piece.strip())
-        ]
+        pieces = [p.strip() for p in text.split("|" if has_options else ",")]
+        num_members *= sum(map(_count, pieces))
+        if num_members > MAX_MEMBERS:
+            raise ConfigError(
+                f"sweep={spec!r} has {num_members:,} members or more; expected at most "
+                f"{MAX_MEMBERS:,}: write several sweeps"
+            )
+        choices[name] = [value for piece in pieces for value in _range(piece)]
     configs = []
     for member in itertools.product(*choices.values()):
         config = base
         for name, text in zip(choices, member, strict=True):
             config = _with(config, name, text)
         configs.append(config)
+    if len(set(configs)) < len(configs):
+        number, twice = next(
+            (i, config) for i, config in enumerate(configs) if config in configs[:i]
+        )
+        values = ", ".join(f"{name}={twice.value(name)}" for name in choices)
+        raise ConfigError(
+            f"sweep={spec!r}: members {configs.index(twice) + 1} and {number + 1} are "
+            f"the same, {values}; give each value once"
+        )
     return configs
 
 
-def _range(text: str) -> list[str]:
+def _range(text: str) -> Sequence[str]:
     """Return the integers that "a..b" stands for, or else the text."""
-    integers = re.fullmatch(r"(\d+)\.\.(\d+)", text)
+    ends = _ends(text)
+    return [text] if ends is None else [str(i) for i in range(ends[0], ends[1] + 1)]
+
+
+def _count(text: str) -> int:
+    """Return how many values a text stands for."""
+    ends = _ends(text)
+    return 1 if ends is None else ends[1] - ends[0] + 1
+
+
+def _ends(text: str) -> tuple[int, int] | None:
+    """Return a and b of "a..b", or None of another text.
+
+    Raises:
+      ConfigError: if b is less than a.
+    """
+    integers = re.fullmatch(r"(\d{1,18})\.\.(\d{1,18})", text)
     if integers is None:
-        return [text]
-    return [str(i) for i in range(int(integers[1]), int(integers[2]) + 1)]
+        return None
+    first, last = int(integers[1]), int(integers[2])
+    if last < first:
+        raise ConfigError(
+            f"{text} holds no integer; expected the smaller one first: {last}..{first}"
+        )
+    return first, last
 
 
 def _with(config: TrainConfig, name: str, text: str) -> TrainConfig:

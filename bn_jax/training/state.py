@@ -14,6 +14,7 @@ from flax import struct
 from jax import Array
 
 from bn_jax import models
+from bn_jax.training import memory
 from bn_jax.training.augment import Unchanged
 from bn_jax.training.inputs import to_unit
 
@@ -52,13 +53,23 @@ class Network:
     scale: Callable[[Array], Array] = to_unit
     centre: Callable[[Array], Array] = Unchanged().centre
 
-    def check_fits(self) -> None:
-        """Refuse a model that does not fit the images or the classes.
+    def check_fits(self, num_images: int = 2) -> None:
+        """Refuse a model that does not fit the images, the classes or the memory.
+
+        Args:
+          num_images: of a batch on one device.
 
         Raises:
           ConfigError: in one line, as `bn_jax.models.check_fits` says.
         """
-        models.check_fits(self.model, self.image_shape, num_classes=self.num_classes)
+        models.check_fits(
+            self.model,
+            self.image_shape,
+            num_classes=self.num_classes,
+            num_images=num_images,
+            # Twice, as the compiler may need no array of what is summed at once.
+            max_bytes=2 * memory.total(),
+        )
 
     def init(self, key: Array) -> dict[str, Any]:
         """Return the model's initial variables."""

@@ -362,7 +362,7 @@ class Sweep:
         """Return the members' initial states, stacked; those of `loop.Trainer`."""
         of_seed: dict[int, TrainState] = {}
         network, config = self._network(), self._config()
-        network.check_fits()
+        network.check_fits(config.batch_size)
         init = models.make_init(network.model, network.image_shape)
         for seed in {config.seed for config in self._members}:
             optimizer = make_optimizer(

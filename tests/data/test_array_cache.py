@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -62,6 +63,22 @@ def test_damaged_manifest_is_named(tiny, cache, text):
 def test_arrays_of_another_size_are_refused(tiny, cache):
     tiny.install(sizes={"train": 30, "test": 21})
     with pytest.raises(DataError, match=r"test_images\.npy .* expected \(21, 28"):
+        load(NAME)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda labels: labels.astype(np.int64), "is of int64, expected int32"),
+        (lambda labels: labels + 10, "holds the label 1"),
+        (lambda labels: labels[::-1].copy(), "the crc32 of the content is"),
+    ],
+)
+def test_labels_that_cannot_be_are_refused(tiny, cache, change, message):
+    shutil.rmtree(cache)
+    labels = change(tiny.train.labels)
+    array_cache.write(tiny.prepared, tiny.train._replace(labels=labels), tiny.test)
+    with pytest.raises(DataError, match=message):
         load(NAME)
 
 

@@ -335,7 +335,17 @@ def test_link_in_an_archive_is_not_followed(cifar10, tmp_path):
         member = tarfile.TarInfo("data_batch_1.bin")
         member.type, member.linkname = tarfile.SYMTYPE, "/etc/passwd"
         archive.addfile(member)
-    assert "cannot be read" in error_of("cifar10", path)
+    assert "lacks data_batch_1.bin" in error_of("cifar10", path)
+
+
+def test_file_that_is_too_large_is_not_unpacked(cifar10, tmp_path):
+    path = tmp_path / "archive"
+    with tarfile.open(path, "w:gz", compresslevel=1) as archive:
+        member = tarfile.TarInfo("data_batch_1.bin")
+        member.size = 10**8
+        with open("/dev/zero", "rb") as zeros:
+            archive.addfile(member, zeros)
+    assert "data_batch_1.bin of 100,000,000 bytes, exp" in error_of("cifar10", path)
 
 
 def test_archive_is_downloaded_and_prepared(cifar10, tmp_path, monkeypatch):

@@ -1,10 +1,13 @@
+import dataclasses
 import gzip
 import struct
+import tracemalloc
 
 import numpy as np
 import pytest
 
 from bn_jax.data import DataError, idx, load
+from bn_jax.data.sources import SPECS
 from bn_jax.data.spec import PARTS
 
 NAME = "fashion_mnist"
@@ -71,8 +74,11 @@ def test_damaged_gzip_is_named(tiny, part, damage):
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        (lambda content: content[:-3], "is truncated: it holds 27 bytes of values"),
-        (lambda content: content + b"abcd", "has 4 trailing bytes"),
+        (
+            lambda content: content[:-3],
+            "is truncated: its header declares 30 = 30 bytes of values, and it holds",
+        ),
+        (lambda content: content + b"abcd", "has trailing bytes: its header declares"),
         (lambda content: content[:6], "is truncated: it holds 6 bytes"),
         (lambda content: b"", "its magic number is 0x, expected 0x00000801"),
         (lambda content: b"<html>", "its magic number is 0x3c68746d"),
@@ -93,6 +99,27 @@ def test_fault_in_a_label_file_is_named(tiny, change, problem):
     message = error_of(tiny)
     assert str(tiny.file("train_labels")) in message
     assert problem in message
+
+
+def test_no_more_is_unpacked_than_the_header_promises(tiny):
+    tiny.rewrite("train_labels", tiny.content("train_labels") + bytes(10**8))
+    tracemalloc.start()
+    message = error_of(tiny)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert "has trailing bytes" in message
+    assert peak < 10**7
+
+
+@pytest.mark.parametrize("name", ["mnist", "kmnist"])
+def test_files_of_another_set_are_refused_by_its_name(tiny, name, monkeypatch):
+    spec = dataclasses.replace(SPECS[name], sizes=tiny.spec.sizes, alike=(SPECS[NAME],))
+    assert SPECS[name].alike[0].title == "Fashion-MNIST"
+    monkeypatch.setitem(SPECS, name, spec)
+    with pytest.raises(
+        DataError, match=f"holds Fashion-MNIST's train images, expected {spec.title}'s"
+    ):
+        load(name, data_files=tiny.idx_dir)
 
 
 def test_images_of_another_size_are_refused(tiny):

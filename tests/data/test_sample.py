@@ -1,3 +1,6 @@
+import struct
+import zlib
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -39,12 +42,39 @@ def test_written_sheet_is_read_back(tmp_path, monkeypatch):
     train, test = make(6_100), make(1_050)
     monkeypatch.setattr(sample, "SHEET", tmp_path / "sheet.png")
     sample.write(sample.SHEET, train, test)
+    written = zlib.crc32(np.asarray(Image.open(sample.SHEET)).tobytes())
+    monkeypatch.setattr(sample, "_CRC32", written)
     for found, whole, per_class in zip(
         sample.read(), (train, test), (600, 100), strict=True
     ):
         expected = sample.select(whole, per_class)
         np.testing.assert_array_equal(found.images, expected.images)
         np.testing.assert_array_equal(found.labels, expected.labels)
+
+
+def test_changed_pixel_is_refused(tmp_path, monkeypatch):
+    sheet = np.array(Image.open(sample.SHEET))
+    sheet[500, 500] ^= 1
+    monkeypatch.setattr(sample, "SHEET", tmp_path / "sheet.png")
+    Image.fromarray(sheet).save(sample.SHEET)
+    with pytest.raises(DataError, match="sheet.png, the embedded sample, has changed"):
+        load("sample")
+
+
+def png_header(width, height):
+    """The start of a PNG, whose header promises so many pixels."""
+    size = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    chunk = b"IHDR" + size
+    length, crc32 = struct.pack(">I", len(size)), struct.pack(">I", zlib.crc32(chunk))
+    return b"\x89PNG\r\n\x1a\n" + length + chunk + crc32
+
+
+@pytest.mark.parametrize("side", [3000, 60_000])
+def test_header_that_promises_more_pixels_is_refused(side, tmp_path, monkeypatch):
+    monkeypatch.setattr(sample, "SHEET", tmp_path / "sheet.png")
+    sample.SHEET.write_bytes(png_header(side, side))
+    with pytest.raises(DataError, match="Install bn_jax again"):
+        load("sample")
 
 
 def test_select_cycles_through_the_classes():

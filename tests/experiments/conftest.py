@@ -12,13 +12,17 @@ def in_process(tmp_path, monkeypatch, capsys):
     printed is returned; SystemExit, which may hold the line of an error, is raised.
     """
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(launch, "set_up_jax", lambda: None)  # it is set up for tests
-    monkeypatch.setattr(launch, "_quiet_orbax", lambda: None)
+    # JAX is set up for tests, and the output is pytest's.
+    monkeypatch.setattr(launch, "set_up_jax", launch._check_processes)
+    for name in ("set_up_cache", "_quiet_orbax", "_keep_output"):
+        monkeypatch.setattr(launch, name, lambda: None)
     before = set(flags.FLAGS)
 
     def in_process(start, *arguments):
         monkeypatch.setattr(
-            launch.app, "run", lambda main: main(flags.FLAGS(["program", *arguments]))
+            launch.app,
+            "run",
+            lambda main, flags_parser: main(flags.FLAGS(["program", *arguments])),
         )
         try:
             start()

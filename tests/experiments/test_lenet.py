@@ -4,6 +4,7 @@ import io
 import os
 import re
 import runpy
+import shlex
 import signal
 import subprocess
 import sys
@@ -177,6 +178,37 @@ def test_mistake_ends_in_a_line_that_says_the_mend(tmp_path, mistake):
     assert ran.returncode == 1
     assert re.search(MISTAKES[mistake], ran.stderr)
     assert "Traceback" not in ran.stderr
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("output", ["/dev/full", "closed", "a pipe to head"])
+def test_training_goes_on_without_its_output(output, tmp_path):
+    command = [sys.executable, "-m", "experiments.lenet", "--workdir=run", "--smoke"]
+    command += ["--model=mlp:widths=8"]
+    to = {"/dev/full": "> /dev/full", "closed": ">&-", "a pipe to head": "| head -1"}
+    shell = f"set -o pipefail; {shlex.join(command)} {to[output]}"
+    ran = subprocess.run(
+        ["bash", "-c", shell],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert "Traceback" not in ran.stderr
+    assert run_lib.load(tmp_path / "run").results["test_accuracy"] > 0
+
+
+@pytest.mark.slow
+def test_help_is_no_failure_and_a_device_that_is_not_there_is_named(
+    tmp_path, monkeypatch
+):
+    assert lenet("--help", cwd=tmp_path).returncode == 0
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    ran = lenet("--workdir=run", "--smoke", cwd=tmp_path)
+    assert ran.returncode == 1 and "Traceback" not in ran.stderr
+    assert "JAX_PLATFORMS='cuda', and JAX has no such device here; unset" in ran.stderr
     assert not any(tmp_path.iterdir())
 
 

@@ -105,6 +105,14 @@ def test_own_colour_images_with_validation_and_averaged_weights(command, images)
     assert "the same numbers as in run/results.json" in again
 
 
+def test_losses_that_overflow_in_prediction_are_null_and_the_run_ends(command):
+    options = ("--smoke", "--devices=1", "--model=mlp:widths=8x8")
+    said = command("--workdir=run", "--learning_rate=1e30", *options)
+    assert "written to run" in said
+    assert results.read_json(Path("run/results.json"))["test_loss_exact"] is None
+    assert "the same numbers as in run/results.json" in command("--load=run")
+
+
 SECOND_FAILS = "model.norm_layers=11,1"  # of two members that share a program
 
 
@@ -190,6 +198,43 @@ def test_file_that_cannot_be_read_ends_in_a_line_and_leaves_no_folder(
         (["--workdir=a", "--load=b"], "give --workdir=DIR to train"),
         (["--load=nowhere"], "no config.json in nowhere"),
         (["--load=a", "--norm=none"], "so leave out --norm"),
+        (
+            ["--load=a", "--sweep=seed=1", "--smoke", "--devices=2", "--noresume"],
+            "so leave out --devices, --resume, --smoke, --sweep",
+        ),
+        (["--workdir=gs://bucket/a"], "workdir='gs://bucket/a' is an address of a st"),
+        (["--workdir=~nobody-here/a"], "there is no home folder of ~nobody-here; give"),
+        (["--workdir=a\udcff"], r"workdir='a.udcff' holds bytes that are no UTF-8"),
+        (
+            ["--workdir=a", "--num_processes=2", "--process_id=1"],
+            "--num_processes=2 and --process_id=1 without --coordinator_address; give",
+        ),
+        (
+            ["--workdir=a", "--nodistributed", "--coordinator_address=host:1234"],
+            "--nodistributed with --coordinator_address=host:1234; leave out one",
+        ),
+        (["--workdir=a", "--parallel=pmpa"], r"one of pmap, jit \(did you mean pmap"),
+        (["--workdir=a", "--sweep=seed=5..1"], "5..1 holds no integer; .*: 1..5"),
+        (
+            ["--workdir=a", "--sweep=learning_rate=1,0.1,1.0"],
+            "members 1 and 3 are the same, learning_rate=1.0; give each value once",
+        ),
+        (
+            ["--workdir=a", "--sweep=seed=0..100000000"],
+            "100,000,001 members or more; expected at most 100,000",
+        ),
+        (
+            ["--workdir=a", "--sweep=sed=1,2"],
+            r"'sed' is no field \(did you mean seed\?\)",
+        ),
+        (
+            ["--workdir=a", "--smoke", "--model=lenet:first_padding=100000"],
+            "LeNet needs an array of .* GB for 32 images of 28 x 28 x 1; expected at",
+        ),
+        (
+            ["--workdir=a", "--smoke", "--model=mlp:widths=100000000"],
+            "MLP needs an array of .* twice the memory: give a smaller model",
+        ),
         (["--workdir=a", "--epochs=0"], "epochs=0; expected a number at least 1"),
         (["--workdir=a", "--optimizer=lamp"], "optimizer='lamp'; expected one of sgd"),
         (

@@ -344,6 +344,39 @@ def test_error_on_process_0_alone_ends_the_others(tmp_path, start):
     assert occupied.read_text() == "no folder\n"
 
 
+DIFFERENT = {
+    "rate": ({"learning_rate": 0.2}, "learning_rate: 0.1 on process 0, 0.2 on process"),
+    "epochs": ({"epochs": 3}, "epochs: 2 on process 0, 3 on process 1"),
+    "data": ({}, r"images and labels: \[.*\] on process 0, \[.*\] on process 1"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", DIFFERENT)
+def test_processes_that_differ_end_before_the_first_step(
+    what, folder, tmp_path, start_pair
+):
+    changes, message = DIFFERENT[what]
+    other = tmp_path / "other.npz"
+    arrays = dict(np.load(folder / "data.npz"))
+    arrays["train_images"][5, 5, 5] ^= 1
+    np.savez(other, **arrays)
+    data = [folder / "data.npz", other if what == "data" else folder / "data.npz"]
+    pair = start_pair(
+        "train_into",
+        of_process=lambda index: {
+            "workdirs": [str(tmp_path / f"run{index}")],
+            "data": str(data[index]),
+            "config": {**CONFIG, **(changes if index == 1 else {})},
+        },
+    )
+    for process in pair:
+        status, said = process.end()
+        assert status != 0
+        assert re.search(rf"processes differ \({message}", said), said
+    assert not list(tmp_path.glob("run*"))
+
+
 # Meeting.
 
 
@@ -432,6 +465,18 @@ def test_something_else_at_the_address_is_not_taken_for_process_0():
     assert "process 0 of 2 has not come" in outcomes[1]
 
 
+def test_two_processes_of_one_number_end_the_meeting_at_once():
+    port = free_port()
+    started = time.monotonic()
+    outcomes, first = meet_in_threads(port, [0, 1], count=3, seconds=30)
+    others, rest = meet_in_threads(port, [1], count=3, seconds=30)
+    join_all(first + rest, 10)
+    assert time.monotonic() - started < 5
+    message = "two processes have come with --process_id=1; give each its own, from"
+    for said in (outcomes[0], others[1], outcomes[1]):
+        assert message in said
+
+
 def test_process_0_says_that_its_port_is_taken():
     with socket.create_server(("", 0)) as server:
         port = server.getsockname()[1]
@@ -453,6 +498,8 @@ ADDRESS = "10.0.0.1:1234"
         (("10.0.0.1", 2, 0), "coordinator_address='10.0.0.1'; expected HOST:PORT"),
         ((":1234", 2, 0), "coordinator_address=':1234'; expected HOST:PORT"),
         (("host:port", 2, 0), "coordinator_address='host:port'; expected HOST:PORT"),
+        (("host:0", 2, 0), "coordinator_address='host:0'; .*a port from 1 to 65535"),
+        (("host:99999", 2, 1), "coordinator_address='host:99999'; .*1 to 65535"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(arguments, message):
@@ -480,6 +527,12 @@ def test_arguments_that_do_not_fit_are_refused(arguments, message):
 )
 def test_processes_of_a_cluster_are_detected(environment, detected):
     assert distributed.is_detected(environment) is detected
+
+
+@pytest.mark.parametrize("tasks", ["", "x", "-1", "2.5"])
+def test_number_of_tasks_that_is_none_is_refused(tasks):
+    with pytest.raises(DistributedError, match=f"SLURM_STEP_NUM_TASKS='{tasks}' in"):
+        distributed.is_detected({"SLURM_STEP_NUM_TASKS": tasks})
 
 
 def is_free(job):

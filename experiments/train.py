@@ -8,7 +8,7 @@ r"""Train any model with any norm on any images, from the command line.
     --inputs=standardised --augment=crop_and_flip
   python -m experiments.train --workdir=runs/own --dataset=npz:images.npz
   python -m experiments.train --workdir=runs/smoke --smoke     a try in seconds
-  python -m experiments.train --load=runs/mlp                  evaluate it again
+  python -m experiments.train --load=runs/mlp        evaluate a run or sweep again
   python -m experiments.train --workdir=runs/rates --devices=2 \
     --sweep="learning_rate=0.1,0.3,1.0;norm=batch_norm|group:num_groups=2;seed=0..2"
 
@@ -28,9 +28,10 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from bn_jax import paths, runs
+from bn_jax import paths, runs, transforms
+from bn_jax.data import ImageData
 from bn_jax.fields import ConfigError
-from bn_jax.runs import distributed, results
+from bn_jax.runs import distributed, results, sweeps
 from bn_jax.training import members, scoring, task
 from bn_jax.training.config import RunOptions, TrainConfig
 from bn_jax.training.evaluation import Evaluator
@@ -110,14 +111,16 @@ def train(workdir: Path, config: TrainConfig) -> None:
     validated = ""
     if "validation_accuracy" in found:
         validated = f"validation accuracy {found['validation_accuracy']:.3f}, "
-    by_exact = "no exact statistics"
-    if found["test_accuracy_exact"] is not None:
-        by_exact = f"{found['test_accuracy_exact']:.3f} by exact statistics"
+    tested = f"test accuracy {found['test_accuracy']:.3f}"
+    if found["moving_averages"]:
+        by_exact = "no exact statistics"
+        if found["test_accuracy_exact"] is not None:
+            by_exact = f"{found['test_accuracy_exact']:.3f} by exact statistics"
+        tested += f" by moving averages and {by_exact}"
     print(
         f"loss {_rounded(found['train_loss'])}, "
         f"train accuracy {found['train_accuracy']:.3f}, {validated}"
-        f"test accuracy {found['test_accuracy']:.3f} by moving averages and "
-        f"{by_exact}, {found['examples_per_second']:,.0f} examples/s"
+        f"{tested}, {found['examples_per_second']:,.0f} examples/s"
     )
     if "exact_refused" in found:
         print(f"exact statistics were not measured: {found['exact_refused']}")
@@ -153,37 +156,60 @@ def train_sweep(workdir: Path, spec: str, base: TrainConfig) -> None:
         if "validation_accuracy" in row:
             line += f"validation accuracy {row['validation_accuracy'][-1]:.3f}  "
         line += f"test accuracy {row['test_accuracy'][-1]:.3f}"
-        if "test_accuracy_exact" in row:
+        if "test_accuracy_exact" in row and transforms.is_batch_norm(config.norm):
             line += f", {row['test_accuracy_exact']:.3f} by exact statistics"
         print(line)
     print(f"written to {workdir}")
 
 
 def evaluate_again(workdir: Path) -> None:
-    """Evaluate the run in `workdir` and compare with what it wrote."""
-    run = runs.load(workdir)
-    data = task.select(run.config, launch.load_data(run.config.dataset))
-    if data.source != run.results["data_source"]:
-        print(f"note: the run was on {run.results['data_source']}")
+    """Evaluate the run or sweep in `workdir` and compare with what it wrote."""
+    is_sweep = results.is_sweep(results.read_object(workdir / results.CONFIG))
+    found = sweeps.load(workdir) if is_sweep else [runs.load(workdir)]
+    data = task.select(found[0].config, launch.load_data(found[0].config.dataset))
+    written = results.read_object(workdir / results.RESULTS)
+    if data.source != written["data_source"]:
+        print(f"note: the run was on {written['data_source']}")
+    outcomes = []
+    for number, run in enumerate(found, 1):
+        if is_sweep:
+            print(f"member {number} of {len(found)}")
+        if run.results.get("diverged_at_step") is not None:
+            print(f"diverged at step {run.results['diverged_at_step']}")
+            continue
+        count = run.results.get("exact_statistics_examples", len(data.train.labels))
+        outcomes.append(_evaluate_again(run, data, count))
+    where = workdir / (results.ROWS if is_sweep else results.RESULTS)
+    if not all(near for _, near in outcomes):
+        sys.exit("error: the numbers differ from those that the run wrote")
+    if all(same for same, _ in outcomes):
+        print(f"the same numbers as in {where}")
+    else:
+        print("the same numbers but for rounding, as on another machine or backend")
+
+
+def _evaluate_again(
+    run: runs.Run, data: ImageData, num_examples: int
+) -> tuple[bool, bool]:
+    """Print a run's scores; return whether they are those it wrote, and near them."""
     devices = jax.local_devices()[:1]
-    new = scoring.score(
+    scores = scoring.score(
         run.network,
         run.variables,
         Evaluator(run.network.predict, data.test, devices=devices),
-        data.train.images[: run.results["exact_statistics_examples"]],
+        data.train.images[:num_examples],
         devices=devices,
         average=run.average,
-    ).to_row()
-    new = results.finite(new)
+    )
+    found = results.finite(scores.to_row())
+    new = {name: value for name, value in found.items() if name in run.results}
     old = {name: run.results[name] for name in new}
+    # Of a sweep's member, those of all epochs.
+    old = {name: v[-1] if isinstance(v, list) else v for name, v in old.items()}
     for name, value in new.items():
         print(f"{name:22s} {_number(value)}  (the run wrote {_number(old[name])})")
-    if new == old:
-        print(f"the same numbers as in {workdir / 'results.json'}")
-    elif all(_is_close(new[name], old[name]) for name in new):
-        print("the same numbers but for rounding, as on another machine or backend")
-    else:
-        sys.exit("error: the numbers differ from those that the run wrote")
+    same = all(new[name] == old[name] for name in new)
+    return same, all(_is_close(new[name], old[name]) for name in new)
 
 
 def _rounded(loss: float | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,11 @@ from bn_jax.plots.style import BLUE, COLOURS, GREEN, GREY, LINES, ORANGE, PURPLE
 
 
 def curves(
-    metrics: Sequence[Mapping[str, Any]], results: Mapping[str, Any], path: Path
+    metrics: Sequence[Mapping[str, Any]],
+    results: Mapping[str, Any],
+    path: Path,
+    *,
+    title: str = "",
 ) -> None:
     """Draw loss, train and test accuracy by epoch, as the chapter's figure does.
 
@@ -23,18 +28,21 @@ def curves(
       results: of results.json; its exact-statistics accuracy is marked at the end, if
         there is one.
       path: of the image to write.
+      title: what the run is.
     """
+    has_averages = results.get("moving_averages", True)
+    tested = "test accuracy" + " (moving averages)" * has_averages
     figure = style.figure(6, 3.8)
     axes = figure.subplots()
     epochs = [row["epoch"] for row in metrics]
     for name, label, dashes, colour in (
         ("loss", "train loss [nats]", "-", BLUE),
         ("train_accuracy", "train accuracy", "--", PURPLE),
-        ("test_accuracy", "test accuracy (moving averages)", "-.", GREEN),
+        ("test_accuracy", tested, "-.", GREEN),
     ):
         values = [row[name] for row in metrics]
         axes.plot(epochs, values, dashes, color=colour, label=label, marker=".")
-    if results["test_accuracy_exact"] is not None:
+    if results["test_accuracy_exact"] is not None and has_averages:
         axes.plot(
             epochs[-1],
             results["test_accuracy_exact"],
@@ -46,7 +54,8 @@ def curves(
     style.finish(axes, "epoch", "loss, accuracy")
     axes.set_ylim(0, max(1, 1.05 * max(row["loss"] for row in metrics)))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_title(results["data_source"], fontsize=8, color=GREY)
+    lines = [*textwrap.wrap(title, 90), results["data_source"]]
+    axes.set_title("\n".join(lines), fontsize=8, color=GREY)
     axes.legend(fontsize=8, frameon=False)
     style.save(figure, path)
 
@@ -76,29 +85,40 @@ def gamma_beta(layers: Mapping[str, Mapping[str, Sequence[float]]], path: Path) 
 
 
 def members_by_epoch(
-    rows: Sequence[Mapping[str, Any]], labels: Sequence[str], path: Path
+    groups: Mapping[str, Sequence[Mapping[str, Any]]], path: Path
 ) -> None:
-    """Draw training loss and test accuracy by epoch, a line for each member of a sweep.
+    """Draw training loss and test accuracy by epoch, a line for each group of members.
+
+    Lines are means over a group's members, such as its seeds, and bands reach from the
+    least to the greatest.
 
     Args:
-      rows: with the per-epoch lists `loss` and `test_accuracy`, None after divergence.
-      labels: of the rows.
+      groups: by label, rows with the per-epoch lists `loss` and `test_accuracy`, None
+        after divergence.
       path: of the image to write.
     """
-    figure = style.figure(8, 3.6)
+    counts = sorted({len(rows) for rows in groups.values()})
+    note = f"{sum(map(len, groups.values()))} members"
+    if counts[-1] > 1:
+        note += (
+            f"; n = {'-'.join(str(n) for n in sorted({counts[0], counts[-1]}))} seeds, "
+            "band: least to greatest"
+        )
+    figure = style.figure(8, 3.9, note)
     panels = {"loss": "training loss [nats]", "test_accuracy": "test accuracy"}
     colours = colormaps["viridis"]
-    for axes, (name, label) in zip(figure.subplots(1, 2), panels.items(), strict=True):
-        for i, row in enumerate(rows):
-            values = [float("nan") if v is None else v for v in row[name]]
-            colour = colours(i / max(len(rows) - 1, 1) * 0.9)
-            epochs = range(1, len(values) + 1)
-            axes.plot(epochs, values, ".-", color=colour, label=labels[i], lw=1)
-        style.finish(axes, "epoch", label)
+    for axes, (name, title) in zip(figure.subplots(1, 2), panels.items(), strict=True):
+        for i, (label, rows) in enumerate(groups.items()):
+            longest = max(len(row[name]) for row in rows)
+            runs = [[*row[name], *[None] * (longest - len(row[name]))] for row in rows]
+            epochs, means, low, high = style.by_epoch(runs)
+            colour = colours(i / max(len(groups) - 1, 1) * 0.9)
+            axes.fill_between(epochs, low, high, color=colour, alpha=0.2, lw=0)
+            axes.plot(epochs, means, ".-", color=colour, label=label, lw=1)
+        style.finish(axes, "epoch", title)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if 1 < len(rows) <= 12:
-        figure.axes[0].legend(fontsize=7, frameon=False)
-    figure.axes[1].set_title(f"{len(rows)} members", fontsize=8, color=GREY)
+    if 1 < len(groups) <= 12:
+        style.legend_below(figure, columns=1 if max(map(len, groups)) > 60 else 2)
     style.save(figure, path)
 
 

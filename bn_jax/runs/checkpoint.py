@@ -111,14 +111,17 @@ class Checkpoints:
       workdir: the run's directory.
       identity: what decides the run's numbers, as JSON values: config, data, key. A
         checkpoint of another identity is refused.
+      grows: whether that of a run of fewer epochs is read all the same.
     """
 
-    def __init__(self, workdir: Path, identity: Mapping[str, Any]) -> None:
+    def __init__(
+        self, workdir: Path, identity: Mapping[str, Any], *, grows: bool = False
+    ) -> None:
         import orbax.checkpoint as ocp
 
         self._ocp = ocp
         self._kept = _LatestAndBest()
-        self._identity = dict(identity)
+        self._identity, self._grows = dict(identity), grows
         self._path = results.remove_link(workdir / CHECKPOINTS).absolute()
         options = ocp.CheckpointManagerOptions(
             create=False,
@@ -263,7 +266,8 @@ class Checkpoints:
                     f"{', '.join(changed)} hold other numbers than were written"
                 )
             identity = run.pop("identity")
-        self._refuse(step, differences(identity, self._identity))
+        if not (self._grows and results.is_shorter(identity, self._identity)):
+            self._refuse(step, differences(identity, self._identity))
         return step, arrays, run
 
     @contextmanager

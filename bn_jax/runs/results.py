@@ -37,8 +37,13 @@ ENVIRONMENT = "environment.json"
 METRICS = "metrics.jsonl"
 CHECKSUMS = "checksums.json"
 RESULTS = "results.json"
+ROWS = "runs.jsonl"  # of a sweep, a row a member
 LOCK = ".lock"
 UNFINISHED = ".unfinished"  # ending of a file that is being written
+
+# Files beside the results whose checksums are kept.
+OF_A_RUN = (CONFIG, ENVIRONMENT, METRICS)
+OF_A_SWEEP = (CONFIG, ENVIRONMENT, ROWS)
 
 # What to do about a damaged file.
 MEND = "restore it from a copy, or train again in another folder"
@@ -87,6 +92,7 @@ def check_free(
     *,
     resume: bool = True,
     repeat: bool = False,
+    grows: bool = False,
 ) -> None:
     """Refuse a working directory that cannot take a run of `config`.
 
@@ -97,6 +103,8 @@ def check_free(
       config: the run's config.
       resume: whether to resume an unfinished run; else it is refused.
       repeat: whether a finished run of the same config may write its results anew.
+      grows: whether a run of fewer epochs may go on, finished or not: its steps are
+        the first ones of the longer run.
 
     Raises:
       RunError: if the directory holds another config's run, a finished run, or files of
@@ -112,23 +120,50 @@ def check_free(
             f"{workdir} holds {', '.join(present[:5])} but no {CONFIG}, so it is not a "
             "run's; give an empty or new folder with --workdir"
         )
+    longer = False
     if present:
-        faults = differences(read_object(workdir / CONFIG), config)
-        if faults:
+        there = read_object(workdir / CONFIG)
+        faults = differences(there, config)
+        longer = is_shorter(there, config)
+        if longer and not grows:
+            raise RunError(
+                f"{workdir} holds a run of {there['epochs']} epochs, whose rates are "
+                f"not those of the first of {config['epochs']} by "
+                f"schedule={config.get('schedule')!r}; a longer run goes on from a "
+                "shorter one with schedule=constant alone: give another folder with "
+                "--workdir"
+            )
+        if faults and not longer:
             raise RunError(
                 f"{workdir} holds a run of another config ({'; '.join(faults)}); give "
                 "another folder with --workdir"
             )
-    if RESULTS in present and not repeat:
+    if RESULTS in present and not repeat and not longer:
         raise RunError(
             f"{workdir} holds a finished run of this config; read it with "
-            f"--load={workdir}, or give another folder with --workdir"
+            f"--load={workdir} (in Python by bn_jax.runs.load, or train_or_load in "
+            "place of train), let it go on with more --epochs, or give another folder "
+            "with --workdir"
         )
     if present and not resume:
         raise RunError(
             f"{workdir} holds an unfinished run of this config; resume it by "
             "--resume, or give another folder with --workdir"
         )
+
+
+def is_shorter(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Return whether one config is that of fewer epochs, and all else the same."""
+    fewer, more = old.get("epochs"), new.get("epochs")
+    same = {**old, "epochs": None} == {**new, "epochs": None}
+    return same and isinstance(fewer, int) and isinstance(more, int) and fewer < more
+
+
+def set_results_aside(workdir: Path) -> None:
+    """Rename the results of a finished run that goes on, by its number of epochs."""
+    epochs = read_object(workdir / CONFIG)["epochs"]
+    with _writing(workdir / RESULTS):
+        (workdir / RESULTS).rename(workdir / f"results_{epochs}_epochs.json")
 
 
 def start_run(workdir: Path, config: Mapping[str, Any]) -> None:
@@ -190,6 +225,11 @@ def check_finished(workdir: Path, *, others: Sequence[str]) -> dict[str, Any]:
                 f"written; {MEND}"
             )
     return arrays
+
+
+def is_sweep(config: Mapping[str, Any]) -> bool:
+    """Return whether the contents of a config.json are those of a sweep."""
+    return "exact" in config
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

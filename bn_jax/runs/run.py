@@ -19,7 +19,7 @@ from bn_jax import paths
 from bn_jax.fields import ConfigError
 from bn_jax.runs import checkpoint, distributed, interrupt, results
 from bn_jax.runs.results import RunError
-from bn_jax.training import loop, own_models, parallel, task
+from bn_jax.training import loop, own_models, parallel, schedules, task
 from bn_jax.training.config import RunOptions, TrainConfig
 from bn_jax.training.loop import EpochReport, Progress
 from bn_jax.training.scoring import Score
@@ -30,7 +30,6 @@ from bn_jax.version import __version__
 # Training images that take more than this are streamed by default.
 MAX_STORED_BYTES = 10**9
 
-_FILES = (results.CONFIG, results.ENVIRONMENT, results.METRICS)
 _VALIDATION = ("validation_loss", "validation_accuracy")
 
 
@@ -58,6 +57,9 @@ def train(
     options: RunOptions | None = None,
 ) -> Run:
     """Train, evaluate, and write everything to `workdir`; resume a run that is there.
+
+    A finished run of fewer epochs goes on from its end, if the schedule is constant;
+    its results are kept in a file named by its epochs.
 
     Shows a progress bar on a terminal, and prints a line per epoch. With several
     processes, each calls this; process 0 alone reads and writes.
@@ -169,10 +171,11 @@ def train_or_load(
     run = load(workdir, model=model)
     if model is not None:
         config = own_models.named(config, model)
-    faults = results.differences(
-        {**run.config.to_dict(), "data": run.results["data_source"]},
-        {**config.to_dict(), "data": task.select(config, data).source},
-    )
+    there = {**run.config.to_dict(), "data": run.results["data_source"]}
+    now = {**config.to_dict(), "data": task.select(config, data).source}
+    faults = results.differences(there, now)
+    if faults and results.is_shorter(there, now):
+        return train(config, data, model=model, workdir=workdir, options=options)
     if faults:
         raise RunError(
             f"{workdir} holds another run ({'; '.join(faults)}); give another --workdir"
@@ -235,6 +238,7 @@ class _Files:
         self._workdir, self._config = workdir, trainer.config
         self._trainer, self._data = trainer, trainer.data
         self._checkpoints: checkpoint.Checkpoints | None = None
+        self._grows = schedules.is_of_any_length(trainer.config.schedule)
         self._bar = tqdm(
             total=trainer.num_steps, unit="step", disable=None, leave=False
         )
@@ -242,10 +246,18 @@ class _Files:
     def start(self, like: TrainState, *, resume: bool) -> Progress | None:
         """Make the directory ready; return the progress to resume from."""
         config = self._config.to_dict()
-        results.check_free(self._workdir, config, resume=resume)
+        results.check_free(self._workdir, config, resume=resume, grows=self._grows)
+        finished = (self._workdir / results.RESULTS).exists()
         progress = None
         if (self._workdir / checkpoint.CHECKPOINTS).exists():
             progress = self._open().latest(like)
+        if finished and progress is None:
+            raise RunError(
+                f"{self._workdir} holds a finished run of fewer epochs, and no "
+                "checkpoint to go on from; give another folder with --workdir"
+            )
+        if finished:
+            results.set_results_aside(self._workdir)
         results.start_run(self._workdir, config)
         history = () if progress is None else progress.history
         rows = (results.finite(report.to_row()) for report in history)
@@ -261,7 +273,9 @@ class _Files:
                 "data": f"{self._data.name}, {len(train.labels)} images",
                 "key": np.asarray(key).tolist(),
             }
-            self._checkpoints = checkpoint.Checkpoints(self._workdir, identity)
+            self._checkpoints = checkpoint.Checkpoints(
+                self._workdir, identity, grows=self._grows
+            )
         return self._checkpoints
 
     def announce(self, progress: Progress | None) -> None:
@@ -311,12 +325,14 @@ class _Files:
             if of_name is not None
         }
         path = results.remove_link(self._workdir / "curves.png")
-        plots.curves(run.metrics, run.results, path)
+        plots.curves(run.metrics, run.results, path, title=_title(run.config))
         if run.results["gamma_beta"]:
             path = results.remove_link(self._workdir / "gamma_beta.png")
             plots.gamma_beta(run.results["gamma_beta"], path)
         self.close()  # an error in writing a checkpoint comes up before the results
-        results.finish_run(self._workdir, run.results, others=_FILES, arrays=arrays)
+        results.finish_run(
+            self._workdir, run.results, others=results.OF_A_RUN, arrays=arrays
+        )
 
     def close(self) -> None:
         """Wait until checkpoints are written."""
@@ -349,6 +365,7 @@ def _summary(trainer: loop.Trainer, score: Score, variables: Any) -> dict[str, A
         "task": trainer.task.to_dict(),
         "class_names": list(trainer.data.class_names),
         "first_step_losses": losses[:20].astype(float).tolist(),
+        "moving_averages": bool(jax.tree.leaves(variables["batch_stats"])),
         "gamma_beta": gamma_beta(variables),
     }
     of_summary: dict[str, Any] = results.finite(summary)
@@ -369,13 +386,13 @@ def load(workdir: str | Path, *, model: Any = None) -> Run:
     """
     workdir = paths.local(workdir, "workdir")
     values = results.read_object(workdir / results.CONFIG)
-    if "exact" in values:
+    if results.is_sweep(values):
         raise RunError(
-            f"{workdir} holds a sweep, not a run; its rows are in runs.jsonl, and "
-            "bn_jax.runs.sweeps.load_variables reads its members' variables"
+            f"{workdir} holds a sweep, not a run; bn_jax.runs.sweeps.load reads its "
+            "members"
         )
     config = read_config(workdir, values)
-    checksums = results.check_finished(workdir, others=_FILES)
+    checksums = results.check_finished(workdir, others=results.OF_A_RUN)
     summary = results.read_object(workdir / results.RESULTS)
     if model is not None:
         config = own_models.named(config, model)
@@ -414,12 +431,21 @@ def read_config(workdir: Path, values: dict[str, Any]) -> TrainConfig:
 
 
 def gamma_beta(variables: Any) -> dict[str, dict[str, list[float]]]:
-    """Return gamma and beta of each normalisation layer, by the layer's name."""
+    """Return gamma and beta of each normalisation layer, by the layer's name.
+
+    A layer is one that has statistics, or a scale or bias for each feature and no
+    kernel, as layer norm has.
+    """
     params = traverse_util.flatten_dict(variables["params"], sep="/")
     layers = {
         path.rpartition("/")[0]
         for path in traverse_util.flatten_dict(variables["batch_stats"], sep="/")
     }
+    for path, value in params.items():
+        layer, _, name = path.rpartition("/")
+        others = {p.rpartition("/")[2] for p in params if p.rpartition("/")[0] == layer}
+        if name in ("scale", "bias") and value.ndim == 1 and "kernel" not in others:
+            layers.add(layer)
     return {
         layer: {
             greek: np.asarray(params[f"{layer}/{name}"]).astype(float).tolist()
@@ -428,6 +454,10 @@ def gamma_beta(variables: Any) -> dict[str, dict[str, list[float]]]:
         }
         for layer in sorted(layers)
     }
+
+
+def _title(config: TrainConfig) -> str:
+    return f"{config.model}, norm {config.norm}, rate {config.learning_rate:g}"
 
 
 def _line(report: loop.EpochReport, epochs: int) -> str:

@@ -17,14 +17,12 @@ from bn_jax import data as data_lib
 from bn_jax import paths
 from bn_jax.fields import ConfigError
 from bn_jax.runs import checkpoint, interrupt, results
-from bn_jax.runs.run import read_config
+from bn_jax.runs.run import Run, read_config
 from bn_jax.training import members, own_models, task
 from bn_jax.training.config import RunOptions, TrainConfig
+from bn_jax.training.loop import EpochReport
 from bn_jax.training.sweep import Progress, Sweep
 from bn_jax.training.task import Task, make_network
-
-ROWS = "runs.jsonl"
-_FILES = (results.CONFIG, results.ENVIRONMENT, ROWS)
 
 
 def sweep(
@@ -78,17 +76,17 @@ def sweep(
     with interrupt.listening() as request, results.locked(workdir):
         results.check_free(workdir, config, resume=options.resume, repeat=True)
         if (workdir / results.RESULTS).exists():
-            results.check_finished(workdir, others=_FILES)
-            return results.read_rows(workdir / ROWS)
+            results.check_finished(workdir, others=results.OF_A_SWEEP)
+            return results.read_rows(workdir / results.ROWS)
         start = functools.partial(results.start_run, workdir, config)
         if not (workdir / results.CONFIG).exists():
             start()
         rows: list[Any] = [None] * len(configs)
         programs = []
         arrays = {}
-        for number, group in enumerate(groups, 1):
-            folder = workdir if len(groups) == 1 else workdir / f"program{number}"
-            folder.mkdir(exist_ok=True)
+        folders = _folders(workdir, len(groups))
+        for number, (folder, group) in enumerate(zip(folders, groups, strict=True), 1):
+            results.remove_link(folder).mkdir(exist_ok=True)
             if len(groups) > 1:
                 print(f"program {number} of {len(groups)}", flush=True)
             program = _Program(
@@ -104,13 +102,12 @@ def sweep(
             for i, row in zip(group, of_group, strict=True):
                 rows[i] = row
             programs.append(program)
-            name = str((folder / checkpoint.VARIABLES).relative_to(workdir))
-            arrays[name] = program.checksums
+            arrays[_name_of_variables(workdir, folder)] = program.checksums
         from bn_jax import plots  # here, so that training starts sooner
 
-        results.write_rows(workdir / ROWS, rows)
+        results.write_rows(workdir / results.ROWS, rows)
         path = results.remove_link(workdir / "sweep.png")
-        plots.members_by_epoch(rows, _labels(configs), path)
+        plots.members_by_epoch(_by_values(rows, configs), path)
         seconds = sum(program.seconds for program in programs)
         num_examples = sum(program.num_examples for program in programs)
         summary = {
@@ -123,7 +120,7 @@ def sweep(
             "task": programs[0].sweep.task.to_dict(),
             **_best(rows, configs),
         }
-        results.finish_run(workdir, summary, others=_FILES, arrays=arrays)
+        results.finish_run(workdir, summary, others=results.OF_A_SWEEP, arrays=arrays)
     return rows
 
 
@@ -224,27 +221,75 @@ def load_variables(workdir: str | Path, *, model: Any = None) -> dict[str, Any]:
     """Return the variables of a finished sweep's members, stacked NumPy arrays.
 
     Args:
-      workdir: the directory that `sweep` wrote, of members that share a program.
+      workdir: the directory that `sweep` wrote, of members of the same shapes.
       model: the user's own, of a sweep that it was passed to.
 
     Raises:
       RunError: if `workdir` holds none, or they are damaged or of another model.
       ConfigError: as `run.load` says.
     """
-    workdir = paths.local(workdir, "workdir")
-    checksums = results.check_finished(workdir, others=_FILES)
-    rows = results.read_rows(workdir / ROWS)
-    config = read_config(workdir, rows[0]["config"])
-    of_task = Task.from_dict(results.read_object(workdir / results.RESULTS)["task"])
-    network = make_network(config, of_task, model=model)
-    of_one = jax.eval_shape(network.init, jax.random.key(0))
-    like = jax.tree.map(
-        lambda v: jax.ShapeDtypeStruct((len(rows), *v.shape), v.dtype), of_one
-    )
-    known = checksums.get(checkpoint.VARIABLES, {})
-    variables = checkpoint.load_variables(workdir, like, known)
-    stacked: dict[str, Any] = jax.tree.map(np.asarray, variables)
+    variables = [run.variables for run in load(workdir, model=model)]
+    stacked: dict[str, Any] = jax.tree.map(lambda *leaves: np.stack(leaves), *variables)
     return stacked
+
+
+def load(workdir: str | Path, *, model: Any = None) -> list[Run]:
+    """Read the members of a finished sweep.
+
+    Args:
+      workdir: the directory that `sweep` wrote.
+      model: the user's own, of a sweep that it was passed to.
+
+    Returns:
+      A run for each member; its results are the member's row.
+
+    Raises:
+      RunError: if `workdir` holds none, or files are damaged.
+      ConfigError: as `run.load` says.
+    """
+    workdir = paths.local(workdir, "workdir")
+    checksums = results.check_finished(workdir, others=results.OF_A_SWEEP)
+    rows = results.read_rows(workdir / results.ROWS)
+    configs = [read_config(workdir, row["config"]) for row in rows]
+    if model is not None:
+        configs = [own_models.named(config, model) for config in configs]
+    of_task = Task.from_dict(results.read_object(workdir / results.RESULTS)["task"])
+    groups = members.grouped(configs)
+    runs: list[Any] = [None] * len(rows)
+    for folder, group in zip(_folders(workdir, len(groups)), groups, strict=True):
+        networks = [make_network(configs[i], of_task, model=model) for i in group]
+        of_one = jax.eval_shape(networks[0].init, jax.random.key(0))
+        count = len(group)
+        like = jax.tree.map(
+            lambda v, n=count: jax.ShapeDtypeStruct((n, *v.shape), v.dtype), of_one
+        )
+        known = checksums.get(_name_of_variables(workdir, folder), {})
+        stacked = checkpoint.load_variables(folder, like, known)
+        for place, (i, network) in enumerate(zip(group, networks, strict=True)):
+            own = jax.tree.map(lambda leaf, at=place: np.asarray(leaf[at]), stacked)
+            runs[i] = Run(configs[i], network, own, _by_epoch(rows[i]), rows[i])
+    return runs
+
+
+def _folders(workdir: Path, num_programs: int) -> list[Path]:
+    """Return the folder of each program of a sweep."""
+    if num_programs == 1:
+        return [workdir]
+    return [workdir / f"program{number}" for number in range(1, num_programs + 1)]
+
+
+def _name_of_variables(workdir: Path, folder: Path) -> str:
+    return (folder / checkpoint.VARIABLES).relative_to(workdir).as_posix()
+
+
+def _by_epoch(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return a member's values by epoch as a run has them."""
+    names = [name for name in EpochReport._fields if isinstance(row.get(name), list)]
+    values = zip(*(row[name] for name in names), strict=True)
+    return [
+        {"epoch": epoch, **dict(zip(names, each, strict=True))}
+        for epoch, each in enumerate(values, 1)
+    ]
 
 
 def _devices(options: RunOptions, num_members: int) -> list[jax.Device]:
@@ -271,6 +316,18 @@ def _common(configs: Sequence[TrainConfig]) -> dict[str, Any]:
         values = [getattr(config, field.name) for config in configs]
         common[field.name] = values if len(set(values)) > 1 else values[0]
     return common
+
+
+def _by_values(
+    rows: Sequence[dict[str, Any]], configs: Sequence[TrainConfig]
+) -> dict[str, list[dict[str, Any]]]:
+    """Return the rows of members that differ in their seed alone together, by label."""
+    names = [name for name in members.differing(configs) if name != "seed"]
+    found: dict[str, list[dict[str, Any]]] = {}
+    for config, row in zip(configs, rows, strict=True):
+        label = ", ".join(f"{n}={config.value(n)}" for n in names)
+        found.setdefault(label, []).append(row)
+    return found
 
 
 def _labels(configs: Sequence[TrainConfig]) -> list[str]:

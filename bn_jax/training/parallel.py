@@ -104,6 +104,12 @@ def place(
         raise ConfigError(
             f"devices={num_devices}, but JAX sees {len(present)} "
             f"({present[0].platform}); give at most {len(present)}, or all"
+            + (
+                f", or call jax.config.update('jax_num_cpu_devices', {num_devices}) "
+                "before JAX is first used"
+                if present[0].platform == "cpu"
+                else ""
+            )
         )
     if jax.process_count() > 1 and num_devices < len(present):
         raise ConfigError(

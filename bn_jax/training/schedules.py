@@ -104,6 +104,11 @@ SCHEDULES: Table[optax.Schedule] = Table(
 )
 
 
+def is_of_any_length(schedule: str) -> bool:
+    """Return whether the rates of a run are the first ones of any longer run."""
+    return SCHEDULES.parse(schedule).name == "constant"
+
+
 def _warm_up(
     schedule: optax.Schedule,
     learning_rate: float | Array,

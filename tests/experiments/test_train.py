@@ -312,5 +312,8 @@ def test_sweep_of_two_programs_is_resumed_and_not_repeated(
     assert finished[1:] == [(NORMS[0], 12, 12), (NORMS[1], 6, 12)]
     assert "resuming from step 6 of 12" in said
     assert results.read_rows(Path("run/runs.jsonl")) == rows
+    again = command("--load=run")
+    assert re.search("the same numbers (as in run/runs.jsonl|but for rounding)", again)
+    assert again.count("(the run wrote ") == 2 * 4 + 2 * 2  # exact ones of batch norm
     command("--workdir=run", *arguments)
     assert len(finished) == 3

@@ -92,7 +92,7 @@ def test_reading_back_gives_the_same_numbers(run, finished, tiny_data):
 
 def test_finished_run_is_not_overwritten(run, finished, tiny_config, tiny_data):
     before = {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
-    with pytest.raises(RunError, match="finished run of this config.*--load"):
+    with pytest.raises(RunError, match="finished run of this.*--load.*train_or_load"):
         run_lib.train(tiny_config, tiny_data, workdir=finished)
     other = dataclasses.replace(tiny_config, seed=3, epochs=4)
     message = "another config .epochs: 2 there, 4 now; seed: 0 there, 3 now"
@@ -124,6 +124,50 @@ def test_read_run_is_the_trained_run(run, finished):
     assert_same_run(run_lib.load(finished), run)
     assert results.read_metrics(finished) == run.metrics
     assert steps_in(finished) == [6, 8, 10]
+
+
+# More epochs.
+
+
+def test_longer_run_goes_on_from_the_end_of_a_shorter_one(
+    run, finished, tiny_config, tiny_data, tmp_path
+):
+    copy, whole = tmp_path / "copy", tmp_path / "whole"
+    shutil.copytree(finished, copy)
+    longer = dataclasses.replace(tiny_config, epochs=3)
+    said = run_lib.train_or_load(longer, tiny_data, workdir=copy, options=OPTIONS)
+    expected = run_lib.train(longer, tiny_data, workdir=whole, options=OPTIONS)
+    assert_same_run(said, expected)
+    assert_same_run(run_lib.load(copy), expected)
+    assert said.metrics[:2] == run.metrics  # not trained again, times included
+    assert results.read_json(copy / "results_2_epochs.json") == run.results
+    with pytest.raises(RunError, match="another config .epochs: 3 there, 2 now"):
+        run_lib.train(tiny_config, tiny_data, workdir=copy, options=OPTIONS)
+
+
+def test_longer_run_of_other_rates_is_refused_with_the_reason(
+    tiny_config, tiny_data, tmp_path
+):
+    config = dataclasses.replace(tiny_config, epochs=1, schedule="cosine")
+    run_lib.train(config, tiny_data, workdir=tmp_path, options=OPTIONS)
+    longer = dataclasses.replace(config, epochs=2)
+    message = "a run of 1 epochs, whose rates are not those of the first of 2 by sched"
+    for train in (run_lib.train, run_lib.train_or_load):
+        with pytest.raises(RunError, match=message):
+            train(longer, tiny_data, workdir=tmp_path, options=OPTIONS)
+    assert (tmp_path / "results.json").exists()
+
+
+def test_longer_run_needs_a_checkpoint_and_keeps_what_is_there(
+    run, finished, tiny_config, tiny_data, tmp_path
+):
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    shutil.rmtree(copy / "checkpoints")
+    longer = dataclasses.replace(tiny_config, epochs=3)
+    with pytest.raises(RunError, match="fewer epochs, and no checkpoint to go on from"):
+        run_lib.train(longer, tiny_data, workdir=copy, options=OPTIONS)
+    assert_same_run(run_lib.load(copy), run)
 
 
 @pytest.mark.slow
@@ -241,7 +285,7 @@ def test_damaged_checkpoint_is_named_and_moved_away_lets_the_run_go_on(
 ):
     damaged = stopped / "checkpoints" / "8"
     (damaged / "run" / "metadata").write_text("{")
-    message = f"{damaged}: .* it is damaged: move it away, .*resumes from step 6"
+    message = f"{damaged} is damaged: move it away, .*resumes from step 6"
     with pytest.raises(RunError, match=message):
         run_lib.train(tiny_config, tiny_data, workdir=stopped, options=OPTIONS)
     damaged.rename(tmp_path / "away")

@@ -1,0 +1,131 @@
+"""Finished runs and sweeps side by side: in what they differ, and how they did."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bn_jax import paths
+from bn_jax.runs import results
+from bn_jax.runs.results import RunError
+
+_BY_EPOCH = ("loss", "train_accuracy", "validation_accuracy", "test_accuracy")
+_AT_THE_END = ("test_loss_exact", "test_accuracy_exact")
+# Columns of the table, and their titles.
+_SCORES = {
+    "loss": "train loss",
+    "train_accuracy": "train accuracy",
+    "validation_accuracy": "validation accuracy",
+    "test_accuracy": "test accuracy",
+    "test_accuracy_exact": "by exact statistics",
+}
+
+
+class Member(NamedTuple):
+    """A run, or a member of a sweep."""
+
+    folder: Path
+    config: dict[str, Any]
+    row: dict[str, Any]  # values by epoch as lists, and those at the end
+
+
+def read(folder: str | Path) -> list[Member]:
+    """Return the run in a folder, or the members of the sweep there.
+
+    Raises:
+      RunError: if there is none that has ended, or a file is damaged.
+    """
+    folder = paths.local(folder, "folder")
+    config = results.read_object(folder / results.CONFIG)
+    if results.is_sweep(config):
+        results.check_finished(folder, others=results.OF_A_SWEEP)
+        rows = results.read_rows(folder / results.ROWS)
+        return [Member(folder, row["config"], row) for row in rows]
+    if "experiment" in config:
+        raise RunError(
+            f"{folder} holds the experiment {config['experiment']!r}, which has "
+            "figures of its own; give folders of runs and sweeps"
+        )
+    results.check_finished(folder, others=results.OF_A_RUN)
+    summary = results.read_object(folder / results.RESULTS)
+    metrics = results.read_metrics(folder)
+    row: dict[str, Any] = {
+        name: [epoch.get(name) for epoch in metrics]
+        for name in _BY_EPOCH
+        if any(name in epoch for epoch in metrics)
+    }
+    row |= {name: summary[name] for name in _AT_THE_END if name in summary}
+    return [Member(folder, config, row)]
+
+
+def grouped(members: Sequence[Member]) -> dict[str, list[Member]]:
+    """Return members that differ in their seed alone together, by a label.
+
+    The label has the fields in which the groups differ, and the folder where members
+    of several folders share these.
+    """
+    names = differing([m.config for m in members])
+
+    def label(member: Member) -> str:
+        return ", ".join(f"{name}={member.config.get(name)}" for name in names)
+
+    folders: dict[str, set[Path]] = {}
+    for member in members:
+        folders.setdefault(label(member), set()).add(member.folder)
+    seeds = [(label(m), m.config.get("seed")) for m in members]
+    repeated = len(set(seeds)) < len(seeds)
+    found: dict[str, list[Member]] = {}
+    for member in members:
+        own = label(member)
+        if not own or (repeated and len(folders[own]) > 1):
+            own = ", ".join(filter(None, (own, str(member.folder))))
+        found.setdefault(own, []).append(member)
+    return found
+
+
+def differing(configs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the fields but the seed in which configs differ."""
+    names = dict.fromkeys(name for config in configs for name in config)
+    first = configs[0]
+    return [
+        name
+        for name in names
+        if name != "seed" and any(c.get(name) != first.get(name) for c in configs)
+    ]
+
+
+def table(groups: Mapping[str, Sequence[Member]]) -> str:
+    """Return a Markdown table: a line a group, mean and range over its seeds."""
+    rows = [member.row for members in groups.values() for member in members]
+    scores = [name for name in _SCORES if any(name in row for row in rows)]
+    lines = [["run", "n", *(_SCORES[name] for name in scores)]]
+    for label, members in groups.items():
+        cells = [_cell([_last(m.row.get(name)) for m in members]) for name in scores]
+        lines.append([label, str(len(members)), *cells])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join(
+        "| "
+        + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True))
+        + " |"
+        for line in lines
+    )
+
+
+def _last(value: Any) -> Any:
+    return value[-1] if isinstance(value, list) else value
+
+
+def _cell(values: Sequence[float | None]) -> str:
+    """Return the mean of numbers with their range; how many there are, if not all."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return "diverged" if len(values) > 1 else "-"
+    text = f"{statistics.fmean(known):.4f}"
+    if len(known) > 1:
+        text += f" ({min(known):.4f}-{max(known):.4f})"
+    if len(known) < len(values):
+        text += f", {len(values) - len(known)} diverged"
+    return text

@@ -1,0 +1,89 @@
+"""The command `experiments.compare`, in this process."""
+
+import functools
+import re
+from pathlib import Path
+
+import pytest
+
+from bn_jax import runs
+from bn_jax.runs import compare as compare_lib
+from bn_jax.training import members
+from bn_jax.training.config import RunOptions
+from experiments import compare, launch
+
+OPTIONS = RunOptions(devices="1", checkpoint_every="never")
+
+
+@pytest.fixture
+def command(in_process):
+    return functools.partial(
+        in_process, lambda: launch.start(compare.main, launch.define_workdir_flag)
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tiny_config, tiny_data):
+    """Folders of two runs that differ in their rate, and of a sweep."""
+    folder = tmp_path_factory.mktemp("compared")
+    for name, rate in {"slow": "0.1", "fast": "0.5"}.items():
+        config = tiny_config.replaced_by_text("learning_rate", rate)
+        runs.train(config, tiny_data, workdir=folder / name, options=OPTIONS)
+    configs = members.parse("learning_rate=0.1,1e38;seed=0..1", tiny_config)
+    runs.sweep(configs, tiny_data, workdir=folder / "sweep", options=OPTIONS)
+    return folder
+
+
+def lines(text):
+    """The cells of a table's lines, by the label."""
+    rows = [line.strip("| ").split("|") for line in text.splitlines() if "|" in line]
+    return {cells[0].strip(): [c.strip() for c in cells[1:]] for cells in rows}
+
+
+def test_runs_are_named_by_what_differs(command, folder):
+    said = command(f"{folder}/slow", f"{folder}/fast", "--workdir=out")
+    table = lines(said)
+    rows = {rate: table[f"learning_rate={rate}"] for rate in (0.1, 0.5)}
+    for rate, name in {0.1: "slow", 0.5: "fast"}.items():
+        run = runs.load(folder / name)
+        loss, accuracy = run.results["train_loss"], run.results["test_accuracy"]
+        assert rows[rate][:2] == ["1", f"{loss:.4f}"]
+        assert f"{accuracy:.4f}" in rows[rate]
+    assert Path("out/table.md").read_text() in said
+    assert Path("out/curves.png").stat().st_size > 10_000
+
+
+def test_seeds_of_a_sweep_are_one_line_with_their_range(command, folder):
+    table = lines(command(f"{folder}/sweep", "--workdir=out"))
+    n, loss, *_ = table["learning_rate=0.1"]
+    losses = sorted(
+        m.row["loss"][-1]
+        for m in compare_lib.read(folder / "sweep")
+        if m.config["learning_rate"] == 0.1
+    )
+    assert n == "2"
+    assert loss == f"{sum(losses) / 2:.4f} ({losses[0]:.4f}-{losses[1]:.4f})"
+    assert table["learning_rate=1e+38"] == [
+        "2",
+        *["diverged"] * (len(table["run"]) - 1),
+    ]
+
+
+def test_one_config_in_two_folders_is_told_apart_by_them(folder):
+    both = [*compare_lib.read(folder / "slow"), *compare_lib.read(folder / "sweep")]
+    labels = compare_lib.grouped(both)
+    assert {f"learning_rate=0.1, {folder}/{n}" for n in ("slow", "sweep")} < set(labels)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give folders of finished runs or sweeps to compare"),
+        (["nowhere"], "there is no config.json in nowhere"),
+    ],
+)
+def test_what_cannot_be_compared_is_named(arguments, message, command, tmp_path):
+    with pytest.raises(SystemExit) as ended:
+        command(*arguments, "--workdir=out")
+    assert re.match(f"error: {message}", ended.value.code)
+    assert not any(tmp_path.iterdir())

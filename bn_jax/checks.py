@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,6 +21,9 @@ _NUMBER_OF_BATCHES = Range(
     "the number of batches in the old average, 0 or more",
     lambda v: 0 <= v < math.inf,
 )
+
+# Fields of parameters with gamma and beta.
+AFFINE = ("scale", "bias")
 
 
 def check_batch_norm(
@@ -65,6 +68,7 @@ def check_batch_norm(
     """
     check_static(train=train, update_state=update_state)
     check_epsilon(epsilon)
+    check_fields(params=(params, AFFINE), state=(state, ("mean", "var")))
     moments_lib.check_input(x, feature_axis)
     check_features(x, feature_axis, **params._asdict(), **state._asdict())
     check_state(state)
@@ -112,8 +116,40 @@ def check_known(name: str, value: Any, valid: Range) -> None:
     for number in given if isinstance(given, list) else [given]:
         if isinstance(number, list):
             check_known(name, number, valid)
-        elif isinstance(number, complex) or not valid.holds(number):
+        elif not _holds(valid, number):
             raise ValueError(f"{name}={number!r}; expected {valid.words}")
+
+
+def _holds(valid: Range, number: Any) -> bool:
+    # A bool is a number of Python's; None and a text are none.
+    return isinstance(number, int | float) and valid.holds(number)
+
+
+def check_fields(**given: tuple[Any, Sequence[str]]) -> None:
+    """Refuse parameters or a state that are no NamedTuple with certain fields.
+
+    Args:
+      **given: by name of the argument, what was given and the fields.
+
+    Raises:
+      TypeError: naming what was given and what was expected.
+    """
+    for name, (value, fields) in given.items():
+        if isinstance(value, tuple) and not hasattr(value, "_fields"):
+            held: set[str] = set()  # a plain tuple has methods named count and index
+        else:
+            held = {field for field in fields if hasattr(value, field)}
+        if held >= set(fields):
+            continue
+        mend = f"pass the {name} that the norm's init returns"
+        if isinstance(value, Mapping):
+            mend += f", with the values of a dict put in by {name}._replace(**values)"
+        elif hasattr(value, "_fields"):
+            mend += "; params come before state"
+        raise TypeError(
+            f"{name} is of type {type(value).__name__}; expected a NamedTuple with the "
+            f"fields {', '.join(fields)}: {mend}"
+        )
 
 
 def check_epsilon(epsilon: float | Array) -> None:

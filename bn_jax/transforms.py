@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from bn_jax import checks
 from bn_jax import functional as functional_lib
 from bn_jax import moments as moments_lib
 from bn_jax.averages import (
@@ -95,6 +96,8 @@ def batch_norm(
             f"average={average!r}; expected exponential, debiased or cumulative"
         )
 
+    counted = CountedState._fields
+
     def init_counted(
         num_features: int | Sequence[int], dtype: Any = jnp.float32
     ) -> tuple[Any, CountedState]:
@@ -106,6 +109,7 @@ def batch_norm(
     def apply_counted(
         x: Array, params: Any, state: CountedState, *, train: bool, **call: Any
     ) -> tuple[Array, CountedState]:
+        checks.check_fields(params=(params, checks.AFFINE), state=(state, counted))
         momentum_now = cumulative_momentum(state.count)
         if average == "debiased":
             momentum_now = debiased_momentum(momentum, state.count)

@@ -317,6 +317,26 @@ def test_averages_move_apart_from_what_normalises(spec):
     chex.assert_trees_all_equal(also_trained[0], predicted[0])
 
 
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("train", [True, False])
+def test_params_and_state_of_another_kind_are_refused(spec, train):
+    transform = NORMS.make(spec)
+    params, state = transform.init(6)
+    wrong_params = (None, params._asdict(), tuple(params), list(params), state)
+    wrong_states = (None, state._asdict(), tuple(state), list(state), params)
+    for wrong in wrong_params:
+        message = f"params is of type {type(wrong).__name__}; expected .* scale, bias"
+        with pytest.raises(TypeError, match=message):
+            transform.apply(X, wrong, state, train=train)
+    if not state:  # nothing of it is read
+        return
+    for wrong in wrong_states:
+        fields = ", ".join(state._fields)
+        message = f"state is of type {type(wrong).__name__}; .* fields {fields}"
+        with pytest.raises(TypeError, match=message):
+            transform.apply(X, params, wrong, train=train)
+
+
 @pytest.mark.parametrize("make", [linen_lib.norm, nnx_lib.norm])
 @pytest.mark.parametrize(
     ("spec", "attributes", "message"),

@@ -265,6 +265,7 @@ def _moment(
     """
     checks.check_static(train=train, update_state=update_state)
     checks.check_momentum(momentum)
+    checks.check_fields(params=(params, checks.AFFINE), state=(state, (name,)))
     x = jnp.asarray(x)
     moments_lib.check_input(x, feature_axis)
     checks.check_features(x, feature_axis, **params._asdict(), **state._asdict())

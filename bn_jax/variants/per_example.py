@@ -87,6 +87,7 @@ def group_norm(
             f"batch_axis={batch_axis} and feature_axis={feature_axis} are the same "
             f"axis of x of shape {list(x.shape)}; name the axis of examples"
         )
+    checks.check_fields(params=(params, checks.AFFINE))
     checks.check_features(x, feature, **params._asdict())
     num_features = x.shape[feature]
     if num_groups < 1 or num_features % num_groups:

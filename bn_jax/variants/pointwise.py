@@ -173,6 +173,7 @@ def _checked(
             f"x has dtype {x.dtype}, of which tanh and erf are not bounded; transform "
             "the real and imaginary parts as features"
         )
+    checks.check_fields(params=(params, (*checks.AFFINE, "alpha")))
     checks.check_features(x, feature_axis, scale=params.scale, bias=params.bias)
     return x, x.astype(moments_lib.statistics_dtype(x.dtype))
 

@@ -167,6 +167,7 @@ def quantile_norm(
             "imaginary parts as features"
         )
     axis = single_axis(x, "feature_axis", feature_axis)
+    checks.check_fields(params=(params, checks.AFFINE), state=(state, ("knots",)))
     checks.check_features(x, axis, **params._asdict())
     checks.check_state(state)
     dtype = moments_lib.statistics_dtype(x.dtype)

@@ -125,6 +125,9 @@ def batch_renorm(
       Ioffe, 2017, arXiv:1702.03275; Bhatt et al., 2024, arXiv:1902.05605.
     """
     checks.check_static(train=train, update_state=update_state)
+    checks.check_fields(
+        params=(params, checks.AFFINE), state=(state, ("mean", "var", "count"))
+    )
     r_limit, d_limit = limits(
         state.count, start=start, r_max=r_max, r_end=r_end, d_max=d_max, d_end=d_end
     )

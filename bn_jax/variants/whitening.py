@@ -167,6 +167,9 @@ def whiten(
             "the real and imaginary parts as features"
         )
     axis = single_axis(x, "feature_axis", feature_axis)
+    checks.check_fields(
+        params=(params, checks.AFFINE), state=(state, ("mean", "covariance"))
+    )
     checks.check_features(x, axis, **params._asdict(), mean=state.mean)
     groups, size = _split(x.shape[axis], group_size)
     if state.covariance.shape != (groups, size, size):

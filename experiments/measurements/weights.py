@@ -15,7 +15,7 @@ from jax import Array
 
 from bn_jax.data import ImageData
 from bn_jax.runs import results
-from bn_jax.runs.sweeps import ROWS
+from bn_jax.runs.results import ROWS
 from bn_jax.training import feed
 from bn_jax.training import step as step_lib
 from bn_jax.training.config import TrainConfig

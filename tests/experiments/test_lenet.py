@@ -84,7 +84,7 @@ def assert_reports(said, num_features):
         assert line.startswith(f"norm1 {greek}")
         assert len(line.split()) == 2 + num_features
     assert "by exact statistics" in said[4]
-    assert "written to run: checkpoints, config.json, curves.png" in said[-1]
+    assert "written to run: checkpoints, checksums.json, config.json" in said[-1]
     # One epoch of 23 steps on 6,000 images: far from trained, far from chance.
     assert results.read_json(Path("run/results.json"))["train_accuracy"] > 0.3
 

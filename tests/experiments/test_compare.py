@@ -23,15 +23,21 @@ def command(in_process):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, tiny_config, tiny_data):
-    """Folders of two runs that differ in their rate, and of a sweep."""
+def of_sweep(tmp_path_factory, tiny_config, tiny_data):
+    """A folder with a sweep."""
     folder = tmp_path_factory.mktemp("compared")
-    for name, rate in {"slow": "0.1", "fast": "0.5"}.items():
-        config = tiny_config.replaced_by_text("learning_rate", rate)
-        runs.train(config, tiny_data, workdir=folder / name, options=OPTIONS)
     configs = members.parse("learning_rate=0.1,1e38;seed=0..1", tiny_config)
     runs.sweep(configs, tiny_data, workdir=folder / "sweep", options=OPTIONS)
     return folder
+
+
+@pytest.fixture(scope="module")
+def folder(of_sweep, tiny_config, tiny_data):
+    """A folder with a sweep, and two runs that differ in their rate."""
+    for name, rate in {"slow": "0.1", "fast": "0.5"}.items():
+        config = tiny_config.replaced_by_text("learning_rate", rate)
+        runs.train(config, tiny_data, workdir=of_sweep / name, options=OPTIONS)
+    return of_sweep
 
 
 def lines(text):
@@ -40,6 +46,7 @@ def lines(text):
     return {cells[0].strip(): [c.strip() for c in cells[1:]] for cells in rows}
 
 
+@pytest.mark.slow
 def test_runs_are_named_by_what_differs(command, folder):
     said = command(f"{folder}/slow", f"{folder}/fast", "--workdir=out")
     table = lines(said)
@@ -53,12 +60,12 @@ def test_runs_are_named_by_what_differs(command, folder):
     assert Path("out/curves.png").stat().st_size > 10_000
 
 
-def test_seeds_of_a_sweep_are_one_line_with_their_range(command, folder):
-    table = lines(command(f"{folder}/sweep", "--workdir=out"))
+def test_seeds_of_a_sweep_are_one_line_with_their_range(command, of_sweep):
+    table = lines(command(f"{of_sweep}/sweep", "--workdir=out"))
     n, loss, *_ = table["learning_rate=0.1"]
     losses = sorted(
         m.row["loss"][-1]
-        for m in compare_lib.read(folder / "sweep")
+        for m in compare_lib.read(of_sweep / "sweep")
         if m.config["learning_rate"] == 0.1
     )
     assert n == "2"
@@ -69,6 +76,7 @@ def test_seeds_of_a_sweep_are_one_line_with_their_range(command, folder):
     ]
 
 
+@pytest.mark.slow
 def test_one_config_in_two_folders_is_told_apart_by_them(folder):
     both = [*compare_lib.read(folder / "slow"), *compare_lib.read(folder / "sweep")]
     labels = compare_lib.grouped(both)

@@ -105,6 +105,7 @@ def test_own_colour_images_with_validation_and_averaged_weights(command, images)
     assert "the same numbers as in run/results.json" in again
 
 
+@pytest.mark.slow
 def test_losses_that_overflow_in_prediction_are_null_and_the_run_ends(command):
     options = ("--smoke", "--devices=1", "--model=mlp:widths=8x8")
     said = command("--workdir=run", "--learning_rate=1e30", *options)

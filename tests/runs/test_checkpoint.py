@@ -355,6 +355,7 @@ for i, num_bytes in enumerate([0, 100, 2000]):
 """
 
 
+@pytest.mark.slow
 def test_full_disk_is_named_and_leaves_what_was_there(tmp_path):
     # Orbax may leave threads that wait for folders, for 20 minutes.
     paths = map(str, (tmp_path, *Path(__file__).parents[:2]))

@@ -145,6 +145,7 @@ def test_longer_run_goes_on_from_the_end_of_a_shorter_one(
         run_lib.train(tiny_config, tiny_data, workdir=copy, options=OPTIONS)
 
 
+@pytest.mark.slow
 def test_longer_run_of_other_rates_is_refused_with_the_reason(
     tiny_config, tiny_data, tmp_path
 ):

@@ -289,7 +289,7 @@ def _quiet_orbax() -> None:
     sys.unraisablehook = show
 
 
-class _Output(io.TextIOBase):
+class _Output:
     """A standard stream that goes nowhere from where it cannot be written any more.
 
     So training goes on when the terminal is gone, the disk of a log is full, or `head`
@@ -320,7 +320,7 @@ class _Output(io.TextIOBase):
                 file=sys.stderr,
             )
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> Any:  # such as isatty, by which tqdm goes
         return getattr(self._stream, name)
 
 
@@ -332,9 +332,9 @@ def _keep_output() -> None:
         except OSError:  # closed: a file of ours would get its number
             os.open(os.devnull, os.O_RDWR)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout = _Output(sys.stdout)
+        sys.stdout = _Output(sys.stdout)  # type: ignore[assignment]
     if isinstance(sys.stderr, io.TextIOWrapper):
-        sys.stderr = _Output(sys.stderr)
+        sys.stderr = _Output(sys.stderr)  # type: ignore[assignment]
 
 
 def start(

@@ -19,6 +19,7 @@ from absl import app
 
 from bn_jax.runs import results
 from bn_jax.runs import run as run_lib
+from experiments import launch
 from experiments import lenet as experiment
 from marks import slow_but
 
@@ -179,6 +180,21 @@ def test_mistake_ends_in_a_line_that_says_the_mend(tmp_path, mistake):
     assert re.search(MISTAKES[mistake], ran.stderr)
     assert "Traceback" not in ran.stderr
     assert not any(tmp_path.iterdir())
+
+
+def test_output_that_breaks_goes_nowhere_and_is_else_the_streams_own(tmp_path, capsys):
+    with open(tmp_path / "log", "w") as log:
+        output = launch._Output(log)
+        print("kept", file=output, flush=True)
+        assert (output.isatty(), output.encoding) == (False, log.encoding)
+        assert output.fileno() == log.fileno()
+        with open("/dev/full", "w") as full:
+            os.dup2(full.fileno(), log.fileno())
+        for _ in range(2):
+            print("lost", file=output, flush=True)
+    assert (tmp_path / "log").read_text() == "kept\n"
+    note = "note: output cannot be written (No space left on device); the program goes"
+    assert capsys.readouterr().err.count(note) == 1
 
 
 @pytest.mark.slow

@@ -38,7 +38,7 @@ def save_variables(
     """
     import orbax.checkpoint as ocp  # here, because it takes a second to import
 
-    path = results.remove_link(workdir / name).absolute()
+    path = (workdir / name).absolute()
     try:
         with ocp.StandardCheckpointer(
             multiprocessing_options=_primary_alone(), async_options=_folders_first()
@@ -122,7 +122,7 @@ class Checkpoints:
         self._ocp = ocp
         self._kept = _LatestAndBest()
         self._identity, self._grows = dict(identity), grows
-        self._path = results.remove_link(workdir / CHECKPOINTS).absolute()
+        self._path = (workdir / CHECKPOINTS).absolute()
         options = ocp.CheckpointManagerOptions(
             create=False,
             preservation_policy=self._kept,

@@ -7,7 +7,8 @@ checksums.json    of the files above and below, and of each array of the variabl
 results.json      the final numbers; its presence says that the run is finished
 .lock             held while a process is at work in the directory
 
-No file is written through a link: one that stands in its place is replaced.
+No file is written through a link: one that stands in its place is replaced. A folder
+that is a link, as checkpoints may be, is refused.
 """
 
 from __future__ import annotations
@@ -107,14 +108,22 @@ def check_free(
         the first ones of the longer run.
 
     Raises:
-      RunError: if the directory holds another config's run, a finished run, or files of
-        something else.
+      RunError: if the directory holds another config's run, a finished run, files of
+        something else, or links to folders.
     """
     present = sorted(
         path.name
         for path in workdir.iterdir()
         if path.name != LOCK and path.suffix != UNFINISHED
     )
+    links = [
+        n for n in present if (workdir / n).is_symlink() and (workdir / n).is_dir()
+    ]
+    if links:
+        raise RunError(
+            f"{workdir / links[0]} is a link to another folder, which would be written "
+            "to; put the folder itself there, or give another --workdir"
+        )
     if present and CONFIG not in present:
         raise RunError(
             f"{workdir} holds {', '.join(present[:5])} but no {CONFIG}, so it is not a "

@@ -86,7 +86,7 @@ def sweep(
         arrays = {}
         folders = _folders(workdir, len(groups))
         for number, (folder, group) in enumerate(zip(folders, groups, strict=True), 1):
-            results.remove_link(folder).mkdir(exist_ok=True)
+            folder.mkdir(exist_ok=True)
             if len(groups) > 1:
                 print(f"program {number} of {len(groups)}", flush=True)
             program = _Program(

@@ -112,6 +112,16 @@ def test_row_that_is_no_object_is_named(tmp_path):
         results.read_metrics(tmp_path)
 
 
+def test_link_to_a_folder_is_refused_and_left_alone(tmp_path):
+    start(tmp_path / "run")
+    (tmp_path / "elsewhere").mkdir()
+    link = tmp_path / "run" / "checkpoints"
+    link.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(RunError, match=f"{link} is a link to another folder, .*put th"):
+        start(tmp_path / "run")
+    assert link.is_symlink()
+
+
 def test_links_are_replaced_and_never_followed(tmp_path):
     outside = tmp_path / "thesis.tex"
     outside.write_text("precious")

@@ -24,7 +24,7 @@ from bn_jax import tracing
 from bn_jax.measures import layers
 from bn_jax.measures.layer_calls import Predict
 from bn_jax.measures.layers import Layer, Linear, Proceed
-from bn_jax.measures.models import resolve
+from bn_jax.measures.models import check_array, resolve
 from bn_jax.moments import reduction_axes
 from bn_jax.variables import (
     Path,
@@ -80,6 +80,8 @@ def fold(model: Any, variables: Any, inputs: Array, *, without_norms: Any) -> An
         the model without norms leaves parameters out, or gives other outputs.
     """
     predict, variables = resolve(model, variables)
+    for leaf in jax.tree.leaves(inputs) or [inputs]:
+        check_array("inputs", leaf)
     params, stats = (collection(variables, c) for c in ("params", "batch_stats"))
     pairs, faults = _find_pairs(predict, variables, inputs)
     stacked = _stacked_layers(pairs)

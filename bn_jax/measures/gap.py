@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from bn_jax.measures.layer_calls import Predict, layer_calls
 from bn_jax.measures.meshes import automatic, automatic_axes
-from bn_jax.measures.models import resolve
+from bn_jax.measures.models import check_array, resolve
 from bn_jax.measures.population import batch_moments, with_exact_statistics
 from bn_jax.variables import Statistics, statistics_of
 
@@ -87,11 +88,10 @@ def gap(
       ValueError: if there is not one label for each input, labels are no classes, or as
         `exact_statistics` says.
     """
-    if not hasattr(inputs, "shape"):
-        raise ValueError(
-            f"inputs are a {type(inputs).__name__}; expected an array of examples, "
-            "[N, ...]"
-        )
+    check_array("inputs", inputs)
+    check_array("labels", labels if labels is None else np.asarray(labels))
+    if not hasattr(measure_on, "shape") and not hasattr(measure_on, "__iter__"):
+        check_array("measure_on", measure_on)
     labels = jnp.asarray(labels)
     if labels.shape != (len(inputs),) or not len(inputs):
         raise ValueError(

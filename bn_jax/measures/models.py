@@ -68,12 +68,31 @@ def _resolve(model: Any, variables: Any) -> tuple[Predict, Any]:
                 "batch_stats": variables.batch_stats,
             }
         return _LinenPredict(model), variables
-    if not callable(model):
+    if not callable(model) or isinstance(model, type):
         raise ValueError(
-            f"the model is a {type(model).__name__}; expected a function of variables "
-            "and inputs that applies it in prediction mode, a Linen or an NNX module"
+            f"the model is {_described(model)}; expected a function of variables and "
+            "inputs that applies it in prediction mode, a Linen or an NNX module"
         )
     return model, variables
+
+
+def _described(model: Any) -> str:
+    if isinstance(model, type):
+        return f"the class {model.__name__}, not a module made of it"
+    return f"a {type(model).__name__}"
+
+
+def check_array(name: str, value: Any) -> None:
+    """Refuse what is no array of examples.
+
+    Raises:
+      ValueError: naming what it is.
+    """
+    if not getattr(value, "shape", ()):
+        raise ValueError(
+            f"{name} are a {type(value).__name__}; expected an array of examples, "
+            "[N, ...]"
+        )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from bn_jax.measures.layer_calls import (
@@ -344,16 +345,17 @@ def _source(
         inputs, weights = _check_data(inputs, weights, batch_size, num_examples)
         inputs, weights = automatic((inputs, weights))
         return _Stored(inputs, weights, batch_size)
+    is_iterable = hasattr(inputs, "__iter__") or hasattr(inputs, "__getitem__")
+    if not is_iterable or isinstance(inputs, str | bytes | Mapping):
+        raise ValueError(
+            f"inputs are a {type(inputs).__name__}; expected an array of examples, "
+            "[N, ...], or their batches in a list or a loader"
+        )
     if weights is not None or batch_size is not None:
         raise ValueError(
             f"{'weights' if batch_size is None else 'batch_size'} is given for inputs "
             f"that are a {type(inputs).__name__}; it is for one array of examples, "
             "[N, ...]: batches are measured as they come"
-        )
-    if not hasattr(inputs, "__iter__") and not hasattr(inputs, "__getitem__"):
-        raise ValueError(
-            f"inputs are a {type(inputs).__name__}; expected an array of examples, "
-            "[N, ...], or their batches in a list or a loader"
         )
     if hasattr(inputs, "__iter__") and iter(inputs) is inputs:
         raise ValueError(
@@ -382,6 +384,8 @@ def _check_data(
             )
         check_non_negative(weights)
     inputs = inputs[:num_examples]
+    if not isinstance(batch_size, int | np.integer):
+        raise ValueError(f"batch_size={batch_size!r}; expected an integer")
     if batch_size < 1 or len(inputs) < 1:
         raise ValueError(
             f"got {len(inputs)} examples and batch_size={batch_size}; expected at "

@@ -10,7 +10,7 @@ from jax import Array, lax
 
 from bn_jax.measures.layer_calls import with_moments
 from bn_jax.measures.meshes import automatic, automatic_axes
-from bn_jax.measures.models import resolve
+from bn_jax.measures.models import check_array, resolve
 from bn_jax.measures.population import batch_moments
 
 
@@ -50,6 +50,8 @@ def monte_carlo_batch_norm(
       Teye, Azizpour and Smith, 2018, "Bayesian Uncertainty Estimation for Batch
       Normalized Deep Networks", arXiv:1802.06455.
     """
+    check_array("inputs", inputs)
+    check_array("train_inputs", train_inputs)
     if num_passes < 1 or not 1 <= batch_size <= len(train_inputs):
         raise ValueError(
             f"num_passes={num_passes} and batch_size={batch_size}; expected at least "

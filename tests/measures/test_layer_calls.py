@@ -15,6 +15,7 @@ from flax.training import train_state
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from bn_jax import transforms
+from bn_jax.folding import fold
 from bn_jax.linen import BatchNorm
 from bn_jax.measures.gap import gap
 from bn_jax.measures.layer_calls import layer_calls
@@ -270,6 +271,45 @@ def test_data_on_an_explicit_mesh_are_measured_where_they_are(is_set, devices):
         got = exact_statistics(model, replicated, sharded, batch_size=16)
     assert {leaf.sharding.mesh for leaf in jax.tree.leaves(got)} == {mesh}
     chex.assert_trees_all_close(jax.device_get(got), expected, rtol=1e-5, atol=1e-6)
+
+
+NO_ARRAYS = (None, 3, "images", [[1.0, 2.0]])
+
+
+@pytest.mark.parametrize("inputs", NO_ARRAYS, ids=str)
+def test_inputs_that_are_no_arrays_are_refused(inputs):
+    model, variables, _ = net()
+    kind = type(inputs).__name__
+    for refused in (
+        lambda: gap(model, variables, inputs, LABELS, measure_on=X, batch_size=8),
+        lambda: monte_carlo_batch_norm(
+            model, variables, inputs, X, jax.random.key(0), num_passes=2, batch_size=8
+        ),
+        lambda: monte_carlo_batch_norm(
+            model, variables, X, inputs, jax.random.key(0), num_passes=2, batch_size=8
+        ),
+    ):
+        with pytest.raises(ValueError, match=f"inputs are a {kind}; expected an array"):
+            refused()
+    with pytest.raises(ValueError, match="inputs are a .*; expected an array of exam"):
+        fold(model, variables, inputs, without_norms=model)
+    if not isinstance(inputs, list):  # of which these may be batches
+        with pytest.raises(ValueError, match=f"inputs are a {kind}; expected an array"):
+            exact_statistics(model, variables, inputs, batch_size=8)
+
+
+def test_labels_sets_sizes_and_models_that_are_none_are_refused():
+    model, variables, _ = net()
+    for changes, message in (
+        ({"labels": None}, "labels are a NoneType; expected an array"),
+        ({"measure_on": None}, "measure_on are a NoneType; expected an array"),
+        ({"model": type(model)}, "the model is the class Net, not a module made of it"),
+        ({"batch_size": 8.0}, "batch_size=8.0; expected an integer"),
+    ):
+        given = {"model": model, "labels": LABELS, "measure_on": X, "batch_size": 8}
+        given |= changes
+        with pytest.raises(ValueError, match=message):
+            gap(given.pop("model"), variables, X, given.pop("labels"), **given)
 
 
 # What no layer would be found in.

@@ -354,7 +354,8 @@ def start(
         try:
             return app.parse_flags_with_usage(argv)
         except SystemExit:  # after --help, or a flag that there is not
-            if any(re.fullmatch(r"--?(h|\?|help.*)", word) for word in argv[1:]):
+            asked = r"--?(h|\?|help(short|full|xml)?)(=.*)?"
+            if any(re.fullmatch(asked, word) for word in argv[1:]):
                 sys.exit(0)  # for which absl has 1
             raise
 

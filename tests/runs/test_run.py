@@ -380,12 +380,29 @@ def test_finished_run_is_read_instead_of_trained(
         run_lib.train_or_load(other, tiny_data, workdir=finished, options=OPTIONS)
 
 
+def test_gamma_and_beta_are_kept_of_norms_without_statistics_too():
+    params = {
+        "dense": {"kernel": np.ones((2, 2)), "bias": np.ones(2)},
+        "group": {
+            "norm": {"scale": np.array([1.0, 2.0]), "bias": np.array([3.0, 4.0])}
+        },
+        "center": {"bias": np.zeros(2)},
+        "fixup": {"scale": np.ones(())},
+    }
+    found = run_lib.gamma_beta({"params": params, "batch_stats": {}})
+    assert found == {
+        "center": {"beta": [0.0, 0.0]},
+        "group/norm": {"gamma": [1.0, 2.0], "beta": [3.0, 4.0]},
+    }
+
+
 @pytest.mark.slow
 def test_run_without_norm_has_no_gamma_and_no_gap(tmp_path, tiny_config, tiny_data):
     config = dataclasses.replace(tiny_config, norm="none", epochs=1)
     run = run_lib.train(config, tiny_data, workdir=tmp_path / "none")
     assert run.results["gamma_beta"] == {}
     assert run.results["test_accuracy"] == run.results["test_accuracy_exact"]
+    assert run.results["moving_averages"] is False
     assert not (tmp_path / "none" / "gamma_beta.png").exists()
     assert run_lib.load(tmp_path / "none").results == run.results
 

@@ -32,7 +32,7 @@ Fields = Mapping[str, Any]  # of `TrainConfig`
 Arms = Mapping[str, Sequence[Fields]]
 Measure = Callable[[Path, Sequence[TrainConfig], ImageData], tuple[list[Row], float]]
 
-ROWS = "runs.jsonl"
+ROWS = results.ROWS
 SMOKE = {"epochs": 1, "seeds": 2, "dataset": "sample"}
 ALL = ("all",)
 

@@ -151,7 +151,7 @@ def check_fits(
 
 
 def _computed(jaxpr: Any) -> Iterator[Any]:
-    """Return what a traced program computes, with what the programs in it do."""
+    """Yield the type of each value that a traced program computes, inner ones too."""
     for equation in jaxpr.eqns:
         yield from (variable.aval for variable in equation.outvars)
         for inner in jaxprs_in_params(equation.params):

@@ -403,7 +403,7 @@ def _checksum_of_json(value: Mapping[str, Any]) -> int:
 
 
 def _first_line(error: Exception) -> str:
-    """Return what an error says, without the source code positions that follow."""
+    """Return the first line of an error; TensorStore appends its source positions."""
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 

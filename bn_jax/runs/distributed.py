@@ -181,7 +181,11 @@ def _receive_numbers(
 def _send_number(
     host: str, port: int, process_id: int, deadline: float
 ) -> tuple[list[int], list[int]]:
-    """Return what `_receive_numbers` does, as process 0 says it."""
+    """Send this process's number to process 0, and return its answer.
+
+    Returns:
+      The processes that have not come, and those that have come twice.
+    """
     while time.monotonic() < deadline:
         # What answers may be something else.
         with contextlib.suppress(OSError, ValueError):

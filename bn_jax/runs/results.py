@@ -136,11 +136,10 @@ def check_free(
         longer = is_shorter(there, config)
         if longer and not grows:
             raise RunError(
-                f"{workdir} holds a run of {there['epochs']} epochs, whose rates are "
-                f"not those of the first of {config['epochs']} by "
-                f"schedule={config.get('schedule')!r}; a longer run goes on from a "
-                "shorter one with schedule=constant alone: give another folder with "
-                "--workdir"
+                f"{workdir} holds a run of {there['epochs']} epochs; with "
+                f"schedule={config.get('schedule')!r}, a run of {config['epochs']} has "
+                "other learning rates from the start. Only runs with schedule=constant "
+                "can be extended: give another folder with --workdir"
             )
         if faults and not longer:
             raise RunError(
@@ -210,14 +209,14 @@ def finish_run(
 
 
 def check_finished(workdir: Path, *, others: Sequence[str]) -> dict[str, Any]:
-    """Refuse a finished run's directory of which a file has changed.
+    """Refuse the directory of a finished run if one of its files has changed.
 
     Args:
       workdir: the directory.
-      others: as for `finish_run`.
+      others: names of the files beside results.json, see `finish_run`.
 
     Returns:
-      What `finish_run` was given as `arrays`.
+      The checksums of arrays, by folder and name.
 
     Raises:
       RunError: naming the file that is missing or damaged, or if the run has not ended.
@@ -385,7 +384,7 @@ def _read_bytes(path: Path) -> bytes:
 
 
 def _parse(path: Path, content: bytes) -> Any:
-    """Return what JSON says.
+    """Return the value that a file's JSON stands for.
 
     Raises:
       RunError: if it is no JSON.

@@ -58,8 +58,8 @@ def train(
 ) -> Run:
     """Train, evaluate, and write everything to `workdir`; resume a run that is there.
 
-    A finished run of fewer epochs goes on from its end, if the schedule is constant;
-    its results are kept in a file named by its epochs.
+    If `workdir` holds a finished run of fewer epochs and the schedule is constant,
+    training continues from its end. Its results stay in `results_N_epochs.json`.
 
     Shows a progress bar on a terminal, and prints a line per epoch. With several
     processes, each calls this; process 0 alone reads and writes.
@@ -186,7 +186,7 @@ def train_or_load(
 def _agreed(
     config: TrainConfig, options: RunOptions, data: data_lib.ImageData
 ) -> dict[str, Any]:
-    """Return what the processes of a run have to have in common."""
+    """Return the values that must be the same on all processes of a run."""
     if jax.process_count() == 1:  # which need not read all of the images
         return {}
     arrays = (*data.train, *data.test)

@@ -19,6 +19,7 @@ References:
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -42,12 +43,77 @@ _LEAST_VARIANCE = 1e-4
 # Ours; the second where a covariance is a sum of so many values that it is less exact.
 _ADDED = (2.0, 64.0)
 
+# Floating-point operations in one call of LAPACK, as jaxlib counts them. From twice as
+# many on it divides a batch among the threads of the pool that the call itself runs on,
+# and waits: where all of them wait, nothing goes on. A batch of one is never divided.
+_MOST_WORK = 100_000
+
 product = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 
 
 def transpose(matrices: Array) -> Array:
     """Transpose the last two axes."""
     return jnp.swapaxes(matrices, -1, -2)
+
+
+def _in_small_calls(
+    function: Callable[..., Array], work: Callable[[int], float]
+) -> Callable[..., Array]:
+    """Return a function of stacked matrices that calls LAPACK for few at a time.
+
+    On CPU, where else programs of several devices, or several members of a sweep, can
+    wait for each other without end (seen with jaxlib 0.10.2); all else computes the
+    whole stack at once.
+
+    Args:
+      function: of arrays `[..., S, S]` of one shape.
+      work: floating-point operations for one matrix of S rows.
+    """
+
+    @jax.custom_batching.custom_vmap
+    def of_stacks(*stacks: Array) -> Array:
+        first = stacks[0]
+        count, size = math.prod(first.shape[:-2]), first.shape[-1]
+        most = max(1, int(_MOST_WORK / work(size)))
+        if count <= most:
+            return function(*stacks)
+
+        def in_parts(*stacks: Array) -> Array:
+            flat = [stack.reshape(count, size, size) for stack in stacks]
+            whole = count // most * most
+            parts = [a[:whole].reshape(-1, most, size, size) for a in flat]
+            found = lax.map(lambda part: function(*part), parts)
+            found = found.reshape(whole, size, size)
+            if whole < count:
+                rest = function(*(a[whole:] for a in flat))
+                found = jnp.concatenate([found, rest])
+            return found.reshape(first.shape)
+
+        return lax.platform_dependent(*stacks, cpu=in_parts, default=function)
+
+    @of_stacks.def_vmap
+    def _(size: int, is_batched: Sequence[bool], *stacks: Array) -> tuple[Array, bool]:
+        full = [
+            stack if batched else jnp.broadcast_to(stack, (size, *stack.shape))
+            for stack, batched in zip(stacks, is_batched, strict=True)
+        ]
+        return of_stacks(*full), True
+
+    return of_stacks
+
+
+_cholesky = _in_small_calls(
+    functools.partial(lax.linalg.cholesky, symmetrize_input=False), lambda n: n**3 / 3
+)
+# Of symmetric matrices: eigenvectors as columns, of the least eigenvalue first.
+_eigenvectors = _in_small_calls(lambda a: jnp.linalg.eigh(a)[1], lambda n: 5 * n**3)
+# G^-T B, for lower triangular G.
+_solve_transposed = _in_small_calls(
+    functools.partial(
+        lax.linalg.triangular_solve, left_side=True, lower=True, transpose_a=True
+    ),
+    lambda n: n**3,
+)
 
 
 def matrix_function(method: str, num_iterations: int) -> Callable[[Array, Any], Array]:
@@ -97,9 +163,7 @@ def _principal(
     s, g, shift = _factor(covariance, shifts)
     right = _eigenvectors(_compressed(s, g, shift))[..., ::-1]
     a = product(g, right)
-    b = lax.linalg.triangular_solve(
-        g, right, left_side=True, lower=True, transpose_a=True
-    )
+    b = _solve_transposed(g, right)
     largest = jnp.argmax(a * b, -2, keepdims=True)
     signs = jnp.sign(jnp.take_along_axis(a, largest, -2))
     a, b = a * signs, b * signs
@@ -141,7 +205,7 @@ def _factor(covariance: Array, shifts: Sequence[Array]) -> tuple[Array, Array, A
         [covariance + shift * identity for shift in shifts]
         + [last + times * share for times in _ADDED]
     )
-    factors = lax.linalg.cholesky(sums, symmetrize_input=False)
+    factors = _cholesky(sums)
     exact = jnp.all(_diagonal(factors) ** 2 >= rounding * _diagonal(sums), -1)
     first = jnp.argmax(exact.at[-1].set(True), 0)[None, ..., None, None]
     all_shifts = jnp.stack([*shifts, *[shifts[-1]] * len(_ADDED)])
@@ -171,15 +235,6 @@ def _compressed(s: Array, g: Array, least: Array) -> Array:
     return product(transpose(rows), rows)
 
 
-def _eigenvectors(matrices: Array) -> Array:
-    """Return eigenvectors as columns, of the least eigenvalue first."""
-    if matrices.ndim > 2:
-        # One matrix after another: jaxlib 0.10's eigh of many, of some 30 rows or more,
-        # waits on CPU for the very threads that it was called from, and never returns.
-        return lax.map(jnp.linalg.eigh, matrices)[1]
-    return jnp.linalg.eigh(matrices)[1]
-
-
 def _solve(s: Array, right: Array) -> Array:
     """Return G^-1 B of S = G G^T, for B of the shape of S.
 
@@ -191,7 +246,7 @@ def _solve(s: Array, right: Array) -> Array:
     large = float(jnp.finfo(s.dtype).max) ** 0.5
     corner = jnp.broadcast_to(large * jnp.eye(size, dtype=s.dtype), s.shape)
     both = jnp.block([[s, right], [transpose(right), corner]])
-    factor = lax.linalg.cholesky(both, symmetrize_input=False)
+    factor = _cholesky(both)
     return transpose(factor[..., size:, :size])
 
 

@@ -35,6 +35,7 @@ from bn_jax.contract import (
 )
 from bn_jax.fields import ConfigError
 from bn_jax.names import Table
+from bn_jax.variants.mabn import mabn_transform as mabn
 from bn_jax.variants.one_moment import center_transform as center
 from bn_jax.variants.one_moment import scale_transform as scale
 from bn_jax.variants.per_example import group_transform as group
@@ -178,6 +179,7 @@ NORMS: Table[Transform | FlaxBatchNorm | None] = Table(
     {
         "batch_norm": batch_norm,
         "renorm": renorm,
+        "mabn": mabn,
         "layer": layer,
         "group": group,
         "instance": instance,

@@ -7,13 +7,16 @@ field `batch_stats` such as a TrainState, or the state of an NNX model.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 from jax import Array
 
 Path = tuple[str, ...]  # of a layer, such as ("Block_0", "BatchNorm_0")
+
+# Name of the parameter of `bn_jax.variants.mabn` that is an average.
+MOVING_PRODUCTS = "moving_products"
 
 
 class Statistics(NamedTuple):
@@ -111,14 +114,46 @@ def norm_param_mask(variables: Any) -> Any:
     Raises:
       ValueError: as `check_variables` says.
     """
+    variables = _state_of(variables)
+    keys, _, _ = leaves_of(variables)
+    layers = {path[:-1] for name, path in keys if name == "batch_stats"}
+    return _param_mask(
+        variables, lambda path: path[:-1] in layers and path[-1] != MOVING_PRODUCTS
+    )
+
+
+def moving_param_mask(variables: Any) -> Any:
+    """Return a tree of booleans: True at parameters that are averages, not learned.
+
+    Those are the `moving_products` of `bn_jax.variants.mabn`, which plain gradient
+    descent at rate 1 moves as they should be, and nothing else does:
+    `optax.multi_transform({True: optax.sgd(1.0), False: optax.adam(1e-3)}, mask)`.
+
+    Args:
+      variables: as `norm_param_mask` takes them, or with params alone.
+
+    Returns:
+      A tree as `norm_param_mask` returns it.
+
+    Raises:
+      ValueError: as `check_variables` says.
+    """
+    return _param_mask(_state_of(variables), lambda path: path[-1] == MOVING_PRODUCTS)
+
+
+def _state_of(variables: Any) -> Any:
+    """Return checked variables; of an NNX module its state."""
     if _is_nnx("Module", variables):
         variables = sys.modules["flax.nnx"].state(variables)
     check_variables(variables)
+    return variables
+
+
+def _param_mask(variables: Any, is_true: Callable[[Path], bool]) -> Any:
+    """Return booleans by the path of each parameter."""
     keys, _, _ = leaves_of(variables)
-    layers = {path[:-1] for name, path in keys if name == "batch_stats"}
     mask = replaced(
-        variables,
-        {key: key[1][:-1] in layers for key in keys if key[0] == "params"},
+        variables, {key: is_true(key[1]) for key in keys if key[0] == "params"}
     )
     if _is_nnx("State", mask):
         nnx = sys.modules["flax.nnx"]

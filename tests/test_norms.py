@@ -29,6 +29,7 @@ SPECS = (
     "batch_norm:average=debiased",
     "renorm:r_max=1.5,d_max=0.5",
     "renorm:start=1,r_end=2,d_end=3",
+    "mabn:num_batches=2,warm_up=2",
     "layer",
     "group:num_groups=3",
     "instance",
@@ -83,7 +84,9 @@ def test_shapes_dtypes_and_the_states_structure_are_kept(spec):
 
     for dtype in (jnp.float32, jnp.bfloat16):
         params, state = jax.eval_shape(lambda dtype=dtype: transform.init(6, dtype))
-        assert all(leaf.dtype == dtype for leaf in jax.tree.leaves(params))
+        for name, leaf in params._asdict().items():
+            is_average = name == "moving_products"
+            assert leaf.dtype == (jnp.float32 if is_average else dtype)
         assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state))
         batches = jax.ShapeDtypeStruct((2, *X.shape), dtype)
         last, ys = jax.eval_shape(scan, params, state, batches)
@@ -549,6 +552,7 @@ def test_exact_statistics_of_renorm_are_batch_norms():
     [
         ("center", "mean"),
         ("scale", "var"),
+        ("mabn", "count and squares and var"),
         ("whitening", "covariance and mean"),
         ("quantile", "knots"),
     ],

@@ -282,6 +282,23 @@ def avg_pool_2x2(x: Array, layout: Layout) -> Array:
     return x.mean((h + 1, h + 3))
 
 
+def centred(kernel: Array) -> Array:
+    """Return a kernel less the mean over the inputs of each output (the last axis).
+
+    Its outputs are those of inputs less their mean over the patch.
+
+    References:
+      Qiao et al., 2019, "Weight standardization", arXiv:1903.10520; Yan et al., 2020,
+      arXiv:2001.06838 (the mean alone).
+    """
+    return kernel - kernel.mean(range(kernel.ndim - 1), keepdims=True)
+
+
+def centred_dot(x: Array, kernel: Array, *args: Any, **options: Any) -> Array:
+    """Multiply by a kernel that is centred first; for `nn.Dense`'s `dot_general`."""
+    return lax.dot_general(x, centred(kernel), *args, **options)
+
+
 def compiled(initializer: initializers.Initializer) -> initializers.Initializer:
     """Return an initializer that is one program for each shape.
 
@@ -303,6 +320,7 @@ class Conv(nn.Module):
       strides: as `conv2d` takes them.
       padding: as `conv2d` takes it.
       kernel_init: initializer of the `[H, W, C_in, C_out]` kernel.
+      is_centred: whether it convolves with the kernel less the mean of each output's.
       dtype: to compute in; None for that of input and parameters, promoted. Parameters
         are float32.
     """
@@ -314,6 +332,7 @@ class Conv(nn.Module):
     strides: int | Pair = 1
     padding: Padding = "VALID"
     kernel_init: initializers.Initializer = initializers.lecun_normal()
+    is_centred: bool = False
     dtype: Any = None
 
     @nn.compact
@@ -322,6 +341,8 @@ class Conv(nn.Module):
         c = feature_axis(self.layout)
         shape = (*self.kernel_size, x.shape[c], self.features)
         kernel = self.param("kernel", self.kernel_init, shape)
+        if self.is_centred:
+            kernel = centred(kernel)
         bias = None
         if self.use_bias:
             bias = self.param("bias", initializers.zeros, (self.features,))

@@ -36,6 +36,7 @@ def lenet(
     dropout_rate: Annotated[float, fields.BELOW_1] = 0.0,
     dropout_at: Literal["dense", "last"] = "dense",
     first_padding: Annotated[int, fields.NOT_NEGATIVE] = 0,
+    centred_kernels: bool = False,
 ) -> LeNet:
     """Return `LeNet` by options that can be written on a command line.
 
@@ -50,6 +51,7 @@ def lenet(
       dropout_rate: as the attribute.
       dropout_at: as the attribute.
       first_padding: as the attribute.
+      centred_kernels: as the attribute.
     """
     return LeNet(
         norm=norm,
@@ -59,6 +61,7 @@ def lenet(
         dropout_rate=dropout_rate,
         dropout_at=dropout_at,
         first_padding=first_padding,
+        centred_kernels=centred_kernels,
         num_classes=num_classes,
         dtype=dtype,
         layout=layout,
@@ -88,6 +91,9 @@ class LeNet(nn.Module):
         follows.
       first_padding: pixels of 0 around the images: 0 in the chapter on batch
         normalisation, 2 in the one that introduces LeNet without it.
+      centred_kernels: whether the layers before a norm compute with their kernels less
+        the mean over the inputs of each output, as a norm that subtracts no mean wants
+        them ("mabn", "scale").
       num_classes: number of outputs.
       dtype: to compute in, such as `jnp.bfloat16`; None for that of the images and
         parameters, promoted. Parameters are float32, and so are the logits.
@@ -109,6 +115,7 @@ class LeNet(nn.Module):
     dropout_rate: float = 0.0
     dropout_at: Literal["dense", "last"] = "dense"
     first_padding: int = 0
+    centred_kernels: bool = False
     num_classes: int = 10
     dtype: Any = None
     layout: layers.Layout | None = None
@@ -155,6 +162,7 @@ class LeNet(nn.Module):
                 layout=layout,
                 use_bias=use_bias(i),
                 kernel_init=xavier,
+                is_centred=self.centred_kernels,
                 dtype=self.dtype,
                 name=f"conv{i}",
             )
@@ -164,7 +172,13 @@ class LeNet(nn.Module):
         x = x.reshape(x.shape[0], -1)
         dense = functools.partial(nn.Dense, kernel_init=xavier, dtype=self.dtype)
         for i, features in enumerate((120, 84), start=1):
-            x = dense(features, use_bias=use_bias(i + 2), name=f"dense{i}")(x)
+            layer = dense(
+                features,
+                use_bias=use_bias(i + 2),
+                dot_general=layers.centred_dot if self.centred_kernels else None,
+                name=f"dense{i}",
+            )
+            x = layer(x)
             x = norm_activation(x, i + 2, -1, 0)
             if i == 2 or self.dropout_at == "dense":
                 x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)

@@ -3,6 +3,7 @@
 In this order: gradients are clipped, weight decay is added, the optimizer makes updates
 of them, rate factors scale the updates, and those of frozen parameters are set to 0. A
 part that a config does not use is left out, so that plain SGD is `optax.sgd` alone.
+Parameters that are averages are apart from all this: their gradient moves them.
 """
 
 from __future__ import annotations
@@ -74,7 +75,8 @@ def make_optimizer(
         parts.append(parameters.scale_by(factors))
     if freeze is not None:
         parts.append(freeze)
-    return parts[0] if len(parts) == 1 else optax.chain(*parts)
+    optimizer = parts[0] if len(parts) == 1 else optax.chain(*parts)
+    return parameters.with_averages(optimizer)
 
 
 def make_schedule(config: Config, *, steps_per_epoch: int) -> optax.Schedule:

@@ -2,10 +2,10 @@
 
 Kinds of parameters are told apart by the tree, not by the names of layers. A norm is a
 module without submodules that has a `scale` or a `bias` with at least one axis, and no
-other parameter with more than one. That holds for Flax's norms and ours, but not for
-layers with a kernel, nor for the blocks of Fixup and SkipInit with their scalars. A
-module with a bias alone counts as a norm, since centring has no other parameter. A
-norm's gamma is its `scale`, its beta is its `bias`.
+other parameter with more than one, averages aside. That holds for Flax's norms and
+ours, but not for layers with a kernel, nor for the blocks of Fixup and SkipInit with
+their scalars. A module with a bias alone counts as a norm, since centring has no other
+parameter. A norm's gamma is its `scale`, its beta is its `bias`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from jax import Array
 
 from bn_jax.fields import ConfigError, Range
 from bn_jax.names import TRACEABLE, Table
+from bn_jax.variables import MOVING_PRODUCTS, moving_param_mask
 
 
 def of_norms(params: Any) -> Any:
@@ -44,7 +45,11 @@ def of_norms(params: Any) -> Any:
 def _are_of_norm(leaves: dict[str, Any]) -> bool:
     """Return whether a norm has these parameters, of a module without submodules."""
     affine = [leaf for name, leaf in leaves.items() if name in ("scale", "bias")]
-    others = [leaf for name, leaf in leaves.items() if name not in ("scale", "bias")]
+    others = [
+        leaf
+        for name, leaf in leaves.items()
+        if name not in ("scale", "bias", MOVING_PRODUCTS)
+    ]
     return any(leaf.ndim > 0 for leaf in affine) and all(
         leaf.ndim <= 1 for leaf in others
     )
@@ -174,6 +179,27 @@ def at_random(*, seed: int | Array) -> optax.GradientTransformation:
 TRAINED: Table[optax.GradientTransformation | None] = Table(
     "trained", {"all": all_parameters, "norms": norms, "random": at_random}
 )
+
+
+def with_averages(optimizer: optax.GradientTransformation) -> Any:
+    """Optimize all parameters but those that are averages, which their gradient moves.
+
+    Where a model has none, this is the optimizer itself.
+    """
+
+    def chosen(params: Any) -> optax.GradientTransformation:
+        mask = moving_param_mask({"params": params})
+        if not any(jax.tree.leaves(mask)):
+            return optimizer
+        return optax.multi_transform({True: optax.sgd(1.0), False: optimizer}, mask)
+
+    def init(params: Any) -> Any:
+        return chosen(params).init(params)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        return chosen(updates).update(updates, state, params)
+
+    return optax.GradientTransformation(init, update)
 
 
 class _LearnsState(NamedTuple):

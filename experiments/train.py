@@ -21,9 +21,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from absl import flags
@@ -31,14 +33,16 @@ from absl import flags
 from bn_jax import paths, runs, transforms
 from bn_jax.data import ImageData
 from bn_jax.fields import ConfigError
-from bn_jax.runs import distributed, results, sweeps
+from bn_jax.runs import distributed, parts, results, sweeps
 from bn_jax.training import members, scoring, task
 from bn_jax.training.config import RunOptions, TrainConfig
 from bn_jax.training.evaluation import Evaluator
-from experiments import flag_fields, launch
+from experiments import flag_fields, jobs, launch
 
 if __name__ != "__main__":  # --help of experiments.lenet lists these flags as its own
     flags.disclaim_key_flags()
+
+OF_SWEEPS = ("sweep", "part", "launcher")
 
 # What rounding may change of a loss or an accuracy: an image or two of 10,000.
 ROUNDING = 3e-4
@@ -61,6 +65,18 @@ def define_flags() -> None:
         "'model.norm_layers=0011,1111' or 'norm=batch_norm|group:num_groups=2'. What "
         "differs in numbers alone shares one program.",
     )
+    flags.DEFINE_string(
+        "part",
+        None,
+        "K/N: train the K-th of N parts of the sweep alone, as on other machines the "
+        "others; where the last one ends, all are merged.",
+    )
+    flags.DEFINE_string(
+        "launcher",
+        None,
+        "Train the parts of the sweep by jobs, and wait for them: local:N, processes "
+        f"of this machine, or slurm. Options: {jobs.LAUNCHERS.help()}.",
+    )
 
 
 def main(argv: Sequence[str]) -> None:
@@ -75,7 +91,7 @@ def main(argv: Sequence[str]) -> None:
     if given.load is not None:
         fields = (*dataclasses.fields(TrainConfig), *dataclasses.fields(RunOptions))
         names = [field.name for field in fields]
-        names += ["smoke", "sweep", *launch.PROCESSES]
+        names += ["smoke", *OF_SWEEPS, *launch.PROCESSES]
         ignored = [f"--{name}" for name in names if given[name].present]
         if ignored:
             raise ConfigError(
@@ -86,13 +102,22 @@ def main(argv: Sequence[str]) -> None:
         launch.check_devices()
         evaluate_again(paths.local(given.load, "load"))
         return
-    launch.set_up_jax()
+    if given.launcher is None:
+        launch.set_up_jax()
+    else:  # which leaves the devices to the jobs
+        jax.config.update("jax_platforms", "cpu")
     smoke = {"dataset": "sample", "epochs": 1} if given.smoke else {}
     config = flag_fields.read(TrainConfig, given, defaults=smoke)
     if given.sweep is not None:
         train_sweep(launch.workdir(), given.sweep, config)
-    else:
-        train(launch.workdir(), config)
+        return
+    for name in OF_SWEEPS:
+        if given[name].present:
+            raise ConfigError(
+                f"--{name}={given[name].value} without --sweep; give the members, as "
+                "in --sweep=seed=0..9"
+            )
+    train(launch.workdir(), config)
 
 
 def train(workdir: Path, config: TrainConfig) -> None:
@@ -138,11 +163,21 @@ def train(workdir: Path, config: TrainConfig) -> None:
 
 def train_sweep(workdir: Path, spec: str, base: TrainConfig) -> None:
     """Train the members of a sweep into `workdir` and print a line for each."""
+    part = _part(flags.FLAGS.part)
+    launcher = None
+    if flags.FLAGS.launcher is not None:
+        launcher = jobs.launcher_of(flags.FLAGS.launcher)
     configs = members.parse(spec, base)
     data = launch.load_data(base.dataset)
     print(f"{len(configs)} members of the sweep", flush=True)
-    options = flag_fields.read(RunOptions, flags.FLAGS)
-    rows = runs.sweep(configs, data, workdir=workdir, options=options)
+    if launcher is not None:
+        rows = _by_jobs(launcher, configs, data, workdir)
+    else:
+        options = flag_fields.read(RunOptions, flags.FLAGS)
+        rows = runs.sweep(configs, data, workdir=workdir, options=options, part=part)
+    if part is not None:
+        _end_part(part, configs, data, workdir)
+        return
     names = [part.partition("=")[0].strip() for part in spec.split(";")]
     for config, row in zip(configs, rows, strict=True):
         member = "  ".join(f"{name} {config.value(name)!s:6}" for name in names)
@@ -160,6 +195,59 @@ def train_sweep(workdir: Path, spec: str, base: TrainConfig) -> None:
             line += f", {row['test_accuracy_exact']:.3f} by exact statistics"
         print(line)
     print(f"written to {workdir}")
+
+
+def _part(text: str | None) -> sweeps.Part | None:
+    """Return the part that a flag gives.
+
+    Raises:
+      ConfigError: if it gives none, or a launcher is given, too.
+    """
+    if text is None:
+        return None
+    numbers = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+    if numbers is None or not 1 <= int(numbers[1]) <= int(numbers[2]):
+        raise ConfigError(
+            f"part={text!r}; expected K/N, part K of N, such as 3/40 with K from 1 to N"
+        )
+    if flags.FLAGS.launcher is not None:
+        raise ConfigError(
+            f"--part={text} with --launcher, which trains all parts; leave out one"
+        )
+    return sweeps.Part(int(numbers[1]), int(numbers[2]))
+
+
+def _by_jobs(
+    launcher: jobs.Launcher,
+    configs: Sequence[TrainConfig],
+    data: ImageData,
+    workdir: Path,
+) -> list[dict[str, Any]]:
+    """Train a sweep by jobs; return the rows of its members."""
+    flag_fields.read(RunOptions, flags.FLAGS)
+    groups = sweeps.check(configs, data)
+    sweeps.Part(1, launcher.num_parts).members(groups)
+    if not (workdir / results.RESULTS).exists():
+        jobs.run(launcher, jobs.given_arguments(), workdir)
+    return parts.merge(configs, data, workdir=workdir, num_parts=launcher.num_parts)
+
+
+def _end_part(
+    part: sweeps.Part,
+    configs: Sequence[TrainConfig],
+    data: ImageData,
+    workdir: Path,
+) -> None:
+    """Merge all parts, if this was the last one."""
+    print(f"part {part.number} of {part.num_parts}: written to {part.folder(workdir)}")
+    left = parts.unfinished(workdir, part.num_parts)
+    if left:
+        numbers = ", ".join(str(p.number) for p in left[:12])
+        more = ", ..." if len(left) > 12 else ""
+        print(f"{len(left)} parts are not finished: {numbers}{more}")
+        return
+    parts.merge(configs, data, workdir=workdir, num_parts=part.num_parts)
+    print(f"all parts are merged in {workdir}")
 
 
 def evaluate_again(workdir: Path) -> None:

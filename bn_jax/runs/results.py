@@ -39,6 +39,7 @@ METRICS = "metrics.jsonl"
 CHECKSUMS = "checksums.json"
 RESULTS = "results.json"
 ROWS = "runs.jsonl"  # of a sweep, a row a member
+PARTS = "parts"  # of a sweep that is trained in parts, a folder each
 LOCK = ".lock"
 UNFINISHED = ".unfinished"  # ending of a file that is being written
 
@@ -57,17 +58,21 @@ class RunError(ValueError):
 
 
 @contextmanager
-def locked(workdir: str | Path) -> Iterator[Path]:
+def locked(workdir: str | Path, *, seconds: float = 0) -> Iterator[Path]:
     """Hold a working directory, made when it is not there, against other processes.
 
     The lock ends with the process, however that ends.
+
+    Args:
+      workdir: the directory.
+      seconds: how long to wait for another process that holds it.
 
     Raises:
       RunError: if the directory cannot be written, or another process holds it.
       ConfigError: if it is no path of this machine.
     """
     workdir = paths.local(workdir, "workdir")
-    lock = FileLock(workdir / LOCK, blocking=False)
+    lock = FileLock(workdir / LOCK, timeout=seconds)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         lock.acquire()
@@ -114,7 +119,7 @@ def check_free(
     present = sorted(
         path.name
         for path in workdir.iterdir()
-        if path.name != LOCK and path.suffix != UNFINISHED
+        if path.name not in (LOCK, PARTS) and path.suffix != UNFINISHED
     )
     links = [
         n for n in present if (workdir / n).is_symlink() and (workdir / n).is_dir()
@@ -170,7 +175,7 @@ def is_shorter(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
 def set_results_aside(workdir: Path) -> None:
     """Rename the results of a finished run that goes on, by its number of epochs."""
     epochs = read_object(workdir / CONFIG)["epochs"]
-    with _writing(workdir / RESULTS):
+    with writing(workdir / RESULTS):
         (workdir / RESULTS).rename(workdir / f"results_{epochs}_epochs.json")
 
 
@@ -320,16 +325,21 @@ def write_json(path: Path, value: Any) -> None:
     Raises:
       RunError: if it cannot be written.
     """
-    _write(path, _json(value))
+    write_text(path, _json(value))
 
 
 def _json(value: Any) -> str:
     return json.dumps(value, indent=2, allow_nan=False) + "\n"
 
 
-def _write(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Write a file, whole or not at all.
+
+    Raises:
+      RunError: if it cannot be written.
+    """
     unfinished = path.with_name(path.name + UNFINISHED)
-    with _writing(path):
+    with writing(path):
         unfinished.unlink(missing_ok=True)
         with open(unfinished, "x") as file:  # which follows no link
             file.write(text)
@@ -342,15 +352,19 @@ def remove_link(path: Path) -> Path:
     Raises:
       RunError: if it cannot be removed.
     """
-    with _writing(path):
+    with writing(path):
         if path.is_symlink():
             path.unlink()
     return path
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """Turn what the system has against writing into our error."""
+def writing(path: Path) -> Iterator[None]:
+    """Turn what the system has against writing into our error.
+
+    Raises:
+      RunError: instead of an OSError.
+    """
     try:
         yield
     except OSError as error:
@@ -419,7 +433,7 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     Raises:
       RunError: if it cannot be written.
     """
-    _write(path, "".join(_line(row) for row in rows))
+    write_text(path, "".join(_line(row) for row in rows))
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -444,7 +458,7 @@ def write_metrics(workdir: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 def append_metrics(workdir: Path, row: Mapping[str, Any]) -> None:
     """Add a line to metrics.jsonl."""
-    with _writing(workdir / METRICS), open(remove_link(workdir / METRICS), "a") as file:
+    with writing(workdir / METRICS), open(remove_link(workdir / METRICS), "a") as file:
         file.write(_line(row))
 
 

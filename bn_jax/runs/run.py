@@ -6,31 +6,30 @@ import contextlib
 import dataclasses
 import signal
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from flax import traverse_util
 from tqdm import tqdm
 
 from bn_jax import data as data_lib
 from bn_jax import paths
 from bn_jax.fields import ConfigError
-from bn_jax.runs import checkpoint, distributed, interrupt, results
+from bn_jax.runs import checkpoint, distributed, interrupt, logs, results
+from bn_jax.runs import summary as summary_lib
 from bn_jax.runs.results import RunError
 from bn_jax.training import loop, own_models, parallel, schedules, task
 from bn_jax.training.config import RunOptions, TrainConfig
 from bn_jax.training.loop import EpochReport, Progress
-from bn_jax.training.scoring import Score
+from bn_jax.training.optimizers import make_schedule
 from bn_jax.training.state import Network, TrainState
 from bn_jax.training.task import Task, make_network
 from bn_jax.version import __version__
 
 # Training images that take more than this are streamed by default.
 MAX_STORED_BYTES = 10**9
-
-_VALIDATION = ("validation_loss", "validation_accuracy")
 
 
 class Run(NamedTuple):
@@ -82,6 +81,7 @@ def train(
     options = options or RunOptions(devices="1")
     if model is not None:
         config = own_models.named(config, model)
+    logs.check(options.logs())
     distributed.check_same(_agreed(config, options, data))
     selected = task.select(config, data)
     earlier = load(config.init_from, model=model) if config.init_from else None
@@ -104,7 +104,7 @@ def train(
         like = trainer.progress().state  # all processes take part
         files = None
         if distributed.is_primary():
-            files = _Files(workdir, trainer)
+            files = _Files(workdir, trainer, options.logs())
 
         def start() -> bytes:
             assert files is not None  # this is called on the primary alone
@@ -118,10 +118,10 @@ def train(
         if files is not None:
             stack.callback(files.close)
             files.announce(progress)
-        _train(trainer, files, request, checkpoint_steps)
+        _train(trainer, files, request, checkpoint_steps, bool(options.logs()))
         score = trainer.score()
         state = trainer.state()
-        summary = _summary(trainer, score, state.variables)
+        summary = summary_lib.summary(trainer, score, state.variables)
         rows = [results.finite(report.to_row()) for report in trainer.history]
         run = Run(
             config,
@@ -210,11 +210,15 @@ def _train(
     files: _Files | None,
     request: interrupt.StopRequest,
     checkpoint_steps: int | None,
+    is_logged: bool,
 ) -> None:
     """Train to the end, writing what comes up, unless asked to stop."""
     for report in trainer.train():
-        if files is not None and report is not None:
-            files.add_epoch(report)
+        if report is not None:
+            # All processes take part.
+            variables = trainer.state().variables if is_logged else None
+            if files is not None:
+                files.add_epoch(report, variables)
         stop = distributed.any_process(request.signum is not None)
         is_due = checkpoint_steps and trainer.step % checkpoint_steps == 0
         if stop or is_due or trainer.step == trainer.num_steps:
@@ -234,8 +238,12 @@ def _train(
 class _Files:
     """What the primary reads, writes and shows."""
 
-    def __init__(self, workdir: Path, trainer: loop.Trainer) -> None:
+    def __init__(
+        self, workdir: Path, trainer: loop.Trainer, log: Sequence[str]
+    ) -> None:
         self._workdir, self._config = workdir, trainer.config
+        self._log = log
+        self._logs: logs.Logs | None = None
         self._trainer, self._data = trainer, trainer.data
         self._checkpoints: checkpoint.Checkpoints | None = None
         self._grows = schedules.is_of_any_length(trainer.config.schedule)
@@ -262,6 +270,8 @@ class _Files:
         history = () if progress is None else progress.history
         rows = (results.finite(report.to_row()) for report in history)
         results.write_metrics(self._workdir, rows)
+        step = 0 if progress is None else len(progress.step_losses)
+        self._logs = logs.Logs(self._log, self._workdir, step)
         return progress
 
     def _open(self) -> checkpoint.Checkpoints:
@@ -296,9 +306,19 @@ class _Files:
             self._bar.update(step)
         self._bar.set_postfix_str("compiling")
 
-    def add_epoch(self, report: EpochReport) -> None:
-        """Write and show an epoch's line."""
+    def add_epoch(self, report: EpochReport, variables: Any) -> None:
+        """Write and show an epoch's line, and log it.
+
+        Args:
+          report: of the epoch.
+          variables: of the model at its end, where there are logs.
+        """
         results.append_metrics(self._workdir, results.finite(report.to_row()))
+        if self._logs is not None and self._log:
+            rate = make_schedule(
+                self._config, steps_per_epoch=self._trainer.steps_per_epoch
+            )
+            self._logs.add(report, float(rate(report.step - 1)), variables)
         self._bar.write(_line(report, self._config.epochs))
 
     def save(self, progress: Progress) -> None:
@@ -337,39 +357,11 @@ class _Files:
     def close(self) -> None:
         """Wait until checkpoints are written."""
         self._bar.close()
+        if self._logs is not None:
+            self._logs.close()
         if self._checkpoints is not None:
             opened, self._checkpoints = self._checkpoints, None
             opened.close()
-
-
-def _summary(trainer: loop.Trainer, score: Score, variables: Any) -> dict[str, Any]:
-    """Return the contents of results.json, None for numbers that are not finite."""
-    last = trainer.history[-1]
-    row = last.to_row()
-    seconds = sum(report.seconds for report in trainer.history)
-    losses = trainer.progress().step_losses
-    num_examples = len(trainer.data.train.labels)
-    if trainer.stream:
-        num_examples = min(num_examples, loop.MAX_STREAMED_EXAMPLES)
-    summary = {
-        "train_loss": last.loss,
-        "train_accuracy": last.train_accuracy,
-        **{name: row[name] for name in _VALIDATION if name in row},
-        **score.to_row(),
-        "exact_statistics_examples": num_examples,
-        "examples_per_second": last.step * trainer.config.batch_size / seconds,
-        "compile_seconds": trainer.compile_seconds,
-        "num_devices": len(trainer.placement.devices),
-        "num_processes": jax.process_count(),
-        "data_source": trainer.data.source,
-        "task": trainer.task.to_dict(),
-        "class_names": list(trainer.data.class_names),
-        "first_step_losses": losses[:20].astype(float).tolist(),
-        "moving_averages": bool(jax.tree.leaves(variables["batch_stats"])),
-        "gamma_beta": gamma_beta(variables),
-    }
-    of_summary: dict[str, Any] = results.finite(summary)
-    return of_summary
 
 
 def load(workdir: str | Path, *, model: Any = None) -> Run:
@@ -428,32 +420,6 @@ def read_config(workdir: Path, values: dict[str, Any]) -> TrainConfig:
             f"{workdir} was written by bn_jax {written_by}, whose configs "
             f"{__version__} does not read; read it with that version, or train it again"
         ) from error
-
-
-def gamma_beta(variables: Any) -> dict[str, dict[str, list[float]]]:
-    """Return gamma and beta of each normalisation layer, by the layer's name.
-
-    A layer is one that has statistics, or a scale or bias for each feature and no
-    kernel, as layer norm has.
-    """
-    params = traverse_util.flatten_dict(variables["params"], sep="/")
-    layers = {
-        path.rpartition("/")[0]
-        for path in traverse_util.flatten_dict(variables["batch_stats"], sep="/")
-    }
-    for path, value in params.items():
-        layer, _, name = path.rpartition("/")
-        others = {p.rpartition("/")[2] for p in params if p.rpartition("/")[0] == layer}
-        if name in ("scale", "bias") and value.ndim == 1 and "kernel" not in others:
-            layers.add(layer)
-    return {
-        layer: {
-            greek: np.asarray(params[f"{layer}/{name}"]).astype(float).tolist()
-            for greek, name in (("gamma", "scale"), ("beta", "bias"))
-            if f"{layer}/{name}" in params
-        }
-        for layer in sorted(layers)
-    }
 
 
 def _title(config: TrainConfig) -> str:

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -21,8 +21,51 @@ from bn_jax.runs.run import Run, read_config
 from bn_jax.training import members, own_models, task
 from bn_jax.training.config import RunOptions, TrainConfig
 from bn_jax.training.loop import EpochReport
+from bn_jax.training.state import Network
 from bn_jax.training.sweep import Progress, Sweep
 from bn_jax.training.task import Task, make_network
+
+
+class Part(NamedTuple):
+    """A part of a sweep's members, trained apart from the others; see `runs.parts`."""
+
+    number: int  # from 1
+    num_parts: int
+
+    def members(self, groups: Sequence[Sequence[int]]) -> list[int]:
+        """Return the numbers of its members, whose programs are as few as may be.
+
+        Raises:
+          ConfigError: if there are more parts than members.
+        """
+        order = [i for group in groups for i in group]
+        if self.num_parts > len(order):
+            raise ConfigError(
+                f"{self.num_parts} parts of a sweep of {len(order)} members; expected "
+                "no more parts than members"
+            )
+        ends = [
+            len(order) * k // self.num_parts for k in (self.number - 1, self.number)
+        ]
+        return sorted(order[slice(*ends)])
+
+    def folder(self, workdir: Path) -> Path:
+        """Return the folder in which it is trained."""
+        width = len(str(self.num_parts))
+        return workdir / results.PARTS / f"{self.number:0{width}}_of_{self.num_parts}"
+
+
+class Finished(NamedTuple):
+    """What the members of a sweep have become."""
+
+    rows: list[dict[str, Any]]  # a row per member, as `Sweep.rows`
+    seconds: float  # of training
+    compile_seconds: float
+    num_examples: int  # that all members trained on, all steps together
+    num_devices: int
+    task: Task
+    # By folder of variables, the CRC-32 of each array by name.
+    checksums: dict[str, dict[str, int]]
 
 
 def sweep(
@@ -34,6 +77,7 @@ def sweep(
     options: RunOptions | None = None,
     exact: bool = True,
     train: bool = False,
+    part: Part | None = None,
 ) -> list[dict[str, Any]]:
     """Train a sweep, and write everything to `workdir`; resume one that is there.
 
@@ -49,6 +93,8 @@ def sweep(
       options: how to carry it out; by default on one device.
       exact: see `Sweep.rows`.
       train: see `Sweep.rows`.
+      part: of the members, to be trained into a folder of its own in `workdir`, with
+        the numbers that they have in the whole sweep.
 
     Returns:
       The rows. Those of a finished sweep are read.
@@ -62,17 +108,15 @@ def sweep(
     workdir = paths.local(workdir, "workdir")
     if model is not None:
         configs = [own_models.named(config, model) for config in configs]
-    groups = members.grouped(configs)
-    _check_data(configs)
+    whole = check(configs, data, model=model)
+    config = identity(configs, data, exact=exact, train=train)
+    own = list(range(len(configs)))
+    if part is not None:
+        own, workdir = part.members(whole), part.folder(workdir)
+        config["part"] = list(part)
+    numbers = {i: place for place, i in enumerate(own)}
+    groups = [[own[i] for i in g] for g in members.grouped([configs[i] for i in own])]
     devices = _devices(options, max(map(len, groups)))
-    selected = [task.select(configs[group[0]], data) for group in groups]
-    for group, chosen in zip(groups, selected, strict=True):
-        group_task = Task.of(configs[group[0]], chosen)
-        networks = [make_network(configs[i], group_task, model=model) for i in group]
-        # The others are of the same shapes.
-        networks[0].check_fits(configs[group[0]].batch_size)
-    common = _common(configs)
-    config = {**common, "data": selected[0].source, "exact": exact, "train": train}
     with interrupt.listening() as request, results.locked(workdir):
         results.check_free(workdir, config, resume=options.resume, repeat=True)
         if (workdir / results.RESULTS).exists():
@@ -81,17 +125,19 @@ def sweep(
         start = functools.partial(results.start_run, workdir, config)
         if not (workdir / results.CONFIG).exists():
             start()
-        rows: list[Any] = [None] * len(configs)
+        rows: list[Any] = [None] * len(own)
         programs = []
-        arrays = {}
-        folders = _folders(workdir, len(groups))
+        checksums = {}
+        folders = folders_of(workdir, len(groups))
         for number, (folder, group) in enumerate(zip(folders, groups, strict=True), 1):
             folder.mkdir(exist_ok=True)
             if len(groups) > 1:
                 print(f"program {number} of {len(groups)}", flush=True)
+            (of_all,) = (g for g in whole if group[0] in g)
             program = _Program(
                 [configs[i] for i in group],
                 data,
+                whole=[configs[i] for i in of_all],
                 model=model,
                 devices=devices[: len(group)],
                 options=options,
@@ -100,42 +146,96 @@ def sweep(
             )
             of_group = program.train(start, request, exact=exact, train=train)
             for i, row in zip(group, of_group, strict=True):
-                rows[i] = row
+                rows[numbers[i]] = row
             programs.append(program)
-            arrays[_name_of_variables(workdir, folder)] = program.checksums
-        from bn_jax import plots  # here, so that training starts sooner
-
-        results.write_rows(workdir / results.ROWS, rows)
-        path = results.remove_link(workdir / "sweep.png")
-        plots.members_by_epoch(_by_values(rows, configs), path)
-        seconds = sum(program.seconds for program in programs)
-        num_examples = sum(program.num_examples for program in programs)
-        summary = {
-            "members": len(configs),
-            "examples_per_second": num_examples / seconds,
-            "seconds": seconds,
-            "compile_seconds": sum(p.sweep.compile_seconds for p in programs),
-            "num_devices": len(devices),
-            "data_source": selected[0].source,
-            "task": programs[0].sweep.task.to_dict(),
-            **_best(rows, configs),
-        }
-        results.finish_run(workdir, summary, others=results.OF_A_SWEEP, arrays=arrays)
+            checksums[name_of_variables(workdir, folder)] = program.checksums
+        finish(
+            workdir,
+            [configs[i] for i in own],
+            Finished(
+                rows,
+                seconds=sum(program.seconds for program in programs),
+                compile_seconds=sum(p.sweep.compile_seconds for p in programs),
+                num_examples=sum(program.num_examples for program in programs),
+                num_devices=len(devices),
+                task=programs[0].sweep.task,
+                checksums=checksums,
+            ),
+            data_source=config["data"],
+        )
     return rows
 
 
-def _check_data(configs: Sequence[TrainConfig]) -> None:
-    """Refuse members that are not of one data set.
+def check(
+    configs: Sequence[TrainConfig], data: data_lib.ImageData, *, model: Any = None
+) -> list[list[int]]:
+    """Refuse configs that make no sweep on these data.
+
+    Returns:
+      The numbers of the configs that share a program, group by group.
 
     Raises:
-      ConfigError: naming the field.
+      ConfigError: saying what does not fit.
     """
+    groups = members.grouped(configs)
     for name in ("dataset", "train_examples", "validation"):
         if len({getattr(config, name) for config in configs}) > 1:
             raise ConfigError(
                 f"members of a sweep differ in {name}; they share the images in the "
                 "devices' memory: train a sweep for each"
             )
+    for group in groups:
+        group_task = Task.of(configs[group[0]], task.select(configs[group[0]], data))
+        networks = [make_network(configs[i], group_task, model=model) for i in group]
+        # The others are of the same shapes.
+        networks[0].check_fits(configs[group[0]].batch_size)
+    return groups
+
+
+def identity(
+    configs: Sequence[TrainConfig],
+    data: data_lib.ImageData,
+    *,
+    exact: bool,
+    train: bool,
+) -> dict[str, Any]:
+    """Return what decides a sweep's numbers, as its config.json holds it."""
+    source = task.select(configs[0], data).source
+    return {**_common(configs), "data": source, "exact": exact, "train": train}
+
+
+def finish(
+    workdir: Path,
+    configs: Sequence[TrainConfig],
+    finished: Finished,
+    *,
+    data_source: str,
+) -> None:
+    """Write the rows, the figure and, last of all, results.json.
+
+    Raises:
+      RunError: if they cannot be written.
+    """
+    from bn_jax import plots  # here, so that training starts sooner
+
+    rows = finished.rows
+    results.write_rows(workdir / results.ROWS, rows)
+    path = results.remove_link(workdir / "sweep.png")
+    plots.members_by_epoch(_by_values(rows, configs), path)
+    summary = {
+        "members": len(configs),
+        "examples": finished.num_examples,
+        "examples_per_second": finished.num_examples / finished.seconds,
+        "seconds": finished.seconds,
+        "compile_seconds": finished.compile_seconds,
+        "num_devices": finished.num_devices,
+        "data_source": data_source,
+        "task": finished.task.to_dict(),
+        **_best(rows, configs),
+    }
+    results.finish_run(
+        workdir, summary, others=results.OF_A_SWEEP, arrays=finished.checksums
+    )
 
 
 def _best(
@@ -161,6 +261,7 @@ class _Program:
         configs: Sequence[TrainConfig],
         data: data_lib.ImageData,
         *,
+        whole: Sequence[TrainConfig],
         model: Any,
         devices: Sequence[jax.Device],
         options: RunOptions,
@@ -177,6 +278,7 @@ class _Program:
             model=model,
             devices=devices,
             checkpoint_steps=self._checkpoint_steps,
+            whole=whole,
         )
         self._folder, self._identity = folder, identity
 
@@ -256,14 +358,10 @@ def load(workdir: str | Path, *, model: Any = None) -> list[Run]:
     of_task = Task.from_dict(results.read_object(workdir / results.RESULTS)["task"])
     groups = members.grouped(configs)
     runs: list[Any] = [None] * len(rows)
-    for folder, group in zip(_folders(workdir, len(groups)), groups, strict=True):
+    for folder, group in zip(folders_of(workdir, len(groups)), groups, strict=True):
         networks = [make_network(configs[i], of_task, model=model) for i in group]
-        of_one = jax.eval_shape(networks[0].init, jax.random.key(0))
-        count = len(group)
-        like = jax.tree.map(
-            lambda v, n=count: jax.ShapeDtypeStruct((n, *v.shape), v.dtype), of_one
-        )
-        known = checksums.get(_name_of_variables(workdir, folder), {})
+        like = _stacked_like(networks[0], len(group))
+        known = checksums.get(name_of_variables(workdir, folder), {})
         stacked = checkpoint.load_variables(folder, like, known)
         for place, (i, network) in enumerate(zip(group, networks, strict=True)):
             own = jax.tree.map(lambda leaf, at=place: np.asarray(leaf[at]), stacked)
@@ -271,14 +369,23 @@ def load(workdir: str | Path, *, model: Any = None) -> list[Run]:
     return runs
 
 
-def _folders(workdir: Path, num_programs: int) -> list[Path]:
+def _stacked_like(network: Network, count: int) -> Any:
+    """Return the shapes of the variables of so many members."""
+    of_one = jax.eval_shape(network.init, jax.random.key(0))
+    return jax.tree.map(
+        lambda v: jax.ShapeDtypeStruct((count, *v.shape), v.dtype), of_one
+    )
+
+
+def folders_of(workdir: Path, num_programs: int) -> list[Path]:
     """Return the folder of each program of a sweep."""
     if num_programs == 1:
         return [workdir]
     return [workdir / f"program{number}" for number in range(1, num_programs + 1)]
 
 
-def _name_of_variables(workdir: Path, folder: Path) -> str:
+def name_of_variables(workdir: Path, folder: Path) -> str:
+    """Return what the checksums call the variables of a program's folder."""
     return (folder / checkpoint.VARIABLES).relative_to(workdir).as_posix()
 
 
@@ -305,6 +412,11 @@ def _devices(options: RunOptions, num_members: int) -> list[jax.Device]:
         raise ConfigError(
             "input='stream' for a sweep, whose members share the data set in the "
             "devices' memory; leave out --input"
+        )
+    if options.log != "none":
+        raise ConfigError(
+            f"log={options.log!r} for a sweep, whose members have a row each in "
+            f"{results.ROWS}; leave out --log"
         )
     return present[: min(count, num_members)]
 

@@ -48,6 +48,10 @@ _DEVICES = Range(
     "all, or a number of devices",
     lambda v: re.fullmatch(r"all|[1-9]\d*", v) is not None,
 )
+_LOGS = Range(
+    "csv, tensorboard, both with a comma between, or none",
+    lambda v: v == "none" or (bool(v) and set(v.split(",")) <= {"csv", "tensorboard"}),
+)
 _EVERY = Range(
     "a number of epochs or steps, such as 1epoch, 2epochs or 500steps, or never",
     lambda v: re.fullmatch(r"never|[1-9]\d*(epoch|step)s?", v) is not None,
@@ -403,10 +407,20 @@ class RunOptions:
     resume: bool = option(
         True, "Resume from the last checkpoint where the folder holds this run."
     )
+    log: str = option(
+        "none",
+        "<csv|tensorboard|csv,tensorboard|none>: logs for other programs, a point an "
+        "epoch.",
+        valid=_LOGS,
+    )
 
     def __post_init__(self) -> None:
         """Check each field's type and range."""
         check(self)
+
+    def logs(self) -> list[str]:
+        """Return the names of the logs that are written."""
+        return [] if self.log == "none" else self.log.split(",")
 
     def checkpoint_steps(self, steps_per_epoch: int) -> int | None:
         """Return the number of steps from checkpoint to checkpoint; None for never."""

@@ -184,18 +184,26 @@ def differing(configs: Sequence[TrainConfig]) -> list[str]:
     return [n for n in names if len({str(c.value(n)) for c in configs}) > 1]
 
 
-def stack_values(configs: Sequence[TrainConfig]) -> Values:
+def stack_values(
+    configs: Sequence[TrainConfig], whole: Sequence[TrainConfig] | None = None
+) -> Values:
     """Return the numbers that differ as arrays with a leading axis of configs.
 
     What all configs share stays a constant of the program, which is the faster for it.
+
+    Args:
+      configs: of the members.
+      whole: configs of which these are a part that has to have the program of all.
     """
     stacked: Values = {}
     of_configs = [traceable(config) for config in configs]
+    of_whole = [traceable(config) for config in whole or configs]
     for name in of_configs[0]:
         values = [of_config[name] for of_config in of_configs]
-        if name != "seed" and len(set(values)) == 1:
+        every_value = {of_config[name] for of_config in of_whole}
+        if name != "seed" and len(every_value) == 1:
             continue
-        digits = [v for v in values if isinstance(v, str)]
+        digits = [v for v in every_value if isinstance(v, str)]
         if digits:  # 0 and 1, that switch layers; None for 1 throughout
             every = "1" * len(digits[0])
             stacked[name] = np.array([[d == "1" for d in v or every] for v in values])

@@ -53,6 +53,8 @@ class Sweep:
       model: the user's own; see `loop.Trainer`.
       devices: that share the members; by default JAX's first.
       checkpoint_steps: `train` pauses at each multiple of it.
+      whole: configs of which these are a part; they then have the program, and so the
+        numbers, that they have among them all.
 
     Raises:
       ConfigError: if configs differ in other fields, or do not fit the data.
@@ -66,6 +68,7 @@ class Sweep:
         model: Any = None,
         devices: Sequence[jax.Device] | None = None,
         checkpoint_steps: int | None = None,
+        whole: Sequence[TrainConfig] | None = None,
     ) -> None:
         if model is not None:
             configs = [own_models.named(config, model) for config in configs]
@@ -79,7 +82,7 @@ class Sweep:
         # Filled up, so that each device has as many; those added are left out later.
         padding = -len(configs) % len(self.devices)
         self._members = [*configs, *[configs[-1]] * padding]
-        self._values = members.stack_values(self._members)
+        self._values = members.stack_values(self._members, whole)
         self._orders = {
             seed: self._order_of(seed) for seed in {c.seed for c in configs}
         }

@@ -16,7 +16,7 @@ from PIL import Image
 
 from bn_jax import data as data_lib
 from bn_jax.fields import ConfigError
-from bn_jax.runs import results
+from bn_jax.runs import results, summary
 from bn_jax.runs import run as run_lib
 from bn_jax.runs.interrupt import Interrupted
 from bn_jax.runs.results import RunError
@@ -389,7 +389,7 @@ def test_gamma_and_beta_are_kept_of_norms_without_statistics_too():
         "center": {"bias": np.zeros(2)},
         "fixup": {"scale": np.ones(())},
     }
-    found = run_lib.gamma_beta({"params": params, "batch_stats": {}})
+    found = summary.gamma_beta({"params": params, "batch_stats": {}})
     assert found == {
         "center": {"beta": [0.0, 0.0]},
         "group/norm": {"gamma": [1.0, 2.0], "beta": [3.0, 4.0]},

@@ -1,0 +1,90 @@
+"""What a finished run is told by: its numbers, and what its norms have learned."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+from flax import traverse_util
+
+from bn_jax.runs import results
+from bn_jax.training import loop
+from bn_jax.training.scoring import Score
+
+_VALIDATION = ("validation_loss", "validation_accuracy")
+
+
+def summary(trainer: loop.Trainer, score: Score, variables: Any) -> dict[str, Any]:
+    """Return the contents of results.json, None for numbers that are not finite."""
+    last = trainer.history[-1]
+    row = last.to_row()
+    seconds = sum(report.seconds for report in trainer.history)
+    losses = trainer.progress().step_losses
+    num_examples = len(trainer.data.train.labels)
+    if trainer.stream:
+        num_examples = min(num_examples, loop.MAX_STREAMED_EXAMPLES)
+    values = {
+        "train_loss": last.loss,
+        "train_accuracy": last.train_accuracy,
+        **{name: row[name] for name in _VALIDATION if name in row},
+        **score.to_row(),
+        "exact_statistics_examples": num_examples,
+        "examples_per_second": last.step * trainer.config.batch_size / seconds,
+        "compile_seconds": trainer.compile_seconds,
+        "num_devices": len(trainer.placement.devices),
+        "num_processes": jax.process_count(),
+        "data_source": trainer.data.source,
+        "task": trainer.task.to_dict(),
+        "class_names": list(trainer.data.class_names),
+        "first_step_losses": losses[:20].astype(float).tolist(),
+        "moving_averages": bool(jax.tree.leaves(variables["batch_stats"])),
+        "gamma_beta": gamma_beta(variables),
+    }
+    of_summary: dict[str, Any] = results.finite(values)
+    return of_summary
+
+
+def gamma_beta(variables: Any) -> dict[str, dict[str, list[float]]]:
+    """Return gamma and beta of each normalisation layer, by the layer's name.
+
+    A layer is one that has statistics, or a scale or bias for each feature and no
+    kernel, as layer norm has.
+    """
+    params = traverse_util.flatten_dict(variables["params"], sep="/")
+    layers = {
+        path.rpartition("/")[0]
+        for path in traverse_util.flatten_dict(variables["batch_stats"], sep="/")
+    }
+    for path, value in params.items():
+        layer, _, name = path.rpartition("/")
+        others = {p.rpartition("/")[2] for p in params if p.rpartition("/")[0] == layer}
+        if name in ("scale", "bias") and value.ndim == 1 and "kernel" not in others:
+            layers.add(layer)
+    return {
+        layer: {
+            greek: np.asarray(params[f"{layer}/{name}"]).astype(float).tolist()
+            for greek, name in (("gamma", "scale"), ("beta", "bias"))
+            if f"{layer}/{name}" in params
+        }
+        for layer in sorted(layers)
+    }
+
+
+def layer_values(variables: Any) -> dict[str, np.ndarray]:
+    """Return what each norm holds for each feature: gamma, beta and moving averages.
+
+    Returns:
+      Arrays of shape [C] by name, such as `norm1/gamma` and `norm1/var`.
+    """
+    found = {
+        f"{layer}/{greek}": np.asarray(values)
+        for layer, learned in gamma_beta(variables).items()
+        for greek, values in learned.items()
+    }
+    averages = traverse_util.flatten_dict(variables["batch_stats"], sep="/")
+    return found | {
+        name: np.asarray(value, np.float64)
+        for name, value in averages.items()
+        if np.ndim(value) == 1 and np.isrealobj(value)
+    }

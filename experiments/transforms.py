@@ -17,10 +17,10 @@ covariance.png, of the features of the first dense layer before and after each, 
 untrained network.
 
 What came out (3 seeds, 3 epochs; all of it in experiments/README.md): ZCA in groups of
-16 trains to .082 nats less than batch norm in as many steps, at .63 of the speed, and
+16 trains to .082 nats less than batch norm in as many steps, at .67 of the speed, and
 by the batch's own statistics predicts best, .881 to .857; by moving averages it is
 worse than batch norm. PCA hardly trains. Ranks end within .02 nats of batch norm;
-layer, group and instance norm are .15 to .37 nats behind at this rate.
+layer, group and instance norm are .15 to .31 nats behind at this rate.
 """
 
 from __future__ import annotations

@@ -118,6 +118,7 @@ def set_up_jax() -> None:
             )
         jax.config.update("jax_num_cpu_devices", num_local)
     if joins:
+        distributed.end_in_a_line_with_others(_is_whole)
         distributed.initialize(
             given.coordinator_address, given.num_processes, given.process_id
         )
@@ -130,6 +131,14 @@ def set_up_jax() -> None:
             flush=True,
         )
     check_devices()
+
+
+def _is_whole() -> bool:
+    """Return whether the results of the run are written, where this process sees it."""
+    from bn_jax.runs import results
+
+    workdir = flags.FLAGS.workdir
+    return workdir is not None and (Path(workdir) / results.RESULTS).exists()
 
 
 def _check_processes() -> None:
@@ -361,6 +370,7 @@ def start(
 
     def run(argv: Sequence[str]) -> None:
         from bn_jax.data import DataError
+        from bn_jax.runs import distributed
         from bn_jax.runs.distributed import DistributedError
         from bn_jax.runs.interrupt import Interrupted
         from bn_jax.runs.results import RunError
@@ -380,5 +390,10 @@ def start(
             RunError,
         ) as error:
             fail(f"error: {error}")
+        except (RuntimeError, ValueError) as error:  # of JAX
+            if not distributed.is_of_a_death(error):
+                raise
+            distributed.end_with_others(_is_whole())
+        distributed.leave()
 
     app.run(run, flags_parser=parse)

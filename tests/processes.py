@@ -11,7 +11,6 @@ import operator
 import os
 import signal
 import sys
-import time
 from pathlib import Path
 from unittest import mock
 
@@ -167,18 +166,6 @@ def measure(data, axes):
     print("measured as by one process", flush=True)
 
 
-def train_for_long(data):
-    """Train until the end of the world, or of this process, telling the time."""
-    config = TrainConfig(epochs=10**6, batch_size=16)
-    with with_small_model():
-        trainer = loop.Trainer(
-            config, load_data(data), placement=parallel.place(config, devices="all")
-        )
-    for _ in trainer.train():
-        print(f"step {trainer.step}", flush=True)
-        time.sleep(0.1)
-
-
 def meet():
     """Meet the others, and have a word with them."""
     any_is_1 = distributed.any_process(jax.process_index() == 1)
@@ -206,7 +193,6 @@ PROGRAMS = {
         train_one,
         train_into,
         measure,
-        train_for_long,
         meet,
         fail_on_primary,
     )
@@ -217,11 +203,7 @@ def main(*, program, cache, join=True, address=None, count=None, index=None, **r
     jax.config.update("jax_num_cpu_devices", LOCAL_DEVICES)
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-    seconds = {
-        name: rest.pop(name)
-        for name in ("start_seconds", "death_seconds")
-        if name in rest
-    }
+    seconds = {name: rest.pop(name) for name in ("start_seconds",) if name in rest}
     if join:
         try:
             distributed.initialize(address, count, index, **seconds)

@@ -8,20 +8,37 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import ctypes
 import json
 import os
 import re
 import selectors
+import signal
 import socket
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar, cast
+from typing import Any, NoReturn, TypeVar, cast
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 T = TypeVar("T")
+
+# What JAX's runtime, and the libraries by which it connects processes, say of one that
+# has died.
+_OF_A_DEATH = (
+    b"another task died",
+    b"stopped sending heartbeats",
+    b"heartbeat timeout",
+    b"Connection closed by peer",
+    b"Connection reset by peer",
+    b"Socket closed",
+    b"Broken pipe",
+)
+_KEPT_ALIVE: list[Any] = []  # the handler that C calls, and the file it reads
 
 # How long processes wait for one another at the start, and until they give up one
 # that has died.
@@ -197,6 +214,68 @@ def _send_number(
                     return answer[0], answer[1]
         time.sleep(0.2)
     return [0], []
+
+
+def end_in_a_line_with_others(is_whole: Callable[[], bool]) -> None:
+    """End this process in a line, not in a dump, when another one has died.
+
+    JAX's runtime then writes to file descriptor 2 and aborts. What it writes goes to a
+    file instead, of which nothing is shown where it says that another process died, and
+    the abort ends with a status of ours. Python's standard error stays as it is.
+
+    Args:
+      is_whole: whether the run's results are written; the status is then 0.
+    """
+    sys.stderr.flush()
+    log = tempfile.TemporaryFile()
+    kept = os.dup(2)
+    sys.stderr = open(kept, "w", buffering=1, encoding="utf-8", errors="replace")
+    os.dup2(log.fileno(), 2)
+
+    def end(signum: int) -> None:
+        del signum
+        said = os.pread(log.fileno(), 10**6, 0)
+        if any(words in said for words in _OF_A_DEATH):
+            os.write(kept, f"{told_of_a_death(is_whole())}\n".encode())
+            os._exit(0 if is_whole() else 1)
+        os.write(kept, said)
+
+    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(end)
+    _KEPT_ALIVE.append((handler, log))
+    ctypes.CDLL(None).signal(signal.SIGABRT, handler)
+
+
+def is_of_a_death(error: BaseException) -> bool:
+    """Return whether JAX's error is that of a lost connection to another process."""
+    said = str(error).encode()
+    return jax.process_count() > 1 and any(words in said for words in _OF_A_DEATH)
+
+
+def told_of_a_death(is_whole: bool) -> str:
+    """Return what to say when another process has died."""
+    if is_whole:
+        return "note: another process has ended early; the results had been written"
+    return (
+        "error: another process has ended before the run was over, see what it said; "
+        "the same command, started anew on all, resumes from the last checkpoint"
+    )
+
+
+def end_with_others(is_whole: bool) -> NoReturn:
+    """End this process at once, in a line, as another one has died."""
+    sys.stdout.flush()
+    print(told_of_a_death(is_whole), file=sys.stderr, flush=True)
+    os._exit(0 if is_whole else 1)
+
+
+def leave() -> None:
+    """Leave the others at the end of a run; one that has died by then is no matter."""
+    if not jax.distributed.is_initialized() or jax.process_count() == 1:
+        return
+    try:
+        jax.distributed.shutdown()
+    except RuntimeError:
+        end_with_others(is_whole=True)
 
 
 def is_primary() -> bool:

@@ -4,9 +4,11 @@ import contextlib
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from pathlib import Path
@@ -18,6 +20,7 @@ import pytest
 
 import processes
 from bn_jax.runs import distributed, results
+from bn_jax.runs import run as run_lib
 from bn_jax.runs.distributed import DistributedError
 from bn_jax.training import feed
 from marks import slow_but
@@ -301,26 +304,69 @@ def test_process_that_never_comes_is_named(start):
     assert time.monotonic() - started < 30  # the start of Python included
 
 
+@pytest.fixture
+def start_training(tmp_path, start):
+    """Starts the command in two processes, into one folder."""
+
+    def start_training(epochs):
+        command = [sys.executable, "-m", "experiments.train", "--dataset=sample"]
+        command += ["--model=mlp:widths=8", "--batch_size=600", "--devices=2"]
+        command += [f"--epochs={epochs}", f"--workdir={tmp_path / 'run'}"]
+        address = f"127.0.0.1:{free_port()}"
+        command += ["--num_processes=2", f"--coordinator_address={address}"]
+        return [start.command([*command, f"--process_id={i}"]) for i in (0, 1)]
+
+    return start_training
+
+
+def assert_ended_in_a_line(said):
+    for dump in ("Traceback", "Fatal", "***", "coordination_service"):
+        assert dump not in said, said
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("killed", [0, 1])
-def test_killed_process_ends_the_others(killed, folder, start_pair):
-    death_seconds = 10
-    pair = start_pair(
-        "train_for_long", data=str(folder / "data.npz"), death_seconds=death_seconds
-    )
-    for process in pair:
-        process.wait_for("step 20\n")
+def test_killed_process_ends_the_others_in_a_line(killed, start_training):
+    pair = start_training(epochs=10_000)
+    pair[0].wait_for("epoch     3/")
     pair[killed].popen.kill()
     started = time.monotonic()
     status, said = pair[1 - killed].end(60)
-    assert time.monotonic() - started < death_seconds + 20
-    assert status != 0
-    # Process 0 is the one that counts heartbeats, so only of the others it is said who.
-    assert "another task died" in said, said
-    assert killed == 0 or re.search(
-        r"Task 1 heartbeat timeout|unhealthy \(stopped sending heartbeats\):\s+1\s",
-        said,
-    ), said
+    assert time.monotonic() - started < distributed.DEATH_SECONDS + 20
+    assert status == 1
+    assert "error: another process has ended before the run was over" in said
+    assert "the same command, started anew on all, resumes from" in said
+    assert_ended_in_a_line(said)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 1])
+def test_process_killed_when_the_results_are_whole_is_no_matter(
+    killed, start_training, tmp_path
+):
+    pair = start_training(epochs=1)
+    while not (tmp_path / "run" / "results.json").exists():
+        assert pair[0].popen.poll() is None, pair[0].said()
+        time.sleep(0.001)
+    pair[killed].popen.kill()
+    status, said = pair[1 - killed].end(60)
+    assert status == 0, said
+    assert_ended_in_a_line(said)
+    assert run_lib.load(tmp_path / "run").metrics[-1]["epoch"] == 1
+
+
+def test_abort_for_another_reason_shows_what_was_said(start):
+    program = """
+        import os
+        from bn_jax.runs import distributed
+        distributed.end_in_a_line_with_others(lambda: False)
+        os.write(2, b"the runtime's own words")
+        os.abort()
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    status, said = start.command(command).end()
+    assert status == -signal.SIGABRT
+    assert said == "the runtime's own words"
 
 
 @pytest.mark.slow

@@ -8,7 +8,6 @@ their histograms, too.
 from __future__ import annotations
 
 import csv
-import importlib.util
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,12 +30,15 @@ def check(names: Sequence[str]) -> None:
     Raises:
       ConfigError: naming it.
     """
-    missing = importlib.util.find_spec("tensorboardX") is None
-    if "tensorboard" in names and missing:
+    if "tensorboard" not in names:
+        return
+    try:
+        import tensorboardX  # noqa: F401
+    except ImportError:
         raise ConfigError(
             "log='tensorboard' needs tensorboardX, which is not installed; "
             "pip install 'bn-jax[log]'"
-        )
+        ) from None
 
 
 class Logs:

@@ -7,6 +7,7 @@ has not finished, whatever became of its jobs, and merges the parts when all are
 
 from __future__ import annotations
 
+import functools
 import re
 import signal
 import subprocess
@@ -25,6 +26,7 @@ from bn_jax.runs import parts, results
 from bn_jax.runs.interrupt import Interrupted, listening
 from bn_jax.runs.results import RunError
 from bn_jax.runs.sweeps import Part
+from bn_jax.training.config import TrainConfig
 
 SUBMITTED = "submitted.json"  # by part, the job that was last submitted for it
 LOGS = "logs"
@@ -143,7 +145,7 @@ def launcher_of(text: str) -> Launcher:
     except ImportError:
         raise ConfigError(
             "--launcher needs submitit, which is not installed; "
-            "pip install 'bn-jax[launch]'"
+            "pip install -e '.[launch]'"
         ) from None
     return launcher
 
@@ -179,11 +181,17 @@ class Job:
         return DelayedSubmission(self, arguments)
 
 
-def run(launcher: Launcher, arguments: Sequence[str], workdir: Path) -> None:
+def run(
+    launcher: Launcher,
+    configs: Sequence[TrainConfig],
+    arguments: Sequence[str],
+    workdir: Path,
+) -> None:
     """Train all parts of a sweep by jobs, and wait for them.
 
     Args:
       launcher: where they run.
+      configs: of all members.
       arguments: flags of the command, without --part.
       workdir: of the sweep.
 
@@ -194,6 +202,9 @@ def run(launcher: Launcher, arguments: Sequence[str], workdir: Path) -> None:
     folder = workdir.absolute() / results.PARTS
     logs = folder / LOGS
     total = launcher.num_parts
+    unfinished = functools.partial(
+        parts.unfinished, configs, workdir=workdir, num_parts=total
+    )
     with (
         listening() as request,
         results.locked(folder),
@@ -202,11 +213,7 @@ def run(launcher: Launcher, arguments: Sequence[str], workdir: Path) -> None:
         submitted = _Submitted(folder / SUBMITTED)
         executor = launcher.executor(logs)
         before = launcher.active(submitted.jobs(), logs)
-        waiting = [
-            part
-            for part in parts.unfinished(workdir, total)
-            if submitted.job(part) not in before
-        ]
+        waiting = [part for part in unfinished() if submitted.job(part) not in before]
         print(
             f"{total} parts: {total - len(waiting) - len(before)} trained, "
             f"{len(before)} submitted before, {len(waiting)} to submit",
@@ -214,9 +221,9 @@ def run(launcher: Launcher, arguments: Sequence[str], workdir: Path) -> None:
         )
         jobs: dict[str, Any] = {}
         while True:
-            unfinished = parts.unfinished(workdir, total)
-            bar.update(total - len(unfinished) - bar.n)
-            ids = [submitted.job(part) for part in unfinished]
+            left = unfinished()
+            bar.update(total - len(left) - bar.n)
+            ids = [submitted.job(part) for part in left]
             active = launcher.active([i for i in ids if i is not None], logs)
             if request.signum is not None:
                 _stop(launcher, [jobs[i] for i in active if i in jobs], request.signum)
@@ -230,15 +237,15 @@ def run(launcher: Launcher, arguments: Sequence[str], workdir: Path) -> None:
                 submitted.add({p: j.job_id for p, j in zip(new, made, strict=True)})
                 jobs |= {job.job_id: job for job in made}
                 continue
-            if not unfinished:
+            if not left:
                 return
             if not active and not waiting:
                 break
             time.sleep(launcher.seconds)
         time.sleep(launcher.seconds)  # a file of another machine may come later
-        unfinished = parts.unfinished(workdir, total)
-        if unfinished:
-            raise RunError(_ended_early(unfinished, submitted, logs))
+        left = unfinished()
+        if left:
+            raise RunError(_ended_early(left, submitted, logs))
 
 
 def _stop(launcher: Launcher, jobs: Sequence[Any], signum: int) -> None:

@@ -227,8 +227,8 @@ def _by_jobs(
     flag_fields.read(RunOptions, flags.FLAGS)
     groups = sweeps.check(configs, data)
     sweeps.Part(1, launcher.num_parts).members(groups)
-    if not (workdir / results.RESULTS).exists():
-        jobs.run(launcher, jobs.given_arguments(), workdir)
+    if not parts.is_merged(configs, workdir):
+        jobs.run(launcher, configs, jobs.given_arguments(), workdir)
     return parts.merge(configs, data, workdir=workdir, num_parts=launcher.num_parts)
 
 
@@ -240,7 +240,7 @@ def _end_part(
 ) -> None:
     """Merge all parts, if this was the last one."""
     print(f"part {part.number} of {part.num_parts}: written to {part.folder(workdir)}")
-    left = parts.unfinished(workdir, part.num_parts)
+    left = parts.unfinished(configs, workdir=workdir, num_parts=part.num_parts)
     if left:
         numbers = ", ".join(str(p.number) for p in left[:12])
         more = ", ..." if len(left) > 12 else ""

@@ -37,7 +37,7 @@ def check(names: Sequence[str]) -> None:
     except ImportError:
         raise ConfigError(
             "log='tensorboard' needs tensorboardX, which is not installed; "
-            "pip install 'bn-jax[log]'"
+            "pip install -e '.[log]'"
         ) from None
 
 

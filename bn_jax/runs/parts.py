@@ -26,11 +26,32 @@ from bn_jax.training.task import Task
 WAIT_SECONDS = 600  # for another process that merges the same parts
 
 
-def unfinished(workdir: str | Path, num_parts: int) -> list[Part]:
-    """Return the parts of a sweep that are not trained to the end."""
+def unfinished(
+    configs: Sequence[TrainConfig], *, workdir: str | Path, num_parts: int
+) -> list[Part]:
+    """Return the parts of a sweep that are not trained to the end.
+
+    Args:
+      configs: of all members.
+      workdir: of the sweep.
+      num_parts: of the sweep.
+    """
     workdir = paths.local(workdir, "workdir")
     every = (Part(number, num_parts) for number in range(1, num_parts + 1))
-    return [p for p in every if not (p.folder(workdir) / results.RESULTS).exists()]
+    return [part for part in every if not _is_finished(part.folder(workdir), configs)]
+
+
+def is_merged(configs: Sequence[TrainConfig], workdir: str | Path) -> bool:
+    """Return whether the sweep is finished as a whole."""
+    return _is_finished(paths.local(workdir, "workdir"), configs)
+
+
+def _is_finished(folder: Path, configs: Sequence[TrainConfig]) -> bool:
+    if not (folder / results.RESULTS).exists():
+        return False
+    # The results may be those of fewer epochs.
+    epochs = sweeps.common([config.epochs for config in configs])
+    return bool(results.read_object(folder / results.CONFIG).get("epochs") == epochs)
 
 
 def merge(
@@ -68,10 +89,14 @@ def merge(
     whole = members.grouped(configs)
     # The last parts may end, and merge, at the same time.
     with results.locked(workdir, seconds=WAIT_SECONDS):
-        results.check_free(workdir, identity, repeat=True)
-        if (workdir / results.RESULTS).exists():
+        grows = sweeps.can_grow(configs)
+        results.check_free(workdir, identity, repeat=True, grows=grows)
+        is_there = (workdir / results.RESULTS).exists()
+        if is_there:
             results.check_finished(workdir, others=results.OF_A_SWEEP)
-            return results.read_rows(workdir / results.ROWS)
+            there = results.read_object(workdir / results.CONFIG)
+            if not results.is_shorter(there, identity):
+                return results.read_rows(workdir / results.ROWS)
         runs: list[Any] = [None] * len(configs)
         summaries = []
         for number in range(1, num_parts + 1):
@@ -89,6 +114,8 @@ def merge(
             ):
                 runs[i] = run
             summaries.append(results.read_object(folder / results.RESULTS))
+        if is_there:
+            results.set_results_aside(workdir)
         results.start_run(workdir, identity)
         sweeps.finish(
             workdir,

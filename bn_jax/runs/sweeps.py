@@ -18,7 +18,7 @@ from bn_jax import paths
 from bn_jax.fields import ConfigError
 from bn_jax.runs import checkpoint, interrupt, results
 from bn_jax.runs.run import Run, read_config
-from bn_jax.training import members, own_models, task
+from bn_jax.training import members, own_models, schedules, task
 from bn_jax.training.config import RunOptions, TrainConfig
 from bn_jax.training.loop import EpochReport
 from bn_jax.training.state import Network
@@ -82,7 +82,8 @@ def sweep(
     """Train a sweep, and write everything to `workdir`; resume one that is there.
 
     Members that differ in numbers alone share a program, see `members`; where there are
-    several programs, each has a folder in `workdir`.
+    several programs, each has a folder in `workdir`. A finished sweep of fewer epochs
+    goes on from its end, as in `run.train`.
 
     Args:
       configs: of the members, on one data set.
@@ -118,10 +119,17 @@ def sweep(
     groups = [[own[i] for i in g] for g in members.grouped([configs[i] for i in own])]
     devices = _devices(options, max(map(len, groups)))
     with interrupt.listening() as request, results.locked(workdir):
-        results.check_free(workdir, config, resume=options.resume, repeat=True)
+        grows = can_grow(configs)
+        results.check_free(
+            workdir, config, resume=options.resume, repeat=True, grows=grows
+        )
         if (workdir / results.RESULTS).exists():
             results.check_finished(workdir, others=results.OF_A_SWEEP)
-            return results.read_rows(workdir / results.ROWS)
+            if not results.is_shorter(
+                results.read_object(workdir / results.CONFIG), config
+            ):
+                return results.read_rows(workdir / results.ROWS)
+            results.set_results_aside(workdir)
         start = functools.partial(results.start_run, workdir, config)
         if not (workdir / results.CONFIG).exists():
             start()
@@ -142,6 +150,7 @@ def sweep(
                 devices=devices[: len(group)],
                 options=options,
                 identity={**config, "members": group},
+                grows=grows,
                 folder=folder,
             )
             of_group = program.train(start, request, exact=exact, train=train)
@@ -190,6 +199,11 @@ def check(
         # The others are of the same shapes.
         networks[0].check_fits(configs[group[0]].batch_size)
     return groups
+
+
+def can_grow(configs: Sequence[TrainConfig]) -> bool:
+    """Return whether the steps of a sweep are the first ones of a longer one."""
+    return all(schedules.is_of_any_length(config.schedule) for config in configs)
 
 
 def identity(
@@ -266,6 +280,7 @@ class _Program:
         devices: Sequence[jax.Device],
         options: RunOptions,
         identity: dict[str, Any],
+        grows: bool,
         folder: Path,
     ) -> None:
         num_examples = len(task.select(configs[0], data).train.labels)
@@ -280,7 +295,7 @@ class _Program:
             checkpoint_steps=self._checkpoint_steps,
             whole=whole,
         )
-        self._folder, self._identity = folder, identity
+        self._folder, self._identity, self._grows = folder, identity, grows
 
     @property
     def num_examples(self) -> int:
@@ -306,7 +321,7 @@ class _Program:
         """
         sweep = self.sweep
         with contextlib.closing(
-            checkpoint.Checkpoints(self._folder, self._identity)
+            checkpoint.Checkpoints(self._folder, self._identity, grows=self._grows)
         ) as checkpoints:
             _restore(sweep, checkpoints)
             start()
@@ -423,11 +438,15 @@ def _devices(options: RunOptions, num_members: int) -> list[jax.Device]:
 
 def _common(configs: Sequence[TrainConfig]) -> dict[str, Any]:
     """Return the fields that configs share, and lists of those that differ."""
-    common: dict[str, Any] = {}
-    for field in dataclasses.fields(TrainConfig):
-        values = [getattr(config, field.name) for config in configs]
-        common[field.name] = values if len(set(values)) > 1 else values[0]
-    return common
+    return {
+        field.name: common([getattr(config, field.name) for config in configs])
+        for field in dataclasses.fields(TrainConfig)
+    }
+
+
+def common(values: list[Any]) -> Any:
+    """Return the value that all are, or the list of them."""
+    return values if len(set(values)) > 1 else values[0]
 
 
 def _by_values(
@@ -457,7 +476,13 @@ def _restore(sweep: Sweep, checkpoints: checkpoint.Checkpoints) -> None:
         return
     step, arrays, run = parts
     now = sweep.progress()
-    scores = {name: arrays.pop(f"scores/{name}") for name in now.scores}
+    scores = {
+        # Of a sweep of fewer epochs, there are none of the later ones.
+        name: np.concatenate(
+            [found := arrays.pop(f"scores/{name}"), of[:, found.shape[1] :]], 1
+        )
+        for name, of in now.scores.items()
+    }
     losses, accuracies = (arrays.pop(name) for name in _STEPS)
     state = checkpoints.unflat(step, arrays, now.state)
     sweep.restore(Progress(state, losses, accuracies, scores, run["seconds"]))
@@ -495,7 +520,10 @@ def _train(
                 )
                 bar.set_postfix_str("")
             stop = request.signum is not None
-            if stop or (checkpoint_steps and sweep.step % checkpoint_steps == 0):
+            is_due = checkpoint_steps and (
+                sweep.step % checkpoint_steps == 0 or sweep.step == sweep.num_steps
+            )
+            if stop or is_due:
                 _save(sweep, checkpoints)
             if stop and sweep.step < sweep.num_steps:
                 raise interrupt.Interrupted(

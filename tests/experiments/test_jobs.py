@@ -18,8 +18,6 @@ from bn_jax.fields import ConfigError
 from bn_jax.runs import results
 from experiments import jobs, launch, train
 
-submitit = pytest.importorskip("submitit")
-
 MEMBERS = (
     "--dataset=sample --train_examples=512 --epochs=2 --batch_size=128 "
     "--model=mlp:widths=8 --sweep=learning_rate=0.1,0.2;seed=0..2"
@@ -45,7 +43,7 @@ def test_launchers_are_read_and_checked():
 
 def test_missing_submitit_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "submitit", None)
-    with pytest.raises(ConfigError, match=r"pip install 'bn-jax\[launch\]'"):
+    with pytest.raises(ConfigError, match=r"pip install -e '.\[launch\]'"):
         jobs.launcher_of("local:2")
 
 

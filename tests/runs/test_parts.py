@@ -80,10 +80,10 @@ def test_parts_have_each_member_once_and_few_programs(configs):
 
 def test_what_cannot_be_merged_is_named(tmp_path, configs, tiny_data):
     sweep = configs["rates and seeds"][:2]
-    assert parts.unfinished(tmp_path / "run", 2) == [Part(1, 2), Part(2, 2)]
-    train_parts(sweep, tiny_data, tmp_path / "run", 2, numbers=[1])
-    assert parts.unfinished(tmp_path / "run", 2) == [Part(2, 2)]
     merged = {"workdir": tmp_path / "run", "num_parts": 2}
+    assert parts.unfinished(sweep, **merged) == [Part(1, 2), Part(2, 2)]
+    train_parts(sweep, tiny_data, tmp_path / "run", 2, numbers=[1])
+    assert parts.unfinished(sweep, **merged) == [Part(2, 2)]
     with pytest.raises(RunError, match="no config.json in .*2_of_2"):
         parts.merge(sweep, tiny_data, **merged)
     assert not (tmp_path / "run" / "config.json").exists()
@@ -95,3 +95,30 @@ def test_what_cannot_be_merged_is_named(tmp_path, configs, tiny_data):
     other = [dataclasses.replace(config, batch_size=20) for config in sweep]
     with pytest.raises(RunError, match="another config .batch_size: 30 there, 20 now"):
         train_parts(other, tiny_data, tmp_path / "run", 2, numbers=[1])
+
+
+@pytest.mark.slow
+def test_finished_sweeps_and_parts_go_on_with_more_epochs(tmp_path, configs, tiny_data):
+    few = configs["two programs"]
+    more = [dataclasses.replace(config, epochs=3) for config in few]
+    whole = {"workdir": tmp_path / "whole", "options": OPTIONS}
+    rows = sweeps.sweep(more, tiny_data, **whole)
+    grown = {"workdir": tmp_path / "grown", "options": OPTIONS}
+    sweeps.sweep(few, tiny_data, **grown)
+    assert sweeps.sweep(more, tiny_data, **grown) == rows
+    assert (tmp_path / "grown" / "results_1_epochs.json").exists()
+    assert [len(run.metrics) for run in sweeps.load(tmp_path / "grown")] == [3] * 6
+
+    merged = {"workdir": tmp_path / "parts", "num_parts": 4}
+    for sweep in (few, more):
+        assert len(parts.unfinished(sweep, **merged)) == 4
+        train_parts(sweep, tiny_data, tmp_path / "parts", 4)
+        assert parts.unfinished(sweep, **merged) == []
+        found = parts.merge(sweep, tiny_data, **merged)
+    assert found == rows
+    # Rates of another schedule depend on the length.
+    linear = [dataclasses.replace(config, schedule="linear") for config in few]
+    sweeps.sweep(linear, tiny_data, workdir=tmp_path / "linear", options=OPTIONS)
+    longer = [dataclasses.replace(config, epochs=2) for config in linear]
+    with pytest.raises(RunError, match="has other learning rates from the start"):
+        sweeps.sweep(longer, tiny_data, workdir=tmp_path / "linear", options=OPTIONS)

@@ -135,11 +135,8 @@ def check_fields(**given: tuple[Any, Sequence[str]]) -> None:
       TypeError: naming what was given and what was expected.
     """
     for name, (value, fields) in given.items():
-        if isinstance(value, tuple) and not hasattr(value, "_fields"):
-            held: set[str] = set()  # a plain tuple has methods named count and index
-        else:
-            held = {field for field in fields if hasattr(value, field)}
-        if held >= set(fields):
+        # A plain tuple has methods named count and index, an array mean and var.
+        if set(getattr(value, "_fields", ())) >= set(fields):
             continue
         mend = f"pass the {name} that the norm's init returns"
         if isinstance(value, Mapping):

@@ -8,9 +8,9 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from bn_jax.averages import BatchNormState, cumulative_momentum
-from bn_jax.checks import check_known
-from bn_jax.convert.layer import BatchNormLayer
-from bn_jax.fields import BELOW_1, NOT_NEGATIVE, Range
+from bn_jax.checks import check_fields, check_known
+from bn_jax.convert.layer import BatchNormLayer, check_is_layer
+from bn_jax.fields import BELOW_1, NOT_NEGATIVE, SHARE, Range
 from bn_jax.moments import Moments
 
 # But for rounding: weights may be sums.
@@ -18,6 +18,11 @@ _NUMBER_OF_VALUES = Range(
     "0, 1, or 2 and more: over n - 1, weights must be numbers of values, such as a "
     "mask; multiply them so that their sum is one",
     lambda n: n > 2 or min(abs(n - m) for m in range(3)) < 1e-3,
+)
+_VALUES = Range(
+    "at least 2, the batch size times height and width; a variance over n - 1 = 0 is "
+    "undefined",
+    lambda n: 2 <= n < np.inf,
 )
 
 
@@ -71,6 +76,7 @@ def unbiased(moments: Moments) -> Moments:
     Raises:
       ValueError: if n is known and below 2, and neither 0 nor 1.
     """
+    check_fields(moments=(moments, Moments._fields))
     n = moments.count
     check_known("moments.count", n, _NUMBER_OF_VALUES)
     several = n > 1.5
@@ -92,7 +98,7 @@ def biased_average(state: BatchNormState, *, values_per_feature: int) -> BatchNo
     Raises:
       ValueError: if there are fewer than 2 values.
     """
-    n = _check_values(values_per_feature)
+    n = _check_values(state, values_per_feature)
     return state._replace(var=state.var * ((n - 1) / n))
 
 
@@ -108,7 +114,7 @@ def unbiased_average(
     Raises:
       ValueError: if there are fewer than 2 values.
     """
-    n = _check_values(values_per_feature)
+    n = _check_values(state, values_per_feature)
     return state._replace(var=state.var * (n / (n - 1)))
 
 
@@ -127,6 +133,7 @@ def without_equinox_excess(layer: BatchNormLayer, *, momentum: float) -> BatchNo
       ValueError: if the number of batches is not known or negative, momentum is outside
         [0, 1), or a variance would be negative: then the layer was not trained so.
     """
+    check_is_layer(layer)
     if layer.num_batches is None:
         raise ValueError(
             "num_batches is None; expected that of a layer of Equinox's mode 'batch': "
@@ -157,16 +164,15 @@ def debias(momentum: float, num_batches: int) -> float:
     return 1 - float(np.float32(momentum)) ** num_batches
 
 
-def _check_values(values_per_feature: int) -> int:
-    if not 2 <= values_per_feature < np.inf:
-        raise ValueError(
-            f"values_per_feature={values_per_feature!r}; expected at least 2, the "
-            "batch size times height and width; a variance over n - 1 = 0 is undefined"
-        )
+def _check_values(state: BatchNormState, values_per_feature: int) -> int:
+    check_fields(state=(state, BatchNormState._fields))
+    check_known("values_per_feature", values_per_feature, _VALUES)
     return values_per_feature
 
 
 def _complement(momentum: float, meaning: str) -> float:
-    if not 0 <= momentum <= 1:
-        raise ValueError(f"momentum={momentum!r}; expected {meaning}, in [0, 1]")
+    valid = Range(f"{meaning}, in [0, 1]", SHARE.holds)
+    check_known("momentum", momentum, valid)
+    if np.ndim(momentum):
+        raise ValueError(f"momentum={momentum!r}; expected {valid.words}")
     return 1 - momentum

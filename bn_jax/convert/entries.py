@@ -6,6 +6,7 @@ gathered, so that one error names it all.
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -16,7 +17,7 @@ from jax import Array
 
 from bn_jax.averages import BatchNormState
 from bn_jax.convert.averages import debias
-from bn_jax.convert.layer import BatchNormLayer, Entries, Like
+from bn_jax.convert.layer import BatchNormLayer, Entries, Like, check_is_layer
 from bn_jax.fields import AT_LEAST_1, NOT_NEGATIVE
 from bn_jax.functional import BatchNormParams
 from bn_jax.moments import statistics_dtype
@@ -346,6 +347,7 @@ def layer_to_roles(
     name: str | None = None,
 ) -> dict[str, np.ndarray]:
     """Return a layer's entries by role, in the library's order and dtypes."""
+    check_is_layer(layer)
     params, state, num_batches = layer
     _check_layer(layer, name)
     places = PLACES[library]
@@ -395,7 +397,16 @@ def _check_layer(layer: BatchNormLayer, name: str | None) -> None:
 
 
 def flatten(entries: Entries, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the leaves with their levels joined by "/"; None counts as absent."""
+    """Yield the leaves with their levels joined by "/"; None counts as absent.
+
+    Raises:
+      TypeError: if entries are no mapping.
+    """
+    if not isinstance(entries, Mapping):
+        raise TypeError(
+            f"entries are of type {type(entries).__name__}; expected a mapping from "
+            "names to arrays, such as a state dict or variables"
+        )
     for key, value in entries.items():
         path = _join(prefix, key)
         if isinstance(value, Mapping):
@@ -476,7 +487,7 @@ def _without_unit_axes(value: np.ndarray) -> np.ndarray:
 
 def check_momentum(library: str, momentum: float | None, *, reading: bool) -> None:
     """Refuse an unknown library, and a momentum it needs or has no place for."""
-    if library not in PLACES:
+    if not isinstance(library, str) or library not in PLACES:
         raise ValueError(
             f"library={library!r} is not known; give one of {', '.join(PLACES)}"
         )
@@ -491,7 +502,9 @@ def check_momentum(library: str, momentum: float | None, *, reading: bool) -> No
             f"momentum={momentum!r} has no place in entries of {library}; leave it out "
             "here, and give it to batch_norm"
         )
-    if momentum is not None and not 0 <= momentum < 1:
+    if momentum is not None and not (
+        isinstance(momentum, numbers.Real) and 0 <= momentum < 1
+    ):
         raise ValueError(
             f"momentum={momentum!r}; expected the weight of the old average, in [0, 1)"
         )

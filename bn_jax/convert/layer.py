@@ -51,3 +51,16 @@ DEFAULTS: Mapping[str, Hyperparameters] = types.MappingProxyType(
         "purejaxql": Hyperparameters(momentum=0.999, epsilon=1e-3),
     }
 )
+
+
+def check_is_layer(layer: Any) -> None:
+    """Refuse what is no layer of ours.
+
+    Raises:
+      TypeError: naming what was given.
+    """
+    if not isinstance(layer, BatchNormLayer):
+        raise TypeError(
+            f"layer is of type {type(layer).__name__}; expected a BatchNormLayer, as "
+            "from_torch and the like return it"
+        )

@@ -182,6 +182,10 @@ def to_haiku(
       ValueError: if `num_batches` is None, or momentum or axis out of range.
     """
     check_momentum("haiku", momentum, reading=False)
+    if not isinstance(num_dims, int) or num_dims < 1:
+        raise ValueError(
+            f"num_dims={num_dims!r}; expected the number of axes of the inputs"
+        )
     shape = [1] * num_dims
     if not -num_dims <= feature_axis < num_dims:
         raise ValueError(
@@ -259,6 +263,6 @@ def to_equinox(
 
 
 def _equinox(mode: str) -> str:
-    if mode not in ("ema", "batch"):
+    if not isinstance(mode, str) or mode not in ("ema", "batch"):
         raise ValueError(f"mode={mode!r}; expected Equinox's 'ema' or 'batch'")
     return f"equinox_{mode}"

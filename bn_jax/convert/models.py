@@ -148,6 +148,11 @@ def _shaped_like(there: np.ndarray, role: str, value: np.ndarray) -> np.ndarray:
 
 def check_names(names: Mapping[str, str | None]) -> dict[str, str]:
     """Return the names of layers that are not left out; refuse a name given twice."""
+    if not isinstance(names, Mapping):
+        raise TypeError(
+            f"names is of type {type(names).__name__}; expected a mapping from the "
+            "layers' names in the entries to ours, or to None"
+        )
     chosen = {theirs: ours for theirs, ours in names.items() if ours is not None}
     given = list(chosen.values())
     twice = sorted({ours for ours in given if given.count(ours) > 1})

@@ -144,7 +144,7 @@ def _as_written(limit: float) -> np.ndarray:
 
 def _check_library(library: str) -> None:
     known = typing.get_args(RenormLibrary)
-    if library not in known:
+    if not isinstance(library, str) or library not in known:
         raise ValueError(
             f"library={library!r} has no BatchRenorm; give one of {', '.join(known)}"
         )

@@ -47,6 +47,7 @@ class LayerCall(NamedTuple):
     path: Path
     shape: tuple[int, ...]  # of the input
     epsilon: float
+    scale_offset: float  # of gamma, which is stored without it
 
 
 class Measured(NamedTuple):
@@ -213,6 +214,7 @@ class _Site(NamedTuple):
     layer: str  # its name
     shape: tuple[int, ...]  # of the input
     epsilon: float
+    scale_offset: float
 
 
 def _traced(
@@ -267,7 +269,7 @@ def _mark_calls(
             layer: Layer, x: Array, weights_given: Array | None, proceed: Proceed
         ) -> Array:
             site = len(sites)
-            sites.append(_Site(layer.name, x.shape, layer.epsilon))
+            sites.append(_Site(layer.name, x.shape, layer.epsilon, layer.scale_offset))
             w = weights_given
             if weights is not None:
                 w = _along_examples(weights, x, larger[site])

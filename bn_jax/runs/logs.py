@@ -48,9 +48,17 @@ class Logs:
       names: of "csv" and "tensorboard".
       workdir: the run's directory.
       step: that the run goes on from; what was logged after it is dropped.
+      offsets: see `summary.scale_offsets`.
     """
 
-    def __init__(self, names: Sequence[str], workdir: Path, step: int) -> None:
+    def __init__(
+        self,
+        names: Sequence[str],
+        workdir: Path,
+        step: int,
+        offsets: Mapping[str, float],
+    ) -> None:
+        self._offsets = offsets
         self._csv = workdir / CSV if "csv" in names else None
         self._rows: list[Mapping[str, Any]] = []
         if self._csv is not None and self._csv.exists():
@@ -73,7 +81,7 @@ class Logs:
         Raises:
           RunError: if the log cannot be written.
         """
-        values = layer_values(variables)
+        values = layer_values(variables, self._offsets)
         means = {f"{name}/mean": float(v.mean()) for name, v in values.items()}
         row = {**report.to_row(), "learning_rate": learning_rate, **means}
         if self._csv is not None:

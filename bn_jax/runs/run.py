@@ -271,7 +271,14 @@ class _Files:
         rows = (results.finite(report.to_row()) for report in history)
         results.write_metrics(self._workdir, rows)
         step = 0 if progress is None else len(progress.step_losses)
-        self._logs = logs.Logs(self._log, self._workdir, step)
+        offsets = {}
+        if self._log:
+            image = self._data.train.images[:1]
+            network = self._trainer.network
+            stats = jax.tree.map(lambda leaf: leaf[0], like.batch_stats)
+            variables = {"params": like.params, "batch_stats": stats}
+            offsets = summary_lib.scale_offsets(network, variables, image)
+        self._logs = logs.Logs(self._log, self._workdir, step, offsets)
         return progress
 
     def _open(self) -> checkpoint.Checkpoints:

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
 import numpy as np
 from flax import traverse_util
 
+from bn_jax.measures.layer_calls import layer_calls
 from bn_jax.runs import results
 from bn_jax.training import loop
 from bn_jax.training.scoring import Score
+from bn_jax.training.state import Network
 
 _VALIDATION = ("validation_loss", "validation_accuracy")
 
 
 def summary(trainer: loop.Trainer, score: Score, variables: Any) -> dict[str, Any]:
     """Return the contents of results.json, None for numbers that are not finite."""
+    images = trainer.data.train.images
+    offsets = scale_offsets(trainer.network, variables, images[:1])
     last = trainer.history[-1]
     row = last.to_row()
     seconds = sum(report.seconds for report in trainer.history)
@@ -39,17 +45,40 @@ def summary(trainer: loop.Trainer, score: Score, variables: Any) -> dict[str, An
         "class_names": list(trainer.data.class_names),
         "first_step_losses": losses[:20].astype(float).tolist(),
         "moving_averages": bool(jax.tree.leaves(variables["batch_stats"])),
-        "gamma_beta": gamma_beta(variables),
+        "gamma_beta": gamma_beta(variables, offsets),
     }
     of_summary: dict[str, Any] = results.finite(values)
     return of_summary
 
 
-def gamma_beta(variables: Any) -> dict[str, dict[str, list[float]]]:
+def scale_offsets(
+    network: Network, variables: Any, image: np.ndarray
+) -> dict[str, float]:
+    """Return what layers of a model of one's own add to their stored scale, by name.
+
+    Args:
+      network: whose model is looked at.
+      variables: of the model.
+      image: one, of shape `[1, H, W, C]`.
+    """
+    try:
+        calls = layer_calls(network.predict, variables, image)
+    except ValueError:  # norms that are not batch norm have no offset
+        return {}
+    return {"/".join(c.path): c.scale_offset for c in calls if c.scale_offset}
+
+
+def gamma_beta(
+    variables: Any, offsets: Mapping[str, float] = MappingProxyType({})
+) -> dict[str, dict[str, list[float]]]:
     """Return gamma and beta of each normalisation layer, by the layer's name.
 
     A layer is one that has statistics, or a scale or bias for each feature and no
     kernel, as layer norm has.
+
+    Args:
+      variables: of a model.
+      offsets: see `scale_offsets`.
     """
     params = traverse_util.flatten_dict(variables["params"], sep="/")
     layers = {
@@ -63,23 +92,32 @@ def gamma_beta(variables: Any) -> dict[str, dict[str, list[float]]]:
             layers.add(layer)
     return {
         layer: {
-            greek: np.asarray(params[f"{layer}/{name}"]).astype(float).tolist()
-            for greek, name in (("gamma", "scale"), ("beta", "bias"))
+            greek: (np.asarray(params[f"{layer}/{name}"], float) + offset).tolist()
+            for greek, name, offset in (
+                ("gamma", "scale", offsets.get(layer, 0.0)),
+                ("beta", "bias", 0.0),
+            )
             if f"{layer}/{name}" in params
         }
         for layer in sorted(layers)
     }
 
 
-def layer_values(variables: Any) -> dict[str, np.ndarray]:
+def layer_values(
+    variables: Any, offsets: Mapping[str, float] = MappingProxyType({})
+) -> dict[str, np.ndarray]:
     """Return what each norm holds for each feature: gamma, beta and moving averages.
+
+    Args:
+      variables: of a model.
+      offsets: see `scale_offsets`.
 
     Returns:
       Arrays of shape [C] by name, such as `norm1/gamma` and `norm1/var`.
     """
     found = {
         f"{layer}/{greek}": np.asarray(values)
-        for layer, learned in gamma_beta(variables).items()
+        for layer, learned in gamma_beta(variables, offsets).items()
         for greek, values in learned.items()
     }
     averages = traverse_util.flatten_dict(variables["batch_stats"], sep="/")

@@ -280,3 +280,27 @@ def test_sweep_scores_the_average_of_each_member_as_a_run_does(
     )
     with pytest.raises(RunError, match="holds a sweep, not a run"):
         runs.load(tmp_path / "sweep")
+
+
+def test_gamma_is_what_multiplies_where_it_is_stored_less_an_offset(
+    tmp_path, tiny_data
+):
+    class Offset(nn.Module):
+        @nn.compact
+        def __call__(self, x, *, train):
+            x = nn.Dense(4)(x.reshape(len(x), -1))
+            x = BatchNorm(not train, scale_offset=1.0, name="norm")(x)
+            return nn.Dense(10)(x)
+
+    config = TrainConfig(epochs=1, learning_rate=0.01, batch_size=30)
+    options = RunOptions(devices="1", log="csv")
+    run = runs.train(
+        config, tiny_data, model=Offset(), workdir=tmp_path / "run", options=options
+    )
+    gamma = np.float64(run.variables["params"]["norm"]["scale"]) + 1
+    assert abs(gamma - 1).max() < 0.5
+    np.testing.assert_allclose(run.results["gamma_beta"]["norm"]["gamma"], gamma)
+    _, row = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
+    names = (tmp_path / "run" / "metrics.csv").read_text().split("\n")[0].split(",")
+    logged = dict(zip(names, row.split(","), strict=True))
+    assert float(logged["norm/gamma/mean"]) == pytest.approx(gamma.mean())

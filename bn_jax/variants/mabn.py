@@ -144,8 +144,8 @@ def mabn(
       >>> params, state = init(1)
       >>> x = jnp.array([[1.0], [7.0]])
       >>> y, state = mabn(x, params, state, train=True)
-      >>> y.round(3).ravel().tolist(), state.var.tolist()
-      ([0.20000000298023224, 1.399999976158142], [25.0])
+      >>> [f"{value:.3f}" for value in y.ravel()], state.var.tolist()
+      (['0.200', '1.400'], [25.0])
     """
     checks.check_static(train=train, update_state=update_state)
     checks.check_epsilon(epsilon)

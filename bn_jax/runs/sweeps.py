@@ -171,6 +171,7 @@ def sweep(
                 checksums=checksums,
             ),
             data_source=config["data"],
+            is_part=part is not None,
         )
     return rows
 
@@ -224,18 +225,20 @@ def finish(
     finished: Finished,
     *,
     data_source: str,
+    is_part: bool = False,
 ) -> None:
-    """Write the rows, the figure and, last of all, results.json.
+    """Write the rows, but for a part the figure, and last of all results.json.
 
     Raises:
       RunError: if they cannot be written.
     """
-    from bn_jax import plots  # here, so that training starts sooner
-
     rows = finished.rows
     results.write_rows(workdir / results.ROWS, rows)
-    path = results.remove_link(workdir / "sweep.png")
-    plots.members_by_epoch(_by_values(rows, configs), path)
+    if not is_part:
+        from bn_jax import plots  # here, so that training starts sooner
+
+        path = results.remove_link(workdir / "sweep.png")
+        plots.members_by_epoch(_by_values(rows, configs), path)
     summary = {
         "members": len(configs),
         "examples": finished.num_examples,

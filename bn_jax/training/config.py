@@ -236,7 +236,8 @@ class TrainConfig:
         Raises:
           ConfigError: if there is no such field or option.
         """
-        return value_of(dataclasses.asdict(self), name)
+        fields = dataclasses.fields(self)
+        return value_of({f.name: getattr(self, f.name) for f in fields}, name)
 
     def replaced(self, name: str, value: Any) -> TrainConfig:
         """Return a copy with another value of a field or of a named field's option.
@@ -250,6 +251,25 @@ class TrainConfig:
             table = _table(field)
             value = table.replaced(getattr(self, field), **{option_name: value})
         return dataclasses.replace(self, **{field: value})
+
+    def static(self) -> TrainConfig:
+        """Return the config of all that differ from this one in numbers alone.
+
+        Their numbers, see `traceable`, have values that are always the same.
+        """
+        options: dict[str, dict[str, Any]] = {}
+        for name in traceable(self):
+            field, _, option_name = name.partition(".")
+            if option_name:
+                table = _table(field)
+                known = table.options(getattr(self, field).partition(":")[0])
+                default = known[option_name].default
+                options.setdefault(field, {})[option_name] = default
+        texts: dict[str, Any] = {
+            field: _table(field).replaced(getattr(self, field), **defaults)
+            for field, defaults in options.items()
+        }
+        return dataclasses.replace(self, learning_rate=1.0, seed=0, **texts)
 
     def replaced_by_text(self, name: str, text: str) -> TrainConfig:
         """Return `replaced` with the value that a text writes.

@@ -123,17 +123,10 @@ def _with(config: TrainConfig, name: str, text: str) -> TrainConfig:
         raise ConfigError(f"{error} (in a sweep of {name})") from None
 
 
+@functools.lru_cache(maxsize=MAX_MEMBERS)
 def static(config: TrainConfig) -> TrainConfig:
     """Return the config that all members of a program share: its numbers are fixed."""
-    names = traceable(config)
-    fixed = {"learning_rate": 1.0, "seed": 0}
-    for name in names:
-        field, _, option = name.partition(".")
-        if option:
-            default = getattr(config, field).partition(":")[0]
-            fixed[name] = TrainConfig(**{field: default}).value(name)
-        config = config.replaced(name, fixed[name])
-    return config
+    return config.static()
 
 
 def grouped(configs: Sequence[TrainConfig]) -> list[list[int]]:

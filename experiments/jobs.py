@@ -31,6 +31,9 @@ from bn_jax.training.config import TrainConfig
 SUBMITTED = "submitted.json"  # by part, the job that was last submitted for it
 LOGS = "logs"
 
+# That a job has for its checkpoint, when it is told to end.
+_STOP_SECONDS = 10.0
+
 
 class Launcher(NamedTuple):
     """Where jobs run.
@@ -212,10 +215,11 @@ def run(
     ):
         submitted = _Submitted(folder / SUBMITTED)
         executor = launcher.executor(logs)
-        before = launcher.active(submitted.jobs(), logs)
-        waiting = [part for part in unfinished() if submitted.job(part) not in before]
+        left = unfinished()
+        before = launcher.active(submitted.jobs(left), logs)
+        waiting = [part for part in left if submitted.job(part) not in before]
         print(
-            f"{total} parts: {total - len(waiting) - len(before)} trained, "
+            f"{total} parts: {total - len(left)} trained, "
             f"{len(before)} submitted before, {len(waiting)} to submit",
             flush=True,
         )
@@ -223,8 +227,7 @@ def run(
         while True:
             left = unfinished()
             bar.update(total - len(left) - bar.n)
-            ids = [submitted.job(part) for part in left]
-            active = launcher.active([i for i in ids if i is not None], logs)
+            active = launcher.active(submitted.jobs(left), logs)
             if request.signum is not None:
                 _stop(launcher, [jobs[i] for i in active if i in jobs], request.signum)
             room = len(waiting)
@@ -259,10 +262,13 @@ def _stop(launcher: Launcher, jobs: Sequence[Any], signum: int) -> None:
             signum,
             "stopped waiting; the jobs go on, and the same command waits for them",
         )
-    for job in jobs:
-        job._process.send_signal(signal.SIGTERM)  # which submitit hands on
-    for job in jobs:
-        job._process.wait()
+    # submitit hands the signal on; a job that is about to start does not hear it yet.
+    while running := [job for job in jobs if not job.done()]:
+        for job in running:
+            job._process.send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + _STOP_SECONDS
+        while time.monotonic() < deadline and not all(job.done() for job in running):
+            time.sleep(launcher.seconds)
     raise Interrupted(signum, "stopped; the same command resumes each part")
 
 
@@ -289,8 +295,9 @@ class _Submitted:
         self._path = path
         self._jobs: dict[str, str] = results.read_object(path) if path.exists() else {}
 
-    def jobs(self) -> list[str]:
-        return list(self._jobs.values())
+    def jobs(self, parts: Sequence[Part]) -> list[str]:
+        jobs = (self.job(part) for part in parts)
+        return [job for job in jobs if job is not None]
 
     def job(self, part: Part) -> str | None:
         return self._jobs.get(self._name(part))

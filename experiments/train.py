@@ -227,6 +227,8 @@ def _by_jobs(
     flag_fields.read(RunOptions, flags.FLAGS)
     groups = sweeps.check(configs, data)
     sweeps.Part(1, launcher.num_parts).members(groups)
+    config = sweeps.identity(configs, data, exact=True, train=False)
+    sweeps.check_place(workdir, config, grows=sweeps.can_grow(configs))
     if not parts.is_merged(configs, workdir):
         jobs.run(launcher, configs, jobs.given_arguments(), workdir)
     return parts.merge(configs, data, workdir=workdir, num_parts=launcher.num_parts)

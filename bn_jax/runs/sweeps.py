@@ -109,15 +109,16 @@ def sweep(
         configs = [own_models.named(config, model) for config in configs]
     whole = check(configs, data, model=model)
     config = identity(configs, data, exact=exact, train=train)
+    grows = can_grow(configs)
     own = list(range(len(configs)))
     if part is not None:
+        check_place(workdir, config, grows=grows)
         own, workdir = part.members(whole), part.folder(workdir)
         config["part"] = list(part)
     numbers = {i: place for place, i in enumerate(own)}
     groups = [[own[i] for i in g] for g in members.grouped([configs[i] for i in own])]
     devices = _devices(options, max(map(len, groups)))
     with interrupt.listening() as request, results.locked(workdir):
-        grows = can_grow(configs)
         results.check_free(
             workdir, config, resume=options.resume, repeat=True, grows=grows
         )
@@ -198,6 +199,21 @@ def check(
         # The others are of the same shapes.
         networks[0].check_fits(configs[group[0]].batch_size)
     return groups
+
+
+def check_place(workdir: Path, config: dict[str, Any], *, grows: bool) -> None:
+    """Refuse a folder in which the parts of a sweep could not be merged.
+
+    Args:
+      workdir: of the sweep.
+      config: as `identity` returns it.
+      grows: see `can_grow`.
+
+    Raises:
+      RunError: as `results.check_free` says.
+    """
+    if workdir.exists():
+        results.check_free(workdir, config, repeat=True, grows=grows)
 
 
 def can_grow(configs: Sequence[TrainConfig]) -> bool:

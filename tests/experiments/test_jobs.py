@@ -104,6 +104,18 @@ def test_mistake_is_refused_before_anything_is_written(
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("how", ["--launcher=local:2", "--part=1/2"])
+def test_folder_of_something_else_is_refused_before_a_job_starts(
+    how, command, tmp_path
+):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "notes.txt").write_text("mine\n")
+    with pytest.raises(SystemExit) as ended:
+        command("--workdir=a", *MEMBERS, how)
+    assert "a holds notes.txt but no config.json" in ended.value.code
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["notes.txt"]
+
+
 def test_a_part_is_trained_by_hand_and_the_last_merges(command):
     few = [*MEMBERS[:-1], "--sweep=seed=0..1"]
     said = command("--workdir=run", *few, "--part=2/2")

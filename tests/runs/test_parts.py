@@ -79,7 +79,7 @@ def test_parts_have_each_member_once_and_few_programs(configs):
 
 
 def test_what_cannot_be_merged_is_named(tmp_path, configs, tiny_data):
-    sweep = configs["rates and seeds"][:2]
+    sweep = configs["rates and seeds"][2:4]
     merged = {"workdir": tmp_path / "run", "num_parts": 2}
     assert parts.unfinished(sweep, **merged) == [Part(1, 2), Part(2, 2)]
     train_parts(sweep, tiny_data, tmp_path / "run", 2, numbers=[1])
@@ -92,6 +92,16 @@ def test_what_cannot_be_merged_is_named(tmp_path, configs, tiny_data):
     shutil.copytree(first, Part(2, 2).folder(tmp_path / "run"))
     with pytest.raises(RunError, match=r"2_of_2 holds a part of another sweep \(part:"):
         parts.merge(sweep, tiny_data, **merged)
+    # Of another sweep, nothing is trained in there.
+    results.start_run(
+        tmp_path / "run",
+        sweeps.identity(sweep[:1], tiny_data, exact=True, train=False),
+    )
+    with pytest.raises(RunError, match="run of another config .*learning_rate"):
+        train_parts(sweep, tiny_data, tmp_path / "run", 3, numbers=[1])
+    assert not Part(1, 3).folder(tmp_path / "run").exists()
+    (tmp_path / "run" / "config.json").unlink()
+    (tmp_path / "run" / "environment.json").unlink()
     other = [dataclasses.replace(config, batch_size=20) for config in sweep]
     with pytest.raises(RunError, match="another config .batch_size: 30 there, 20 now"):
         train_parts(other, tiny_data, tmp_path / "run", 2, numbers=[1])

@@ -16,11 +16,11 @@ subtracted: the authors centre the kernel before each norm instead, as the optio
 P is known only when the backward pass has computed g, and a function cannot return what
 its own derivative needs first. So the values of g z of the last batches are a
 *parameter*, `moving_products`, whose gradient is what it has to lose: one step of plain
-gradient descent at rate 1 makes it the new values. Averages of
-gradients, over devices or micro-batches, keep that right. Our training takes this step
-whatever the optimizer; in a loop of your own,
-`optax.multi_transform({True: optax.sgd(1.0), False: ...}, moving_param_mask(...))`
-does, with `bn_jax.variables.moving_param_mask`. Any other step makes it wrong.
+gradient descent at rate 1 makes it the new values. Averages of gradients, over devices
+or micro-batches, keep that right. Our training takes this step whatever the optimizer;
+in a loop of your own, `optax.multi_transform({True: optax.sgd(1.0), False: ...}, mask)`
+does, with the mask of `bn_jax.variables.moving_param_mask`. Any other step makes the
+averages wrong.
 
 References:
   Yan et al., 2020, "Towards Stabilizing Batch Statistics in Backward Propagation of

@@ -280,3 +280,31 @@ def test_choices_that_fit_are_not_refused():
     for name in OPTIMIZERS:
         config = Config(name, trained="random", rate_factors="norm=2", clip_norm=1.0)
         optimizers.check(config, jax.eval_shape(lambda: PARAMS))
+
+
+def test_averages_that_are_parameters_move_by_their_gradient_alone():
+    config = Config(
+        optimizer="adamw",
+        weight_decay=0.1,
+        decay="all",
+        clip_norm=0.5,
+        rate_factors="norm=0.1",
+        trained="all:gamma=false",
+    )
+    optimizer = make_optimizer(config, steps_per_epoch=1)
+    affine = {"scale": jnp.ones(2), "bias": jnp.ones(2)}
+    plain = {"norm": affine, "dense": {"kernel": jnp.ones((2, 2))}}
+    products = jnp.array([[1.0, 2.0], [3.0, 4.0]])
+    params = {**plain, "norm": {**affine, "moving_products": products}}
+
+    def step(params):
+        gradients = jax.tree.map(lambda p: 10 * p, params)
+        updates, _ = optimizer.update(gradients, optimizer.init(params), params)
+        return optax.apply_updates(params, updates)
+
+    moved = step(params)
+    np.testing.assert_array_equal(moved["norm"].pop("moving_products"), -9 * products)
+    # To the others it is as if there were none.
+    chex.assert_trees_all_equal(moved, step(plain))
+    np.testing.assert_array_equal(moved["norm"]["scale"], 1)
+    assert (moved["norm"]["bias"] != 1).all()

@@ -24,7 +24,7 @@ from jax import Array
 
 from bn_jax.fields import ConfigError, Range
 from bn_jax.names import TRACEABLE, Table
-from bn_jax.variables import MOVING_PRODUCTS, moving_param_mask
+from bn_jax.variables import MOVING_PRODUCTS
 
 
 def of_norms(params: Any) -> Any:
@@ -188,7 +188,10 @@ def with_averages(optimizer: optax.GradientTransformation) -> Any:
     """
 
     def chosen(params: Any) -> optax.GradientTransformation:
-        mask = moving_param_mask({"params": params})
+        names = (path.rpartition("/")[2] for path in leaf_paths(params))
+        mask = jax.tree.unflatten(
+            jax.tree.structure(params), [name == MOVING_PRODUCTS for name in names]
+        )
         if not any(jax.tree.leaves(mask)):
             return optimizer
         return optax.multi_transform({True: optax.sgd(1.0), False: optimizer}, mask)

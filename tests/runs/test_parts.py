@@ -12,7 +12,6 @@ from bn_jax.runs.results import RunError
 from bn_jax.runs.sweeps import Part
 from bn_jax.training.config import RunOptions
 from bn_jax.training.members import parse
-from marks import slow_but
 
 OPTIONS = RunOptions(devices="1")
 SPECS = {
@@ -38,13 +37,9 @@ def train_parts(configs, data, workdir, num_parts, numbers=None):
         sweeps.sweep(configs, data, workdir=workdir, options=OPTIONS, part=part)
 
 
-@pytest.mark.parametrize(
-    ("name", "num_parts"),
-    slow_but(
-        [("rates and seeds", 2)],
-        [(name, n) for name in SPECS for n in (1, 2, 4, 6)],
-    ),
-)
+@pytest.mark.slow  # test_jobs.py merges two parts in the quick run
+@pytest.mark.parametrize("num_parts", [1, 2, 4, 6])
+@pytest.mark.parametrize("name", SPECS)
 def test_merged_parts_are_the_undivided_sweep_bit_for_bit(
     name, num_parts, folder, configs, tiny_data
 ):

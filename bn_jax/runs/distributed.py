@@ -252,7 +252,7 @@ def is_of_a_death(error: BaseException) -> bool:
 
 
 def told_of_a_death(is_whole: bool) -> str:
-    """Return what to say when another process has died."""
+    """Return the line that reports the death of another process."""
     if is_whole:
         return "note: another process has ended early; the results had been written"
     return (

@@ -47,7 +47,7 @@ class Logs:
     Args:
       names: of "csv" and "tensorboard".
       workdir: the run's directory.
-      step: that the run goes on from; what was logged after it is dropped.
+      step: at which the run resumes; later entries are dropped.
       offsets: see `summary.scale_offsets`.
     """
 

@@ -54,7 +54,7 @@ def summary(trainer: loop.Trainer, score: Score, variables: Any) -> dict[str, An
 def scale_offsets(
     network: Network, variables: Any, image: np.ndarray
 ) -> dict[str, float]:
-    """Return what layers of a model of one's own add to their stored scale, by name.
+    """Return the offsets that layers of a user's model add to their stored scale.
 
     Args:
       network: whose model is looked at.
@@ -73,8 +73,8 @@ def gamma_beta(
 ) -> dict[str, dict[str, list[float]]]:
     """Return gamma and beta of each normalisation layer, by the layer's name.
 
-    A layer is one that has statistics, or a scale or bias for each feature and no
-    kernel, as layer norm has.
+    Normalisation layers have statistics, or a scale or bias for each feature and no
+    kernel, like layer norm.
 
     Args:
       variables: of a model.
@@ -106,7 +106,7 @@ def gamma_beta(
 def layer_values(
     variables: Any, offsets: Mapping[str, float] = MappingProxyType({})
 ) -> dict[str, np.ndarray]:
-    """Return what each norm holds for each feature: gamma, beta and moving averages.
+    """Return gamma, beta and the moving averages of each norm.
 
     Args:
       variables: of a model.

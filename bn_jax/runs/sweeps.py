@@ -80,8 +80,8 @@ def sweep(
     """Train a sweep, and write everything to `workdir`; resume one that is there.
 
     Members that differ in numbers alone share a program, see `members`; where there are
-    several programs, each has a folder in `workdir`. A finished sweep of fewer epochs
-    goes on from its end, as in `run.train`.
+    several programs, each has a folder in `workdir`. If `workdir` holds a
+    finished sweep of fewer epochs, training continues from its end, as in `run.train`.
 
     Args:
       configs: of the members, on one data set.
@@ -228,7 +228,7 @@ def identity(
     exact: bool,
     train: bool,
 ) -> dict[str, Any]:
-    """Return what decides a sweep's numbers, as its config.json holds it."""
+    """Return the contents of a sweep's config.json: all choices behind its numbers."""
     source = task.select(configs[0], data).source
     return {**_common(configs), "data": source, "exact": exact, "train": train}
 
@@ -350,7 +350,7 @@ def folders_of(workdir: Path, num_programs: int) -> list[Path]:
 
 
 def name_of_variables(workdir: Path, folder: Path) -> str:
-    """Return what the checksums call the variables of a program's folder."""
+    """Return the key, in the checksums, of the variables in a program's folder."""
     return (folder / checkpoint.VARIABLES).relative_to(workdir).as_posix()
 
 

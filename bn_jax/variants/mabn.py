@@ -235,15 +235,10 @@ def _divided(
 
 
 def _forward(
-    axes: Sequence[int],
-    axis_name: AxisName | None,
-    x: Array,
-    square: Array,
-    products: Array,
-    is_warm: Array,
+    axes: Sequence[int], axis_name: AxisName | None, x: Array, square: Array, *rest: Any
 ) -> tuple[Array, Any]:
-    z = _divided(axes, axis_name, x, square, products, is_warm)
-    return z, (z, square, products, is_warm)
+    z = _divided(axes, axis_name, x, square, *rest)
+    return z, (z, square, *rest)
 
 
 def _backward(

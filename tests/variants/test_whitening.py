@@ -167,6 +167,17 @@ def test_features_of_unlike_scales_are_whitened_as_in_float64(
         assert_close_by_feature(gradient, expected, 1e-2)
 
 
+@pytest.mark.parametrize("method", EXACT)
+@pytest.mark.parametrize("num_features", slow_but([120], [8, 64, 120]))
+def test_many_features_of_like_scale_are_whitened_as_in_float64(method, num_features):
+    # Of 120 eigenvalues, the nearest differ by a share 8e-4.
+    x = np.asarray(normal((480, num_features), seed=0))
+    y = compiled(method=method, train=True)(x, NONE, init(num_features)[1])[0]
+    assert_close_by_feature(
+        y, reference(np.float64(x), method, 1e-5, num_features), 1e-3
+    )
+
+
 @functools.cache
 def value_and_gradient_of(**options):
     """Return a compiled function of y and the gradient of a linear function of it."""

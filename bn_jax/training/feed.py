@@ -15,7 +15,6 @@ import numpy as np
 
 from bn_jax import data as data_lib
 from bn_jax.training import step as step_lib
-from bn_jax.training.parallel import STEPS_PER_CALL
 
 
 class Call(NamedTuple):
@@ -26,19 +25,25 @@ class Call(NamedTuple):
 
 
 def calls(
-    first: int, last: int, *, steps_per_epoch: int, checkpoint_steps: int | None
+    first: int,
+    last: int,
+    *,
+    max_steps: int,
+    steps_per_epoch: int,
+    checkpoint_steps: int | None,
 ) -> list[Call]:
     """Return the calls from step `first` to `last`.
 
     Args:
       first: number of steps taken so far.
       last: number of steps of the run.
+      max_steps: of a call.
       steps_per_epoch: no call goes beyond the end of its epoch.
       checkpoint_steps: likewise beyond a multiple of this.
     """
     planned = []
     while first < last:
-        stop = min(last, first + STEPS_PER_CALL)
+        stop = min(last, first + max_steps)
         for period in (steps_per_epoch, checkpoint_steps):
             if period is not None:
                 stop = min(stop, (first // period + 1) * period)
@@ -73,10 +78,16 @@ class _Chunks:
     """The batches of each call, as a source that Grain reads at random."""
 
     def __init__(
-        self, split: data_lib.Split, order: Order, planned: list[Call], columns: slice
+        self,
+        split: data_lib.Split,
+        order: Order,
+        planned: list[Call],
+        columns: slice,
+        max_steps: int,
     ) -> None:
         self._split, self._order = split, order
         self._planned, self._columns = planned, columns
+        self._max_steps = max_steps
 
     def __len__(self) -> int:
         return len(self._planned)
@@ -86,13 +97,18 @@ class _Chunks:
         epoch, start = divmod(first, self._order.steps_per_epoch)
         steps = slice(start, start + stop - first)
         rows = self._order.of_epoch(epoch)[steps, self._columns]
-        padding = ((0, STEPS_PER_CALL - len(rows)), (0, 0))  # steps that are not taken
+        padding = ((0, self._max_steps - len(rows)), (0, 0))  # steps that are not taken
         rows = np.pad(rows, padding, mode="edge")
         return step_lib.Batch(self._split.images[rows], self._split.labels[rows])
 
 
 def stream(
-    split: data_lib.Split, order: Order, planned: list[Call], *, columns: slice
+    split: data_lib.Split,
+    order: Order,
+    planned: list[Call],
+    *,
+    columns: slice,
+    max_steps: int,
 ) -> Iterator[step_lib.Batch]:
     """Yield the batches of each call, read ahead by other threads.
 
@@ -101,12 +117,13 @@ def stream(
       order: of its examples.
       planned: the calls.
       columns: part of each batch that this process reads.
+      max_steps: of a call.
 
     Yields:
-      Batches with a leading axis of `STEPS_PER_CALL` steps.
+      Batches with a leading axis of `max_steps`.
     """
     import grain  # here, because it takes a second to import
 
-    source = grain.MapDataset.source(_Chunks(split, order, planned, columns))
+    source = grain.MapDataset.source(_Chunks(split, order, planned, columns, max_steps))
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)
     yield from source.to_iter_dataset(options)

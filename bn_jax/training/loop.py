@@ -122,6 +122,9 @@ class Trainer:
         )
         self.steps_per_epoch = self._order.steps_per_epoch
         optimizer = make_optimizer(config, steps_per_epoch=self.steps_per_epoch)
+        self._pace = parallel.pace(
+            placement.devices, steps_per_epoch=self.steps_per_epoch, streamed=stream
+        )
         self._steps = parallel.make_steps(
             placement,
             make_train_step(
@@ -130,6 +133,7 @@ class Trainer:
                 optimizer,
                 axis_name=parallel.DATA if placement.uses_axis else None,
             ),
+            self._pace,
         )
         self._evaluate = self._evaluator(data.test)
         self._validate = data.validation and self._evaluator(data.validation)
@@ -224,6 +228,7 @@ class Trainer:
         planned = feed.calls(
             self.step,
             self.num_steps,
+            max_steps=self._pace.max_steps,
             steps_per_epoch=self.steps_per_epoch,
             checkpoint_steps=self._checkpoint_steps,
         )
@@ -257,7 +262,11 @@ class Trainer:
         if self.stream:
             columns = self._steps.columns(self.config.batch_size)
             for batches in feed.stream(
-                self.data.train, self._order, planned, columns=columns
+                self.data.train,
+                self._order,
+                planned,
+                columns=columns,
+                max_steps=self._pace.max_steps,
             ):
                 yield self._steps.put_streamed(batches)
             return

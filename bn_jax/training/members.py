@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from bn_jax.fields import ConfigError
-from bn_jax.training import parallel
 from bn_jax.training import step as step_lib
 from bn_jax.training.config import TrainConfig, traceable
 from bn_jax.training.optimizers import make_optimizer
@@ -211,6 +210,7 @@ def run_member(
     task: Task,
     model: Any,
     steps_per_epoch: int,
+    pace: step_lib.Pace,
     values: Values,
     state: TrainState,
     data: step_lib.Batch,
@@ -231,7 +231,7 @@ def run_member(
         step_lib.Stored(data, order),
         start,
         stop,
-        max_steps=parallel.STEPS_PER_CALL,
+        pace=pace,
     )
 
 

@@ -37,9 +37,35 @@ from bn_jax.training.state import TrainState
 DATA = "data"
 MODELS = "models"
 
-# Steps in one call of the compiled loop: between calls a run can be stopped, so they
-# are few; a call costs less than half a millisecond, so they are not one.
+# Steps in one call of the compiled loop. Between calls a run can be stopped, and the
+# batches of one are read ahead where the data set is streamed, so that they are few; a
+# call costs less than half a millisecond on a CPU, so that they are not one.
 STEPS_PER_CALL = 20
+# On a GPU a call costs 2 ms, several steps of a small network.
+_STEPS_PER_CALL_OF_ACCELERATORS = 256
+# There the host also waits for the answer whether the loop goes on, .03 ms each time.
+_MAX_UNASKED, _MIN_UNASKED = 32, 8
+
+
+def pace(
+    devices: Sequence[jax.Device], *, steps_per_epoch: int, streamed: bool = False
+) -> step_lib.Pace:
+    """Return how the compiled loop takes its steps on devices.
+
+    Args:
+      devices: that train.
+      steps_per_epoch: what divides it leaves no step that is computed for nothing.
+      streamed: whether the data set is.
+    """
+    if devices[0].platform == "cpu":
+        return step_lib.Pace(STEPS_PER_CALL)
+    most, whole = _STEPS_PER_CALL_OF_ACCELERATORS, steps_per_epoch
+    if streamed:
+        most = whole = STEPS_PER_CALL
+    unasked = max(n for n in range(1, _MAX_UNASKED + 1) if whole % n == 0)
+    if unasked < min(_MIN_UNASKED, whole):
+        unasked = 2 * _MIN_UNASKED
+    return step_lib.Pace(most // unasked * unasked, unasked)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,12 +233,15 @@ class Steps(abc.ABC):
     leading axis of `placement.num_states`.
     """
 
-    def __init__(self, placement: Placement, train_step: step_lib.TrainStep) -> None:
+    def __init__(
+        self,
+        placement: Placement,
+        train_step: step_lib.TrainStep,
+        pace: step_lib.Pace,
+    ) -> None:
         self.placement = placement
         self.compile_seconds = 0.0
-        self._run_steps = functools.partial(
-            step_lib.run_steps, train_step, max_steps=STEPS_PER_CALL
-        )
+        self._run_steps = functools.partial(step_lib.run_steps, train_step, pace=pace)
         self._compiled: dict[type, Callable[..., Any]] = {}
 
     def columns(self, batch_size: int) -> slice:
@@ -230,7 +259,7 @@ class Steps(abc.ABC):
           state: as `put_state` returns it. It is used up.
           source: as `put_stored` or `put_streamed` returns it.
           start: number of the first step in the source.
-          stop: number after the last, at most `STEPS_PER_CALL` later.
+          stop: number after the last, at most `pace.max_steps` later.
         """
         first, last = np.int32(start), np.int32(stop)
         with self._tracing():
@@ -280,10 +309,10 @@ class Steps(abc.ABC):
 
     @abc.abstractmethod
     def put_streamed(self, batches: step_lib.Batch) -> Any:
-        """Return a source of `STEPS_PER_CALL` batches.
+        """Return a source of batches.
 
         Args:
-          batches: this process's `columns` of them, `[STEPS_PER_CALL, N, ...]`.
+          batches: this process's `columns` of them, `[pace.max_steps, N, ...]`.
         """
 
     @abc.abstractmethod
@@ -294,8 +323,13 @@ class Steps(abc.ABC):
 class Mesh(Steps):
     """One program, partitioned by the compiler; also that of a single device."""
 
-    def __init__(self, placement: Placement, train_step: step_lib.TrainStep) -> None:
-        super().__init__(placement, train_step)
+    def __init__(
+        self,
+        placement: Placement,
+        train_step: step_lib.TrainStep,
+        pace: step_lib.Pace,
+    ) -> None:
+        super().__init__(placement, train_step, pace)
         mesh = jax.sharding.Mesh(np.array(placement.devices), (DATA,))
         self._mesh = mesh
         self._replicated = NamedSharding(mesh, PartitionSpec())
@@ -345,8 +379,13 @@ class Mesh(Steps):
 class Pmap(Steps):
     """A program per device, mapped over the axis `DATA`."""
 
-    def __init__(self, placement: Placement, train_step: step_lib.TrainStep) -> None:
-        super().__init__(placement, train_step)
+    def __init__(
+        self,
+        placement: Placement,
+        train_step: step_lib.TrainStep,
+        pace: step_lib.Pace,
+    ) -> None:
+        super().__init__(placement, train_step, pace)
         self._devices = placement.local_devices
         mesh = jax.sharding.Mesh(np.array(self._devices), (DATA,))
         self._replicated = NamedSharding(mesh, PartitionSpec())
@@ -417,14 +456,17 @@ def _first_copy(array: Array) -> np.ndarray:
     return np.asarray(array.addressable_data(0))
 
 
-def make_steps(placement: Placement, train_step: step_lib.TrainStep) -> Steps:
+def make_steps(
+    placement: Placement, train_step: step_lib.TrainStep, pace: step_lib.Pace
+) -> Steps:
     """Return the compiled loop for a placement.
 
     Args:
       placement: of the devices.
       train_step: made with `axis_name=DATA` if `placement.uses_axis`.
+      pace: of the loop.
     """
-    return (Pmap if placement.uses_axis else Mesh)(placement, train_step)
+    return (Pmap if placement.uses_axis else Mesh)(placement, train_step, pace)
 
 
 class Members:

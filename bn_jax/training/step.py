@@ -256,6 +256,13 @@ def epoch_order(key: Array, *, num_examples: int, batch_size: int) -> Array:
     return order[: num_steps * batch_size].reshape(num_steps, batch_size)
 
 
+class Pace(NamedTuple):
+    """How the compiled loop takes its steps."""
+
+    max_steps: int  # of a call
+    unasked: int = 1  # steps from one question whether to go on to the next
+
+
 def run_steps(
     train_step: TrainStep,
     state: TrainState,
@@ -263,7 +270,7 @@ def run_steps(
     start: Array,
     stop: Array,
     *,
-    max_steps: int,
+    pace: Pace,
 ) -> tuple[TrainState, Metrics]:
     """Take the steps from `start` to `stop`, or to the first that is not finite.
 
@@ -276,12 +283,14 @@ def run_steps(
       source: of the batches.
       start: number of the first step in `source`; shape [], int32.
       stop: number after the last; shape [], int32.
-      max_steps: static; at least `stop - start`.
+      pace: static; `stop - start` is at most `pace.max_steps`. Of several steps from
+        one question to the next, those that are not to be taken are computed and left.
 
     Returns:
       The state after the last step whose loss and new parameters are finite, and the
-      metrics of each step, with a leading axis of `max_steps`; those after the last
-      one taken are 0. A step that is not finite leaves its metrics, but not its state.
+      metrics of each step, with a leading axis of `pace.max_steps`; those after the
+      last one taken are 0. A step that is not finite leaves its metrics, but not its
+      state.
     """
     Carry = tuple[Array, Array, TrainState, Metrics]
 
@@ -291,23 +300,36 @@ def run_steps(
 
     def step(carry: Carry) -> Carry:
         i, _, old, metrics = carry
+        taken = goes_on(carry)
         new, of_step = train_step(old, source.batch(i))
         finite = jnp.isfinite(of_step.loss) & _all_finite(new.params)
-        state = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
-        metrics = jax.tree.map(lambda m, v: m.at[i - start].set(v), metrics, of_step)
-        return i + 1, finite, state, metrics
+        kept = taken & finite
+        state = jax.tree.map(lambda n, o: jnp.where(kept, n, o), new, old)
+        row = jnp.where(
+            taken, i - start, max_steps
+        )  # beyond the end, where none is set
+        metrics = jax.tree.map(
+            lambda m, v: m.at[row].set(v, mode="drop"), metrics, of_step
+        )
+        return i + taken, jnp.where(taken, finite, carry[1]), state, metrics
 
+    def steps(carry: Carry) -> Carry:
+        if pace.unasked == 1:
+            return step(carry)
+        return lax.fori_loop(0, pace.unasked, lambda _, carry: step(carry), carry)
+
+    max_steps = pace.max_steps
     shapes = jax.eval_shape(train_step, state, source.batch(start))[1]
     metrics = jax.tree.map(lambda m: jnp.zeros((max_steps, *m.shape), m.dtype), shapes)
     carry = (start, jnp.asarray(True), state, metrics)
-    _, _, state, metrics = lax.while_loop(goes_on, step, carry)
+    _, _, state, metrics = lax.while_loop(goes_on, steps, carry)
     return state, metrics
 
 
 def _all_finite(tree: Any) -> Array:
     """Return whether all numbers of a tree are finite."""
-    finite = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
-    return jnp.all(jnp.stack(finite))
+    flat, _ = ravel_pytree(tree)  # one small program on a GPU, rather than one a leaf
+    return jnp.all(jnp.isfinite(flat))
 
 
 class Sums(NamedTuple):

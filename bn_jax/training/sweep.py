@@ -21,7 +21,16 @@ from flax import traverse_util
 from bn_jax import data as data_lib
 from bn_jax import models
 from bn_jax.measures import population
-from bn_jax.training import evaluation, feed, mapped, members, own_models, scoring, task
+from bn_jax.training import (
+    evaluation,
+    feed,
+    mapped,
+    members,
+    own_models,
+    parallel,
+    scoring,
+    task,
+)
 from bn_jax.training import step as step_lib
 from bn_jax.training.config import TrainConfig
 from bn_jax.training.optimizers import make_optimizer
@@ -89,8 +98,11 @@ class Sweep:
         self.steps_per_epoch = len(data.train.labels) // self._base.batch_size
         self._map = mapped.Mapped(self.devices)
         of_all = (self._base, self.task, model)
+        self._pace = parallel.pace(self.devices, steps_per_epoch=self.steps_per_epoch)
         self._run = self._map.compiled(
-            functools.partial(members.run_member, *of_all, self.steps_per_epoch),
+            functools.partial(
+                members.run_member, *of_all, self.steps_per_epoch, self._pace
+            ),
             shared=(False, False, True, False, True, True),
             donate=(1,),
         )
@@ -164,6 +176,7 @@ class Sweep:
         planned = feed.calls(
             self.step,
             self.num_steps,
+            max_steps=self._pace.max_steps,
             steps_per_epoch=self.steps_per_epoch,
             checkpoint_steps=self._checkpoint_steps,
         )

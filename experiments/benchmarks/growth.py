@@ -109,7 +109,7 @@ def step_call(model: Any, batch_size: int) -> Callable[[], float]:
     source = step_lib.Stored(data, jnp.asarray(order))
     train_step = step_lib.make_train_step(TrainConfig(), network, optimizer)
     run = jax.jit(
-        functools.partial(step_lib.run_steps, train_step, max_steps=MAX_STEPS)
+        functools.partial(step_lib.run_steps, train_step, pace=step_lib.Pace(MAX_STEPS))
     )
 
     def seconds(num_steps: int) -> float:

@@ -104,7 +104,7 @@ def compiled(config: TrainConfig, data: ImageData) -> Callable[[float, int], Pro
             step_lib.Stored(stored, order),
             jnp.int32(0),
             jnp.int32(steps_per_epoch),
-            max_steps=steps_per_epoch,
+            pace=step_lib.Pace(steps_per_epoch),
         )
 
     def run(rate: float, seed: int) -> Probed:

@@ -20,7 +20,7 @@ from bn_jax.runs import results, summary
 from bn_jax.runs import run as run_lib
 from bn_jax.runs.interrupt import Interrupted
 from bn_jax.runs.results import RunError
-from bn_jax.training import feed, scoring
+from bn_jax.training import parallel, scoring
 from bn_jax.training.config import RunOptions
 from bn_jax.training.evaluation import Evaluator
 from bn_jax.version import __version__
@@ -129,6 +129,7 @@ def test_read_run_is_the_trained_run(run, finished):
 # More epochs.
 
 
+@pytest.mark.slow
 def test_longer_run_goes_on_from_the_end_of_a_shorter_one(
     run, finished, tiny_config, tiny_data, tmp_path
 ):
@@ -184,7 +185,7 @@ def test_longer_run_needs_a_checkpoint_and_keeps_what_is_there(
 def test_run_that_was_told_to_stop_goes_on_bit_for_bit(
     where, step, signum, run, signal_at, tmp_path, tiny_config, tiny_data, monkeypatch
 ):
-    monkeypatch.setattr(feed, "STEPS_PER_CALL", 1)  # to stop between checkpoints
+    monkeypatch.setattr(parallel, "STEPS_PER_CALL", 1)  # to stop between checkpoints
     train = functools.partial(
         run_lib.train,
         tiny_config,

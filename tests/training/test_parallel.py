@@ -3,6 +3,7 @@
 import collections
 import functools
 import re
+import types
 
 import chex
 import jax
@@ -62,6 +63,7 @@ def images_and_labels():
     return data_lib.Split(images.astype(np.uint8), labels)
 
 
+PACE = step_lib.Pace(parallel.STEPS_PER_CALL)
 DATA = images_and_labels()
 ORDER = np.stack(
     [
@@ -88,7 +90,14 @@ def small(config, placement, **model_options):
 
 
 @functools.cache  # compilation is what these tests wait for
-def steps_of(config, placement, *, learning_rate=0.1, **model_options):
+def steps_of(
+    config,
+    placement,
+    *,
+    learning_rate=0.1,
+    pace=PACE,
+    **model_options,
+):
     """The compiled loop of `Small`, and of plain SGD."""
     train_step = step_lib.make_train_step(
         config,
@@ -96,7 +105,7 @@ def steps_of(config, placement, *, learning_rate=0.1, **model_options):
         optax.sgd(learning_rate),
         axis_name=parallel.DATA if placement.uses_axis else None,
     )
-    return parallel.make_steps(placement, train_step)
+    return parallel.make_steps(placement, train_step, pace)
 
 
 def initial(num_states, *, dtype=np.float32, seed=0, num_norms=1):
@@ -466,6 +475,31 @@ def test_state_without_statistics_returns():
     chex.assert_trees_all_equal(steps.get_state(steps.put_state(state)), state)
 
 
+@pytest.mark.parametrize(
+    ("platform", "steps_per_epoch", "streamed", "expected"),
+    [
+        ("cpu", 234, False, (20, 1)),
+        ("gpu", 234, False, (234, 26)),  # one call of 9 rounds, none for nothing
+        ("gpu", 468, False, (234, 26)),
+        ("gpu", 5, False, (255, 5)),
+        ("tpu", 233, False, (256, 16)),  # a prime
+        ("gpu", 234, True, (20, 20)),
+    ],
+)
+def test_calls_are_long_on_accelerators(platform, steps_per_epoch, streamed, expected):
+    device = types.SimpleNamespace(platform=platform)
+    pace = parallel.pace([device], steps_per_epoch=steps_per_epoch, streamed=streamed)
+    assert pace == expected
+
+
+def test_steps_that_nobody_asks_about_change_no_bit():
+    config, placement = placed("synced", 8, "pmap")
+    start = initial(placement.num_states)
+    asked = ran(steps_of(config, placement), start)
+    unasked = ran(steps_of(config, placement, pace=step_lib.Pace(20, 3)), start)
+    chex.assert_trees_all_equal(asked, unasked)
+
+
 @pytest.mark.parametrize("program", slow_but(["pmap"], ["pmap", "jit"]))
 def test_streamed_batches_are_the_stored_ones(program, x64):
     config, placement = placed("per_device", 8, program)
@@ -576,7 +610,7 @@ def test_members_of_an_ensemble_train_as_if_alone(batch_stats, x64):
     together = jax.tree.map(lambda *leaves: np.stack(leaves), *members)
     # Groups of devices come first, members after.
     by_group = jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), together.batch_stats)
-    ensemble = parallel.make_steps(placement, of_members)
+    ensemble = parallel.make_steps(placement, of_members, step_lib.Pace(20))
     source = ensemble.put_stored(ensemble.put_data(DATA), ORDER)
     state = ensemble.put_state(together.replace(batch_stats=by_group))
     state, metrics = ensemble.run(state, source, 0, 20)

@@ -16,6 +16,7 @@ from bn_jax.training.config import TrainConfig
 from bn_jax.training.optimizers import make_optimizer
 from bn_jax.training.state import Network, init_state
 from bn_jax.training.step import Batch, Metrics
+from marks import slow_but
 
 
 class Linear(nn.Module):
@@ -72,11 +73,10 @@ def test_key_decides_the_order():
     assert not np.array_equal(order_of_20(jax.random.key(1)), first)
 
 
-def run(train_step, state, source, start, stop, max_steps=8):
+def run(train_step, state, source, start, stop, unasked=1):
     """Take steps as training does, compiled, the bounds no part of the program."""
-    run_steps = jax.jit(
-        functools.partial(step_lib.run_steps, train_step, max_steps=max_steps)
-    )
+    pace = step_lib.Pace(8, unasked)
+    run_steps = jax.jit(functools.partial(step_lib.run_steps, train_step, pace=pace))
     return run_steps(state, source, np.int32(start), np.int32(stop))
 
 
@@ -126,16 +126,23 @@ def linear():
     return train_step, init_state(variables, optimizer), step_lib.Stored(data, order)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    "cuts", [[0, 1, 2, 3, 4, 5, 6, 7], [0, 3, 7], [0, 6, 7], [0, 2, 2, 5, 7]]
+    ("cuts", "unasked"),
+    slow_but(
+        [([0, 3, 7], 3)],
+        itertools.product(
+            ([0, 1, 2, 3, 4, 5, 6, 7], [0, 3, 7], [0, 6, 7], [0, 2, 2, 5, 7]),
+            (1, 3, 7, 8),
+        ),
+    ),
 )
-def test_steps_in_several_calls_give_the_bits_of_one_call(linear, cuts):
+def test_steps_in_several_calls_give_the_bits_of_one_call(linear, cuts, unasked):
     train_step, state, source = linear
     whole, of_whole = run(train_step, state, source, 0, 7)
     losses = []
     for start, stop in itertools.pairwise(cuts):
-        state, metrics = run(train_step, state, source, start, stop)
+        state, metrics = run(train_step, state, source, start, stop, unasked)
+        assert not np.any(metrics.loss[stop - start :])
         losses += metrics.loss[: stop - start].tolist()
     chex.assert_trees_all_equal(state, whole)
     assert int(state.step) == 7
@@ -148,15 +155,18 @@ def test_bounds_are_no_part_of_the_program(linear):
     @jax.jit
     @chex.assert_max_traces(n=1)
     def run_steps(state, source, start, stop):
-        return step_lib.run_steps(train_step, state, source, start, stop, max_steps=8)
+        return step_lib.run_steps(
+            train_step, state, source, start, stop, pace=step_lib.Pace(8)
+        )
 
     for start, stop in ((0, 7), (2, 5), (6, 6)):
         run_steps(state, source, np.int32(start), np.int32(stop))
 
 
+@pytest.mark.parametrize("unasked", [1, 2, 8])
 @pytest.mark.parametrize("fault", ["loss", "params"])
 @pytest.mark.parametrize("value", [jnp.nan, jnp.inf])
-def test_steps_end_before_the_first_that_is_not_finite(fault, value):
+def test_steps_end_before_the_first_that_is_not_finite(fault, value, unasked):
     def add(state, batch):
         broken = batch.labels[0] == 13
         loss, params = jnp.asarray(1.0), state.params + batch.labels[0]
@@ -168,7 +178,7 @@ def test_steps_end_before_the_first_that_is_not_finite(fault, value):
 
     batches = Batch(np.zeros((5, 1)), np.array([[10], [11], [12], [13], [14]]))
     state = Counts(np.zeros(2, np.float32), np.bool_(True))
-    state, metrics = run(add, state, step_lib.Streamed(batches), 1, 5)
+    state, metrics = run(add, state, step_lib.Streamed(batches), 1, 5, unasked)
     # Steps 1 and 2 add 11 and 12; step 3 leaves its metrics, step 4 nothing.
     assert state.params.tolist() == [23, 23]
     of_fault = value if fault == "loss" else 1.0

@@ -3,6 +3,11 @@
 Most of the time of these tests is XLA's compiler's. Unless XLA_FLAGS is set, be it to
 nothing, they ask it for plain code, which it makes in a third of the time; `.ci/run
 --all` runs them with the code that users get, too.
+
+On a GPU or TPU they run by `JAX_PLATFORMS=cuda,cpu XLA_FLAGS= pytest`: what asks for no
+device runs there, what is spread over 8 devices on the CPU. Products of models are then
+of float32, as they are on a CPU; what our own promises rest on asks for that itself
+(see test_precision.py).
 """
 
 import dataclasses
@@ -35,6 +40,9 @@ os.environ.setdefault("XLA_FLAGS", " ".join(QUICK))
 
 NUM_DEVICES = 8
 jax.config.update("jax_num_cpu_devices", NUM_DEVICES)
+if os.environ["JAX_PLATFORMS"] != "cpu":
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # workers share it
+    jax.config.update("jax_default_matmul_precision", "highest")
 
 # Many tests use the same programs; each is compiled once in a session, whose worker
 # processes find the folder in the environment.

@@ -173,9 +173,12 @@ class TrainConfig:
         valid=BELOW_1,
     )
     precision: str = option(
-        "float32",
-        "Of activations and gradients; parameters and statistics are float32.",
-        choices=("float32", "bfloat16"),
+        "highest",
+        "Of products and convolutions: highest, of float32 everywhere; default, as "
+        "JAX's backend takes float32, rounded to TF32 on a GPU and to bfloat16 on a "
+        "TPU; bfloat16, activations and gradients too. Parameters and statistics are "
+        "float32.",
+        choices=("default", "highest", "bfloat16"),
     )
     batch_stats: str = option(
         "synced",

@@ -31,9 +31,11 @@ def named(config: TrainConfig, model: Any) -> TrainConfig:
     default = TrainConfig()
     of_ours = [
         f"{field}={getattr(config, field)!r}"
-        for field in ("model", "norm", "norm_statistics", "precision")
+        for field in ("model", "norm", "norm_statistics")
         if getattr(config, field) not in (getattr(default, field), name)
     ]
+    if config.precision == "bfloat16":
+        of_ours.append("precision='bfloat16'")
     if config.model.startswith(OWN_MODEL) and config.model != name:
         raise ConfigError(
             f"the run is of a model of the class {config.model.removeprefix(OWN_MODEL)}"

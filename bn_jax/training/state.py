@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -45,6 +46,8 @@ class Network:
       num_classes: number of outputs that it should have; None for any.
       scale: turns images of bytes into the numbers that the model takes.
       centre: cuts images of the data set to `image_shape` where nothing is random.
+      products: precision of its matrix products and convolutions, forward and backward,
+        as `jax.default_matmul_precision` takes it; None for the backend's default.
     """
 
     model: Any
@@ -52,6 +55,7 @@ class Network:
     num_classes: int | None = None
     scale: Callable[[Array], Array] = to_unit
     centre: Callable[[Array], Array] = Unchanged().centre
+    products: str | None = None
 
     def check_fits(self, num_images: int = 2) -> None:
         """Refuse a model that does not fit the images, the classes or the memory.
@@ -77,7 +81,8 @@ class Network:
 
     def apply(self, variables: Any, images: Array, **options: Any) -> Any:
         """Apply the model to images given as bytes."""
-        return self.model.apply(variables, self.scale(images), **options)
+        with self._precision():
+            return self.model.apply(variables, self.scale(images), **options)
 
     def predict(self, variables: Any, images: Array) -> Array:
         """Return the logits of images given as bytes, in prediction mode."""
@@ -89,9 +94,16 @@ class Network:
 
         Nothing is dropped, and the moving averages in `variables` are not used.
         """
-        return models.logits_by_batch(
-            self.model, variables, self.scale(self.centre(images))
-        )
+        with self._precision():
+            return models.logits_by_batch(
+                self.model, variables, self.scale(self.centre(images))
+            )
+
+    def _precision(self) -> contextlib.AbstractContextManager[Any]:
+        """Return the context in which the model is traced."""
+        if self.products is None:
+            return contextlib.nullcontext()
+        return jax.default_matmul_precision(self.products)
 
 
 def init_state(

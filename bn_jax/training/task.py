@@ -109,10 +109,10 @@ def make_network(
     augment = AUGMENTATIONS.make(config.augment)
     height, width, channels = task.image_shape
     shape = (augment.side(height), augment.side(width), channels)
+    products = "highest" if config.precision == "highest" else None
     if model is not None:
-        return Network(
-            models.as_model(model), shape, task.num_classes, scale, augment.centre
-        )
+        model = models.as_model(model)
+        return Network(model, shape, task.num_classes, scale, augment.centre, products)
     if config.model.startswith(OWN_MODEL):
         raise ConfigError(
             f"the run is of a model that was passed in, of the class "
@@ -140,7 +140,7 @@ def make_network(
         of_inputs = linen.norm("batch_norm", **attributes)
         assert of_inputs is not None
         made = inputs_lib.NormalisedInput(made, of_inputs)
-    return Network(made, shape, task.num_classes, scale, augment.centre)
+    return Network(made, shape, task.num_classes, scale, augment.centre, products)
 
 
 def started(config: TrainConfig, drawn: Any, start: Any) -> Any:

@@ -181,7 +181,7 @@ def test_program_takes_numbers_as_arguments():
         ("accumulate", 0, "at least 1"),
         ("accumulate_stats", "twice", "one of each, once"),
         ("average_weights", 1.0, r"in \[0, 1\)"),
-        ("precision", "float16", "one of float32, bfloat16"),
+        ("precision", "float32", "one of default, highest, bfloat16"),
         ("epochs", 0, "at least 1"),
         ("epochs", 1.5, "of type int"),
         ("batch_size", -1, "at least 1"),

@@ -4,8 +4,8 @@ Convolution and average pooling are in a chosen layout of the activations.
 
 Layouts are named by their axes: `NHWC` is native on GPU and TPU; `CHWN`, batch last, is
 two to four times faster for small networks on CPU, where each row of a patch is then a
-contiguous run of the batch. Kernels are `[H, W, C_in, C_out]` in both, so a checkpoint
-does not know the layout that it was trained in.
+contiguous run of the batch, and for LeNet on a GPU. Kernels are `[H, W, C_in, C_out]`
+in both, so a checkpoint does not know the layout that it was trained in.
 """
 
 from __future__ import annotations
@@ -149,9 +149,14 @@ def to_logits(x: Array) -> Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def default_layout() -> Layout:
-    """Return the faster layout on JAX's default backend."""
-    return "CHWN" if jax.default_backend() == "cpu" else "NHWC"
+def default_layout(*, few_channels: bool = False) -> Layout:
+    """Return the faster layout on JAX's default backend.
+
+    Args:
+      few_channels: whether convolutions have 16 channels at most, as those of LeNet.
+    """
+    backends = ("cpu", "gpu") if few_channels else ("cpu",)
+    return "CHWN" if jax.default_backend() in backends else "NHWC"
 
 
 def feature_axis(layout: Layout) -> int:
@@ -170,10 +175,17 @@ def from_nhwc(x: Array, layout: Layout) -> Array:
     """Return a `[N, H, W, C]` array with its axes in the order of `layout`."""
     if check_layout(layout) == "NHWC":
         return x
-    # Row by row, since a loop's result is written once. Else XLA would permute anew in
-    # each slice that a convolution takes of it.
-    rows = lax.map(lambda row: row.transpose(2, 1, 0), x.swapaxes(0, 1))
-    return rows.swapaxes(0, 1)
+
+    def by_rows(x: Array) -> Array:
+        # A loop's result is written once. Else XLA would permute anew in each slice
+        # that a convolution takes of it.
+        rows = lax.map(lambda row: row.transpose(2, 1, 0), x.swapaxes(0, 1))
+        return rows.swapaxes(0, 1)
+
+    def at_once(x: Array) -> Array:
+        return x.transpose(3, 1, 2, 0)
+
+    return lax.platform_dependent(x, cpu=by_rows, default=at_once)
 
 
 def to_nhwc(x: Array, layout: Layout) -> Array:
@@ -191,8 +203,9 @@ def conv2d(
 ) -> Array:
     """Convolve images, without padding and with stride 1 if not told otherwise.
 
-    In the layout CHWN on CPU this is `conv2d_by_blocks`, since XLA's own convolution is
-    slow there inside loops; elsewhere it is XLA's.
+    In the layout CHWN on a CPU or an NVIDIA GPU this is `conv2d_by_blocks`: XLA's own
+    convolution is slow on a CPU inside loops, and on a GPU where channels are few.
+    Elsewhere it is XLA's.
 
     Args:
       x: activations in `layout`.
@@ -217,7 +230,7 @@ def conv2d(
     if layout == "NHWC":
         return xla(x, kernel)
     by_blocks = functools.partial(conv2d_by_blocks, strides=strides, padding=padding)
-    return lax.platform_dependent(x, kernel, cpu=by_blocks, default=xla)
+    return lax.platform_dependent(x, kernel, cpu=by_blocks, cuda=by_blocks, default=xla)
 
 
 def _check_conv(

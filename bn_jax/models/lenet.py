@@ -133,7 +133,7 @@ class LeNet(nn.Module):
         Returns:
           Logits `[N, num_classes]`.
         """
-        layout = self.layout or layers.default_layout()
+        layout = self.layout or layers.default_layout(few_channels=True)
         xavier = initializers.xavier_uniform()
         switches = layers.norm_switches(self.norm, self.norm_layers, 4)
 

@@ -67,10 +67,14 @@ class DataDesign(Design):
         return launch.load_data(self.dataset)
 
 
-def arms_option(arms: Mapping[str, Arm]) -> Any:
-    """Return a field of a design that chooses among arms."""
+def arms_option(arms: Mapping[str, Arm], default: tuple[str, ...] = ()) -> Any:
+    """Return a field of a design that chooses among arms; all are its default."""
     names = tuple(arms)
-    return fields.option(names, "Which arms to measure.", choices=names)
+    return fields.option(default or names, "Which arms to measure.", choices=names)
+
+
+# Environment of an arm whose products may be rounded to TF32; see `_share_accelerator`.
+TF32 = {"JAX_DEFAULT_MATMUL_PRECISION": "default"}
 
 
 class Ready(NamedTuple):
@@ -89,6 +93,7 @@ class Arm(NamedTuple):
       needs: modules that have to be installed.
       devices: how many it takes; on a CPU as many host devices are made.
       env: environment variables of its process.
+      on_gpu: whether it is for a GPU alone.
     """
 
     title: str
@@ -96,6 +101,7 @@ class Arm(NamedTuple):
     needs: Sequence[str] = ()
     devices: int = 1
     env: Mapping[str, str] = {}
+    on_gpu: bool = False
 
 
 class Measured(NamedTuple):
@@ -235,6 +241,7 @@ def _main(benchmark: Benchmark, argv: Sequence[str]) -> None:
             {name: arm.env for name, arm in arms.items()},
             rounds=design.rounds,
             arguments=arguments,
+            together=jax.default_backend() != "cpu",
         )
         titles = {name: arm.title for name, arm in arms.items()}
         measured = Measured(titles, about, rows)
@@ -285,6 +292,8 @@ def _obstacle(arm: Arm) -> str:
     absent = [m for m in arm.needs if importlib.util.find_spec(m) is None]
     if absent:
         return f"{', '.join(absent)} is not installed"
+    if arm.on_gpu and jax.default_backend() != "gpu":
+        return "it is for a GPU"
     # On a CPU, devices are made of cores.
     if jax.default_backend() != "cpu" and jax.device_count() < arm.devices:
         return f"it takes {arm.devices} devices of {jax.device_count()}"

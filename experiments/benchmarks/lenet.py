@@ -20,75 +20,40 @@ on fewer batches.
 
 First each arm takes 20 steps from the same weights on the same batches; unless all
 losses agree to 1e-3, nothing is reported. PyTorch tries NCHW and channels-last memory,
-eager and compiled, on a few steps, and keeps the fastest; the table says which.
+eager and compiled, and on a GPU with the compiled step as one CUDA graph, on a few
+steps, and keeps the fastest; the table says which. On a GPU products are of float32,
+and in two more arms of TF32.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import time
 from collections.abc import Callable
 from typing import Any
 
 from bn_jax import fields
 from bn_jax.data import ImageData, Split
-from bn_jax.training import step as step_lib
 from bn_jax.training.config import TrainConfig
-from bn_jax.training.state import Network
 from experiments.benchmarks import benchmark, lenet_peers, timing, training
 
 NUM_CHECKED_STEPS = 20
 # At learning rate 1 rounding errors grow over 20 steps, to 1e-4 at most in what we saw.
 LOSS_TOLERANCE = 1e-3
+TF32_TOLERANCE = 0.02  # of products that round a thousand times as much
 RATE = lenet_peers.LEARNING_RATE
 
 
-def ours(
-    design: Design,
-    *,
-    devices: int = 1,
-    mode: str = "pmap",
-    layout: str | None = None,
-    **choices: Any,
-) -> benchmark.Ready:
-    """Set up our trainer."""
-
-    def make_train_step(
-        config: TrainConfig, network: Network, *arguments: Any, **options: Any
-    ) -> step_lib.TrainStep:
-        # Parameters do not depend on the layout.
-        model = network.model.clone(layout=layout)
-        network = dataclasses.replace(network, model=model)
-        return step_lib.make_train_step(config, network, *arguments, **options)
-
-    trainer = training.trainer(
+def ours(design: Design, *, devices: int = 1, **options: Any) -> benchmark.Ready:
+    """Set up our trainer; options as of `training.ready`."""
+    return training.ready(
         design.load(),
+        num_checked=NUM_CHECKED_STEPS,
         devices=devices,
-        mode=mode,
-        make_train_step=make_train_step,
         batch_size=design.batch_size,
         learning_rate=RATE,
-        **choices,
+        **options,
     )
-    reports = trainer.train()
-    next(reports)  # at least 20 steps of the first epoch, which no round measures
-    losses = trainer.progress().step_losses[:NUM_CHECKED_STEPS]
-
-    def epoch() -> timing.Measurement:
-        report = training.next_epoch(reports)
-        return {
-            "examples_per_second": report.examples_per_second,
-            "epoch_seconds": report.seconds,
-            "loss": report.loss,
-            "accuracy": report.train_accuracy,
-        }
-
-    about = {
-        "losses": losses.astype(float).tolist(),
-        "compile_seconds": trainer.compile_seconds,
-    }
-    return benchmark.Ready(epoch, about)
 
 
 def our_arm(title: str, *, devices: int = 1, **options: Any) -> benchmark.Arm:
@@ -110,28 +75,18 @@ def peer(
 ) -> benchmark.Ready:
     """Set up another library."""
     start = start_of(design.load(), design.batch_size)
-    made = make(start)
-    losses = made.replay(start.order[:NUM_CHECKED_STEPS])
-
-    def epoch() -> timing.Measurement:
-        started = time.perf_counter()
-        means = made.epoch()
-        seconds = time.perf_counter() - started
-        return {
-            "examples_per_second": start.order.size / seconds,
-            "epoch_seconds": seconds,
-            **means._asdict(),
-        }
-
-    return benchmark.Ready(epoch, {"losses": losses, **made.about})
+    return lenet_peers.ready(make(start), start.order, NUM_CHECKED_STEPS)
 
 
-def torch(design: Design, *, from_scratch: bool) -> benchmark.Ready:
+def torch(
+    design: Design, *, from_scratch: bool = False, tf32: bool = False
+) -> benchmark.Ready:
     """Set up PyTorch, in the fastest of the variants that the design allows."""
     make = functools.partial(
         lenet_peers.torch_peer,
         from_scratch=from_scratch,
         may_compile=design.torch_compile,
+        tf32=tf32,
     )
     return peer(design, make=make)
 
@@ -147,8 +102,12 @@ ARMS = {
     "ours_2_devices_jit": our_arm(
         "ours, 2 devices, exact sync, jit", devices=2, mode="jit"
     ),
-    "torch": benchmark.Arm(
-        "PyTorch", functools.partial(torch, from_scratch=False), ["torch"]
+    "torch": benchmark.Arm("PyTorch", torch, ["torch"]),
+    "ours_tf32": our_arm("ours, TF32", precision="default")._replace(
+        on_gpu=True, env=benchmark.TF32
+    ),
+    "torch_tf32": benchmark.Arm(
+        "PyTorch, TF32", functools.partial(torch, tf32=True), ["torch"], on_gpu=True
     ),
     "torch_scratch": benchmark.Arm(
         "PyTorch, from-scratch norm",
@@ -199,12 +158,19 @@ class Design(benchmark.DataDesign):
 def report(measured: benchmark.Measured) -> benchmark.Report:
     """Report speeds, and their ratios to PyTorch's."""
     losses = {arm: about["losses"] for arm, about in measured.about.items()}
-    apart = timing.check_agreement(
-        losses,
-        "ours" if "ours" in losses else next(iter(losses)),
-        tolerance=LOSS_TOLERANCE,
-        what=f"losses of the first {NUM_CHECKED_STEPS} steps",
-    )
+    first = "ours" if "ours" in losses else next(iter(losses))
+    rounded = {arm: losses[arm] for arm in losses if arm.endswith("tf32")}
+    apart = {}
+    for arms, tolerance in (
+        ({arm: losses[arm] for arm in losses.keys() - rounded}, LOSS_TOLERANCE),
+        (rounded, TF32_TOLERANCE),
+    ):
+        apart |= timing.check_agreement(
+            {first: losses[first], **arms},
+            first,
+            tolerance=tolerance,
+            what=f"losses of the first {NUM_CHECKED_STEPS} steps",
+        )
     reference = REFERENCE if REFERENCE in losses else next(iter(losses))
     variants = {arm: about.get("variant") for arm, about in measured.about.items()}
     titles = {

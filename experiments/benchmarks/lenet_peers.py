@@ -8,8 +8,6 @@ the functions that use them import them.
 from __future__ import annotations
 
 import functools
-import itertools
-import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -19,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen, traverse_util
+
+from experiments.benchmarks import benchmark, timing, torch_training
 
 LEARNING_RATE, MOMENTUM, EPSILON = 1.0, 0.9, 1e-5
 WIDTHS = (6, 16, 120, 84, 10)
@@ -50,107 +50,69 @@ class Peer(NamedTuple):
     about: Mapping[str, Any] = {}
 
 
-def torch_peer(start: Start, *, from_scratch: bool, may_compile: bool) -> Peer:
-    """Set up PyTorch, in the fastest of its variants.
+def ready(peer: Peer, order: np.ndarray, num_checked: int) -> benchmark.Ready:
+    """Return a peer as an arm, whose first losses are compared with the others'.
+
+    Args:
+      peer: has not trained yet.
+      order: examples of each step of the first epoch, `[steps, batch]`.
+      num_checked: number of steps whose losses are compared.
+    """
+    losses = peer.replay(order[:num_checked])
+
+    def epoch() -> timing.Measurement:
+        started = time.perf_counter()
+        means = peer.epoch()
+        seconds = time.perf_counter() - started
+        return {
+            "examples_per_second": order.size / seconds,
+            "epoch_seconds": seconds,
+            **means._asdict(),
+        }
+
+    return benchmark.Ready(epoch, {"losses": losses, **peer.about})
+
+
+def torch_peer(
+    start: Start, *, from_scratch: bool, may_compile: bool, tf32: bool = False
+) -> Peer:
+    """Set up PyTorch, in the fastest of its ways to train.
 
     Args:
       start: where to start.
       from_scratch: whether batch norm is the chapter's, made of elementary operations.
-      may_compile: whether to try `torch.compile`, too.
+      may_compile: as `torch_training.fastest` takes it.
+      tf32: likewise.
     """
+    task = torch_training.Task(
+        functools.partial(torch_lenet, from_scratch),
+        start.images,
+        start.labels,
+        LEARNING_RATE,
+        start.order,
+    )
+    (net, train), about = torch_training.fastest(
+        task, may_compile=may_compile, tf32=tf32
+    )
+    torch_training.load(net, torch_params(start.params))  # the trial has trained it
+    return torch_training_peer(task, train, about)
+
+
+def torch_training_peer(
+    task: torch_training.Task, train: Callable[[Any], Any], about: Mapping[str, Any]
+) -> Peer:
+    """Return what PyTorch trains as a peer."""
     import torch
 
-    torch.backends.cudnn.allow_tf32 = False  # float32 is float32 in every arm
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    # Not by permute: with one channel its result counts as channels last, too. A
-    # convolution would pass that on to batch norm, which is far slower then.
-    n, h, w, channels = start.images.shape
-    images = torch.tensor(start.images, device=device).reshape(n, channels, h, w)
-    labels = torch.tensor(start.labels, device=device, dtype=torch.int64)
-
-    def variant(memory_format: Any, is_compiled: bool) -> Any:
-        net = torch_lenet(from_scratch).to(device, memory_format=memory_format)
-        optimizer = torch.optim.SGD(net.parameters(), LEARNING_RATE)
-
-        def scores(x: Any, y: Any) -> tuple[Any, Any]:
-            logits = net(x)
-            loss = torch.nn.functional.cross_entropy(logits, y)
-            return loss, (logits.argmax(1) == y).float().mean()
-
-        scored = torch.compile(scores) if is_compiled else scores
-
-        def train(order: Any) -> Any:
-            metrics = []
-            for rows in order:
-                x = (images[rows].float() / 255).contiguous(memory_format=memory_format)
-                loss, accuracy = scored(x, labels[rows])
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                metrics.append(torch.stack([loss.detach(), accuracy]))
-            return torch.stack(metrics).cpu()
-
-        return net, train
-
-    given = torch.tensor(start.order, device=device, dtype=torch.int64)
-    formats = {
-        "NCHW": torch.contiguous_format,
-        "channels last": torch.channels_last,
-    }
-    tried = given[:10]
-    refused: dict[str, str] = {}
-    made = {}
-    for (name, memory_format), is_compiled in itertools.product(
-        formats.items(), (False, True) if may_compile else (False,)
-    ):
-        title = f"{name}, {'compiled' if is_compiled else 'eager'}"
-        try:
-            net, train = variant(memory_format, is_compiled)
-            train(tried)
-            made[title] = net, train
-        except Exception as error:  # such as no compiler on this machine
-            refused[title] = f"{type(error).__name__}: {error}"[:200]
-    trial = least_seconds(
-        {title: functools.partial(train, tried) for title, (_, train) in made.items()}
-    )
-    best = min(trial, key=trial.__getitem__)
-    net, train = made[best]
-    load_into_torch(net, start.params)  # the trial has trained it
+    def of_rows(rows: np.ndarray) -> list[float]:
+        order = torch.tensor(rows, device=torch_training.device(), dtype=torch.int64)
+        losses: list[float] = train(order)[:, 0].tolist()
+        return losses
 
     def epoch() -> Means:
-        order = torch.randperm(len(labels), device=device)
-        means = train(order[: given.numel()].view_as(given)).mean(0)
-        return Means(*means.tolist())
+        return Means(*train(torch_training.new_order(task)).mean(0).tolist())
 
-    return Peer(
-        replay=lambda rows: train(given[: len(rows)])[:, 0].tolist(),
-        epoch=epoch,
-        about={
-            "variant": best,
-            "trial_ms_per_step": {
-                title: 1e3 * seconds / len(tried) for title, seconds in trial.items()
-            },
-            "refused": refused,
-            "threads": torch.get_num_threads(),
-            "device": device,
-        },
-    )
-
-
-def least_seconds(
-    calls: Mapping[str, Callable[[], Any]], repeats: int = 5
-) -> dict[str, float]:
-    """Return the least time of each call.
-
-    The calls take turns, so that a machine that slows down slows all of them.
-    """
-    seconds = dict.fromkeys(calls, math.inf)
-    for _ in range(repeats):
-        for name, call in calls.items():
-            started = time.perf_counter()
-            call()
-            seconds[name] = min(seconds[name], time.perf_counter() - started)
-    return seconds
+    return Peer(of_rows, epoch, about)
 
 
 def torch_lenet(from_scratch: bool) -> Any:
@@ -236,15 +198,6 @@ def torch_params(params: Mapping[str, np.ndarray]) -> list[np.ndarray]:
             value = value.T
         listed += [value, params[f"{layer}/{second}"]]
     return listed
-
-
-def load_into_torch(net: Any, params: Mapping[str, np.ndarray]) -> None:
-    """Copy our parameters into a PyTorch network; its moving averages stay."""
-    import torch
-
-    with torch.no_grad():
-        for own, value in zip(net.parameters(), torch_params(params), strict=True):
-            own.copy_(torch.tensor(value))
 
 
 def flax_peer(start: Start) -> Peer:

@@ -153,6 +153,7 @@ def interleaved(
     *,
     rounds: int,
     arguments: Sequence[str] = (),
+    together: bool = False,
 ) -> tuple[dict[str, Any], dict[str, list[Measurement]]]:
     """Measure the arms in turns, after a round that warms them up.
 
@@ -161,6 +162,8 @@ def interleaved(
       arms: environment variables of each arm's process, by the arm's name.
       rounds: number of measurements of each arm.
       arguments: further flags for all arms.
+      together: whether all arms are set up at the same time. On a CPU that would leave
+        each a part of the cores, for which libraries then choose their programs.
 
     Returns:
       What each arm said about itself at the start, and its measurements.
@@ -174,13 +177,21 @@ def interleaved(
             tqdm(total=len(arms) * (rounds + 2), disable=None, leave=False)
         )
         about = {}
-        for name, env in arms.items():  # one after another: they share the cores
+
+        def wait_for(name: str) -> None:
             bar.set_postfix_str(f"starting {name}")
+            about[name] = processes[name].read()
+            bar.update()
+
+        for name, env in arms.items():
             command = [sys.executable, "-m", module, f"--arm={name}", *arguments]
             processes[name] = _Process(name, command, env)
             stack.callback(processes[name].stop)
-            about[name] = processes[name].read()
-            bar.update()
+            if not together:
+                wait_for(name)
+        if together:
+            for name in arms:
+                wait_for(name)
         measured: dict[str, list[Measurement]] = {name: [] for name in arms}
         for round_ in range(rounds + 1):
             for name, process in processes.items():

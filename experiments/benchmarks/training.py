@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -16,6 +18,8 @@ from bn_jax.measures import population
 from bn_jax.training import evaluation, feed, loop, parallel, step
 from bn_jax.training import sweep as sweep_lib
 from bn_jax.training.config import TrainConfig
+from bn_jax.training.state import Network
+from experiments.benchmarks import benchmark, timing
 
 T = TypeVar("T")
 
@@ -49,6 +53,56 @@ def trainer(
         placement=parallel.place(made, devices=str(devices), parallel=mode),
         make_train_step=make_train_step,
     )
+
+
+def ready(
+    data: ImageData,
+    *,
+    num_checked: int,
+    layout: str | None = None,
+    **options: Any,
+) -> benchmark.Ready:
+    """Return an arm of our trainer, which measures an epoch.
+
+    Args:
+      data: the images.
+      num_checked: number of steps whose losses are compared with other arms'.
+      layout: of the model's activations; by default the model's choice.
+      **options: as of `trainer`.
+    """
+
+    def make_train_step(
+        config: TrainConfig, network: Network, *arguments: Any, **more: Any
+    ) -> step.TrainStep:
+        # Parameters do not depend on the layout.
+        model = network.model.clone(layout=layout)
+        network = dataclasses.replace(network, model=model)
+        return step.make_train_step(config, network, *arguments, **more)
+
+    started = time.perf_counter()
+    made = trainer(data, make_train_step=make_train_step, **options)
+    set_up_seconds = time.perf_counter() - started
+    reports = made.train()
+    # Some steps of the first epoch, which no round measures.
+    while made.step < num_checked:
+        next(reports)
+    losses = made.progress().step_losses[:num_checked]
+
+    def epoch() -> timing.Measurement:
+        report = next_epoch(reports)
+        return {
+            "examples_per_second": report.examples_per_second,
+            "epoch_seconds": report.seconds,
+            "loss": report.loss,
+            "accuracy": report.train_accuracy,
+        }
+
+    about = {
+        "losses": losses.astype(float).tolist(),
+        "set_up_seconds": set_up_seconds,
+        "compile_seconds": made.compile_seconds,
+    }
+    return benchmark.Ready(epoch, about)
 
 
 def flat_params(trainer: loop.Trainer) -> dict[str, np.ndarray]:

@@ -23,6 +23,7 @@ from experiments.benchmarks import (
     profile,
     start_up,
     timing,
+    torch_training,
 )
 
 # An arm that tells the time by a counter in a file that all arms share.
@@ -273,7 +274,7 @@ def test_torch_networks_agree_with_each_other():
     outputs, moved = [], []
     for from_scratch in (False, True):
         net = lenet_peers.torch_lenet(from_scratch)
-        lenet_peers.load_into_torch(net, params)
+        torch_training.load(net, lenet_peers.torch_params(params))
         outputs.append(net(x).detach())
         moved.append(list(net.buffers())[0])
         outputs.append(net.eval()(x).detach())
@@ -292,9 +293,9 @@ def test_calls_take_turns_and_the_least_time_of_each_counts(monkeypatch):
         called.append(name)
         now[0] += next(durations[name])
 
-    monkeypatch.setattr(lenet_peers.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(torch_training.time, "perf_counter", lambda: now[0])
     calls = {name: functools.partial(call, name) for name in durations}
-    assert lenet_peers.least_seconds(calls, repeats=3) == {"a": 1.0, "b": 4.0}
+    assert torch_training.least_seconds(calls, repeats=3) == {"a": 1.0, "b": 4.0}
     assert called == ["a", "b"] * 3
 
 

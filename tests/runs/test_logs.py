@@ -53,6 +53,7 @@ def config(tiny_config):
     )
 
 
+@pytest.mark.slow
 def test_logs_have_each_epoch_once_also_of_a_run_that_was_stopped(
     config, tiny_data, tmp_path, signal_at, monkeypatch
 ):

@@ -1,0 +1,35 @@
+"""Programs for TPUs that are not there; run by `.ci/run`, which installs libtpu."""
+
+import sys
+
+import pytest
+
+from bn_jax.fields import ConfigError
+from experiments.benchmarks import tpu
+
+
+@pytest.fixture
+def compiles():
+    try:
+        tpu.chips(8)
+    except ConfigError:
+        pytest.skip("needs libtpu, of the extra `tpu`")
+
+
+@pytest.mark.parametrize("how", ["shard_map", "jit"])
+def test_a_layer_on_eight_chips_has_these_collectives(how, compiles):
+    said = tpu.compile_program(f"layer/{how}/8")
+    if how == "shard_map":  # one forward, one backward
+        assert said.collectives == {"all-reduce": 2}
+        assert said.collectives_a_norm == 2
+    else:  # the first estimate of the mean is of a share of the batch, which is spread
+        assert said.collectives == {"all-reduce": 2, "collective-permute": 7}
+    x = 8 * 32 * 14 * 14 * 64 * 4 / 8  # bytes of x on a chip
+    assert 8 * x < said.bytes_moved < 36 * x
+    assert said.bandwidth_seconds > said.arithmetic_seconds > 0
+
+
+def test_what_is_missing_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "libtpu", None)
+    with pytest.raises(ConfigError, match=r"libtpu.*pip install -e '\.\[tpu\]'"):
+        tpu.chips(8)

@@ -11,10 +11,11 @@ compilation took; and the least time of a step that arithmetic and bandwidth all
   JAX_PLATFORMS=cpu python -m experiments.benchmarks.tpu --workdir=runs/tpu-try \
     --programs=layer/shard_map/8,layer/jit/8                               a minute
 
-A program is named MODEL/HOW/CHIPS; each chip has 256 images of a batch (128 of
-ResNet-20's). Products are in bfloat16, as a TPU's default is. pmap, which the trainer
-uses on chips that are there, cannot be compiled for absent ones; `shard_map` is the
-same program per chip.
+A layer compiles in seconds, LeNet's step for one chip took 7 minutes on 2 cores; only
+one program at a time can compile. Each is named MODEL/HOW/CHIPS, and each chip has 256
+images of a batch (128 of ResNet-20's). Products are in bfloat16, as a TPU's default is.
+pmap, which the trainer uses on chips that are there, cannot compile for absent ones;
+`shard_map` is the same program per chip.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ def chips(number: int) -> Sequence[jax.Device]:
     """Return descriptions of so many chips of v5e, which need not be there.
 
     Raises:
-      ConfigError: if libtpu is not installed.
+      ConfigError: if libtpu is not installed, or another program uses it.
     """
     try:
         import libtpu  # noqa: F401
@@ -110,9 +111,18 @@ def chips(number: int) -> Sequence[jax.Device]:
     os.environ.setdefault("TPU_WORKER_ID", "0")
     name = TOPOLOGIES[number]
     options = {"chips_per_host_bounds": [1, 1, 1]} if number == 1 else {}
-    return topologies.get_topology_desc(
-        platform="tpu", topology_name=name, **options
-    ).devices
+    try:
+        found = topologies.get_topology_desc(
+            platform="tpu", topology_name=name, **options
+        )
+    except jax.errors.JaxRuntimeError as error:
+        if "lockfile" not in str(error):
+            raise
+        raise ConfigError(
+            "another program compiles for TPUs, which one at a time can; wait for it, "
+            "or remove /tmp/libtpu_lockfile where none does"
+        ) from None
+    return found.devices
 
 
 def compile_program(name: str) -> Compiled:

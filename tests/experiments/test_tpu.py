@@ -2,7 +2,9 @@
 
 import sys
 
+import jax
 import pytest
+from jax.experimental import topologies
 
 from bn_jax.fields import ConfigError
 from experiments.benchmarks import tpu
@@ -27,6 +29,15 @@ def test_a_layer_on_eight_chips_has_these_collectives(how, compiles):
     x = 8 * 32 * 14 * 14 * 64 * 4 / 8  # bytes of x on a chip
     assert 8 * x < said.bytes_moved < 36 * x
     assert said.bandwidth_seconds > said.arithmetic_seconds > 0
+
+
+def test_libtpu_in_use_is_named(compiles, monkeypatch):
+    def locked(**options):
+        raise jax.errors.JaxRuntimeError("ABORTED: error when accessing lockfile")
+
+    monkeypatch.setattr(topologies, "get_topology_desc", locked)
+    with pytest.raises(ConfigError, match="wait for it, or remove"):
+        tpu.chips(8)
 
 
 def test_what_is_missing_is_named(monkeypatch):

@@ -124,7 +124,6 @@ ARMS = {
         env={"KERAS_BACKEND": "jax"},
     ),
 }
-REFERENCE = "torch"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,19 +170,7 @@ def report(measured: benchmark.Measured) -> benchmark.Report:
             tolerance=tolerance,
             what=f"losses of the first {NUM_CHECKED_STEPS} steps",
         )
-    reference = REFERENCE if REFERENCE in losses else next(iter(losses))
-    variants = {arm: about.get("variant") for arm, about in measured.about.items()}
-    titles = {
-        arm: title + (f" ({variants[arm]})" if variants[arm] else "")
-        for arm, title in measured.titles.items()
-    }
-    speeds = benchmark.compare(
-        measured._replace(titles=titles),
-        "examples_per_second",
-        reference,
-        ratio=f"examples/s, to {measured.titles[reference]}",
-        value="examples/s",
-    )
+    reference, speeds = lenet_peers.compare_speeds(measured)
     return benchmark.Report(
         tables=[speeds.table],
         results={

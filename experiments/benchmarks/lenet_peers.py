@@ -73,6 +73,29 @@ def ready(peer: Peer, order: np.ndarray, num_checked: int) -> benchmark.Ready:
     return benchmark.Ready(epoch, {"losses": losses, **peer.about})
 
 
+def compare_speeds(
+    measured: benchmark.Measured,
+) -> tuple[str, benchmark.Comparison]:
+    """Compare examples/s with PyTorch's; titles say which variant of an arm it was.
+
+    Returns:
+      The arm that ratios are to, the first where PyTorch's is left out; the comparison.
+    """
+    reference = "torch" if "torch" in measured.titles else next(iter(measured.titles))
+    variants = {arm: about.get("variant") for arm, about in measured.about.items()}
+    titles = {
+        arm: title + (f" ({variants[arm]})" if variants[arm] else "")
+        for arm, title in measured.titles.items()
+    }
+    return reference, benchmark.compare(
+        measured._replace(titles=titles),
+        "examples_per_second",
+        reference,
+        ratio=f"examples/s, to {measured.titles[reference]}",
+        value="examples/s",
+    )
+
+
 def torch_peer(
     start: Start, *, from_scratch: bool, may_compile: bool, tf32: bool = False
 ) -> Peer:
@@ -101,7 +124,7 @@ def torch_peer(
 def torch_training_peer(
     task: torch_training.Task, train: Callable[[Any], Any], about: Mapping[str, Any]
 ) -> Peer:
-    """Return what PyTorch trains as a peer."""
+    """Return a network that trains in PyTorch as a peer."""
     import torch
 
     def of_rows(rows: np.ndarray) -> list[float]:

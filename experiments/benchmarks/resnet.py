@@ -176,7 +176,7 @@ class Design(benchmark.Design):
         return ImageData("made-up", train, test, names, "sample", "made-up images")
 
     def config(self, precision: Precision = "highest") -> Mapping[str, Any]:
-        """Return what our trainer trains."""
+        """Return the choices of our trainer's config."""
         return {
             "model": f"resnet:depth={self.depth},width={WIDTH}",
             "batch_size": self.batch_size,
@@ -195,19 +195,7 @@ def report(measured: benchmark.Measured) -> benchmark.Report:
         tolerance=LOSS_TOLERANCE * max(losses[first]),
         what=f"losses of the first {NUM_CHECKED_STEPS} steps",
     )
-    variants = {arm: about.get("variant") for arm, about in measured.about.items()}
-    titles = {
-        arm: title + (f" ({variants[arm]})" if variants[arm] else "")
-        for arm, title in measured.titles.items()
-    }
-    reference = "torch" if "torch" in losses else first
-    speeds = benchmark.compare(
-        measured._replace(titles=titles),
-        "examples_per_second",
-        reference,
-        ratio=f"examples/s, to {measured.titles[reference]}",
-        value="examples/s",
-    )
+    reference, speeds = lenet_peers.compare_speeds(measured)
     before = {
         arm: {
             name: about[name]
@@ -218,13 +206,13 @@ def report(measured: benchmark.Measured) -> benchmark.Report:
     }
     column = ["set-up and compilation, s"]
     column += [
-        f"{sum(before[arm].values()):.0f}" if before[arm] else "-" for arm in titles
+        f"{sum(before[arm].values()):.0f}" if before[arm] else "-" for arm in losses
     ]
     same = {
         arm: timing.ratios(
             speeds.values[arm], speeds.values[arm.replace("ours", "torch")]
         )
-        for arm in titles
+        for arm in losses
         if arm.startswith("ours") and arm.replace("ours", "torch") in speeds.values
     }
     return benchmark.Report(

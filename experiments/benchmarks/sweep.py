@@ -34,7 +34,7 @@ NUM_CHECKED_STEPS = 10
 
 
 def members(design: Design) -> list[dict[str, Any]]:
-    """Return what each member's config has of its own."""
+    """Return the fields of the config in which each member differs."""
     return [
         {"learning_rate": rate, "seed": seed}
         for seed in range(design.seeds)

@@ -114,6 +114,9 @@ def _convolve(
     kernels = jnp.concatenate(
         [lax.collapse(kernels[..., i, j], 1) for i, j in blocks.taps], axis=1
     )
+    # On a GPU a product along the batch is a sum of parts, which XLA would else form
+    # anew for each of the b x b offsets from which the gradient comes.
+    kernels = lax.optimization_barrier(kernels)
 
     y = kernels @ lax.collapse(patches, 1)
     y = _unfold(y.reshape(c_out, b, b, *blocks.number, n))

@@ -177,7 +177,8 @@ def _captured(
     with torch.cuda.graph(graph):
         whole()
 
-    def train(given: Any) -> Any:
+    # The graph does not own what it reads, such as the images: `whole` keeps them.
+    def train(given: Any, kept: Any = whole) -> Any:
         order[: len(given)] = given
         i.zero_()
         for _ in range(len(given)):

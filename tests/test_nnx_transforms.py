@@ -214,7 +214,7 @@ def test_checkpoints_move_between_flax_and_ours(
 # Shared statistics.
 
 
-def sharded_step(way, layer):
+def sharded_step(way, layer, devices):
     """Return a function of x `[8, N, C]`: one step of the layer on 8 devices."""
     graphdef, state = nnx.split(layer)
 
@@ -225,13 +225,13 @@ def sharded_step(way, layer):
         return y, nnx.to_pure_dict(gradients), nnx.to_pure_dict(nnx.state(layer))
 
     if way == "pmap":
-        mapped = jax.pmap(step, axis_name="batch", in_axes=(None, 0))
+        mapped = jax.pmap(step, axis_name="batch", in_axes=(None, 0), devices=devices)
         return lambda x: mapped(state, x)
 
     def one_shard(state, x):
         return jax.tree.map(lambda a: a[None], step(state, x[0]))
 
-    mesh = jax.make_mesh((8,), ("batch",), (AxisType.Auto,))
+    mesh = jax.make_mesh((8,), ("batch",), (AxisType.Auto,), devices=devices)
     shard, whole = PartitionSpec("batch"), PartitionSpec()
     mapped = jax.shard_map(
         one_shard,
@@ -244,12 +244,12 @@ def sharded_step(way, layer):
 
 
 @pytest.mark.parametrize("way", ["pmap", "shard_map"])
-def test_eight_devices_share_the_statistics_of_the_one_big_batch(way):
+def test_eight_devices_share_the_statistics_of_the_one_big_batch(way, devices):
     x = np.asarray(normal((8, 4, 3), mean=1.0))
     x = x * np.arange(1, 9, dtype=np.float32)[:, None, None]
     scale_init = nnx.initializers.normal(1.0)
     layer = make(axis_name="batch", scale_init=scale_init)
-    y, gradients, states = jax.device_get(sharded_step(way, layer)(x))
+    y, gradients, states = jax.device_get(sharded_step(way, layer, devices)(x))
 
     big = make(scale_init=scale_init)
 
@@ -271,11 +271,16 @@ def test_eight_devices_share_the_statistics_of_the_one_big_batch(way):
         chex.assert_trees_all_close(state, variables(big), rtol=1e-5, atol=1e-6)
 
 
-def test_nnx_pmap_of_a_replicated_layer_equals_the_big_batch():
+def test_nnx_pmap_of_a_replicated_layer_equals_the_big_batch(devices):
     x = np.asarray(normal((8, 4, 3), mean=1.0))
     layer, big = make(axis_name="batch"), make()
 
-    @nnx.pmap(in_axes=(nnx.StateAxes({...: None}), 0), out_axes=0, axis_name="batch")
+    @nnx.pmap(
+        in_axes=(nnx.StateAxes({...: None}), 0),
+        out_axes=0,
+        axis_name="batch",
+        devices=devices,
+    )
     def step(layer, x):
         return layer(x)
 
@@ -303,7 +308,7 @@ def test_groups_share_statistics_inside_themselves_alone():
     step = jax.pmap(
         lambda x: merge(graphdef, state)(x),
         axis_name="batch",
-        devices=jax.devices()[:4],
+        devices=jax.devices("cpu")[:4],
     )
     y = jax.device_get(step(x))
     for group in ([0, 2], [1, 3]):

@@ -68,7 +68,7 @@ def by_nested_vmap(x, params, weights):
 
 
 def by_pmap(x, params, weights, num_devices):
-    devices = jax.devices()[:num_devices]
+    devices = jax.devices("cpu")[:num_devices]
     assert len(devices) == num_devices
 
     def shard(x, params, weights):
@@ -83,7 +83,7 @@ def by_pmap(x, params, weights, num_devices):
 
 
 def by_shards(x, params, weights, check_vma):
-    mesh = jax.make_mesh((8,), ("d",), (AxisType.Auto,), devices=jax.devices())
+    mesh = jax.make_mesh((8,), ("d",), (AxisType.Auto,), devices=jax.devices("cpu"))
     data = PartitionSpec("d")
 
     def shard(x, weights):

@@ -27,10 +27,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-# Of the variances that two directions would have without correlations: differences of
-# variances below it count as none in the derivative of eigenvectors. Ours; a float32
-# resolves about 1e-6.
-_BROADENING = 1e-4
+# In units of rounding, of the variances that two directions would have without
+# correlations: differences of variances below it count as none in the derivative of
+# eigenvectors. Ours; rounding of the covariance changes them by some ten units.
+_BROADENING = 100.0
 
 # Number of shifts c in `_compressed`. Ours: seven part the 13 orders of magnitude from
 # epsilon 1e-5 to features of scale 1e4 into steps of about 70.
@@ -39,8 +39,8 @@ _NUM_SHIFTS = 7
 # Of epsilon: pca tells variances below epsilon apart down to it.
 _LEAST_VARIANCE = 1e-4
 
-# Of eigenvectors, in `_refined`: more would change their lengths by its square. Ours.
-_LARGEST_TURN = 1e-2
+# Of eigenvectors, in `_refined`: larger ones are wrong by a third of their cube. Ours.
+_LARGEST_TURN = 0.1
 # Of the largest variance, in `_refined`: less is mixed with too much rounding. Ours.
 _LEAST_REFINED = 1e-2
 
@@ -204,9 +204,10 @@ def _refined(g: Array, right: Array) -> Array:
     In the compressed matrix eigenvalues are nearer to each other than in $S$, and so
     rounding turns their vectors further. Columns $a_i = G r_i$ should have no overlap;
     to first order $r_j + \sum_i r_i X_{ij}$ with
-    $X_{ij} = a_i \cdot a_j / (|a_j|^2 - |a_i|^2)$ have none. The overlaps are accurate
-    to the rounding of $|a_i| |a_j|$, whatever the scales. Where X is no small number,
-    of eigenvalues that rounding does not tell apart, it is left out.
+    $X_{ij} = a_i \cdot a_j / (|a_j|^2 - |a_i|^2)$ have none. They are brought back to
+    length 1. The overlaps are accurate to the rounding of $|a_i| |a_j|$, whatever the
+    scales. Where X is no small number, of eigenvalues that rounding does not tell apart,
+    it is left out.
 
     References:
       Ogita and Aishima, 2018, "Iterative refinement for symmetric eigenvalue
@@ -220,7 +221,8 @@ def _refined(g: Array, right: Array) -> Array:
     large = squares > _LEAST_REFINED * jnp.max(squares, -1, keepdims=True)
     turned = small & large[..., None, :] & large[..., :, None]
     turns = jnp.where(turned, overlaps / jnp.where(turned, gaps, 1), 0)
-    return right + product(right, turns)
+    refined = right + product(right, turns)
+    return refined / jnp.linalg.norm(refined, axis=-2, keepdims=True)
 
 
 def _factor(covariance: Array, shifts: Sequence[Array]) -> tuple[Array, Array, Array]:
@@ -353,9 +355,10 @@ def _pca_matrix(covariance: Array, epsilon: float | Array) -> Array:
     The largest entry by magnitude of each eigenvector is positive. The derivative of
     eigenvectors, $dU = U (K \circ (U^T d\Sigma\, U))$ with
     $K_{ij} = 1 / (v_j - v_i)$, is not finite where eigenvalues repeat. As a deviation
-    from the formula, $1 / d$ is broadened to $d / (d^2 + \delta^2)$, with $\delta$ a
-    small share of the variances that both directions would have, were the features not
-    correlated: wrong by $(\delta / d)^2$.
+    from the formula, $1 / d$ is broadened to $d / (d^2 + \delta^2)$, wrong by
+    $(\delta / d)^2$. Here $\delta$ is about what rounding leaves of differences: 1e-5
+    of the variances that both directions would have in float32, were the features not
+    correlated.
 
     References:
       Liao et al., 2019, "Differentiable Programming Tensor Networks",
@@ -371,11 +374,12 @@ def _pca_matrix_jvp(
     primals: tuple[Array, Array], tangents: tuple[Array, Array]
 ) -> tuple[Array, Array]:
     v, _, w, uncorrelated = _principal(*primals, least=_LEAST_VARIANCE, refined=True)
+    broadening = _BROADENING * float(jnp.finfo(v.dtype).eps)
     scales = jnp.sqrt(uncorrelated)
     unit = scales[..., :, None] * scales[..., None, :]
     gaps = (v[..., :, None] - v[..., None, :]) / unit
     # Of no gap, 1 / (0 + inf).
-    turns = (v + primals[1])[..., None, :] / unit / (gaps + _BROADENING**2 / gaps)
+    turns = (v + primals[1])[..., None, :] / unit / (gaps + broadening**2 / gaps)
     shrinking = jnp.eye(w.shape[-1], dtype=w.dtype) / 2
     inner = (turns - shrinking) * _whitened(w, *tangents)
     return w, product(inner, w)

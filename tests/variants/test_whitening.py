@@ -178,6 +178,24 @@ def test_many_features_of_like_scale_are_whitened_as_in_float64(method, num_feat
     )
 
 
+def test_pcas_gradient_beside_near_eigenvalues_is_that_in_float64(x64):
+    # The nearest two eigenvalues differ by a share 6e-4: rounding turns their vectors.
+    x = np.asarray(normal((480, 120), seed=1))
+    weights = np.asarray(normal((480, 120), seed=2))
+
+    @jax.grad
+    def expected_of(x):
+        centred = x - x.mean(0)
+        variances, u = jnp.linalg.eigh(centred.T @ centred / len(x))
+        u = u * jnp.sign(u[jnp.abs(u).argmax(0), jnp.arange(len(u))])
+        y = centred @ u / jnp.sqrt(variances + 1e-5)
+        return jnp.sum(weights * y[:, ::-1])
+
+    _, gradient = value_and_gradient_of(method="pca")(x, weights, np.float32(1e-5))
+    assert gradient.dtype == np.float32
+    assert_close_by_feature(gradient, expected_of(np.float64(x)), 3e-3)
+
+
 @functools.cache
 def value_and_gradient_of(**options):
     """Return a compiled function of y and the gradient of a linear function of it."""
@@ -318,8 +336,6 @@ def test_averages_after_n_steps_are_those_of_the_closed_form():
     ),
 )
 def test_gradients_are_those_of_finite_differences(x64, method, group_size):
-    # Variances far from each other: broadening changes pca's derivative by the square
-    # of 1e-4 of the largest over their gap.
     stds = np.array([1.0, 2.0, 3.0, 4.0])
     x = np.asarray(normal((9, 4), dtype=jnp.float64)) * stds + 1.0
     params = BatchNormParams(stds, -stds)

@@ -19,8 +19,9 @@ untrained network.
 What came out (3 seeds, 3 epochs; all of it in experiments/README.md): ZCA in groups of
 16 trains to .082 nats less than batch norm in as many steps, at .67 of the speed, and
 by the batch's own statistics predicts best, .881 to .857; by moving averages it is
-worse than batch norm. PCA trains to .62 nats more than ZCA. Ranks end within .02 nats
-of batch norm; layer, group and instance norm are .15 to .31 nats behind at this rate.
+worse than batch norm. PCA trains to .69 nats more than ZCA, .35 to 1.13 in single
+seeds, which leaves the claim undecided. Ranks end within .02 nats of batch norm; layer,
+group and instance norm are .15 to .31 nats behind at this rate.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from bn_jax import checks
+from bn_jax import checks, shards
 from bn_jax import moments as moments_lib
 from bn_jax.averages import BatchNormState, update_average
 from bn_jax.moments import (
@@ -157,18 +157,22 @@ def _standardize_about(
     *,
     epsilon: float | Array,
     axes: tuple[int, ...],
+    about_mean: bool,
 ) -> Array:
     """Return `_standardize` by the moments of x itself, unweighted.
 
     Their mean is at most some deviations from `rough_mean`, so it can be folded into
     the shift and cost no digit. Then x - centre, which the moments are taken of, is
     all that is read of x, in the gradient too: with the mean subtracted here, XLA would
-    write x - mean to memory besides.
+    write x - mean to memory besides. Where parts have been measured about means of
+    their own, the centre is the mean as a constant.
     """
     scale, bias = params
     spread = functools.partial(jnp.expand_dims, axis=axes)
     wide = x.astype(moments.mean.dtype)
-    centre = moments_lib.rough_mean(wide, axes)
+    centre = lax.stop_gradient(moments.mean)
+    if not about_mean:
+        centre = moments_lib.rough_mean(wide, axes)
     multiplier = lax.rsqrt(moments.var + epsilon)
     if scale is not None:
         multiplier = multiplier * scale
@@ -293,64 +297,98 @@ def batch_norm(
             axis_index_groups=axis_index_groups,
         )
     else:
-        by_itself = functools.partial(
-            _normalize_by_itself,
-            params=params,
-            state=state,
-            epsilon=epsilon,
+        axis = batch_axis % x.ndim
+        y, moments = _normalize_by_batch(
+            x,
+            weights,
             axes=axes,
-            axis_name=axis_name,
-            axis_index_groups=axis_index_groups,
+            axis=axis if axis in axes else axes[0],
+            ghosts=x.shape[axis] // ghost_batch_size if ghost_batch_size else 1,
+            across=functools.partial(
+                moments_lib.across,
+                axis_name=axis_name,
+                axis_index_groups=axis_index_groups,
+            ),
+            standardize=functools.partial(
+                _standardize_by_batch,
+                params=params,
+                state=state,
+                epsilon=epsilon,
+                axes=axes,
+            ),
         )
-        if ghost_batch_size is None:
-            y, moments = by_itself(x, weights)
-        else:
-            axis = batch_axis % x.ndim
-            y, moments = _by_ghosts(by_itself, x, weights, ghost_batch_size, axis)
     if not update_state:
         return y, state
     return y, update_average(state, moments, momentum=momentum)
 
 
-def _normalize_by_itself(
+def _normalize_by_batch(
     x: Array,
     weights: Array | None,
+    *,
+    axes: tuple[int, ...],
+    axis: int,
+    ghosts: int,
+    across: Callable[[Moments], Moments],
+    standardize: Callable[..., Array],
+) -> tuple[Array, Moments]:
+    """Return y by the batch's own moments, and these.
+
+    On a mesh the parts that lie on its devices are measured apart, and their moments
+    merged, which costs one exchange. A ghost batch is one part, or several.
+
+    Args:
+      x: the batch.
+      weights: of x's rank, or None.
+      axes: that statistics are taken over.
+      axis: along which the batch is cut.
+      ghosts: number of ghost batches.
+      across: merges moments over the instances of a mapped axis.
+      standardize: gives y of x, weights and moments.
+    """
+    parts = shards.num_parts(x.shape[axis], ghosts)
+    if parts == 1:
+        moments = across(moments_lib.moments_over(x, axes, weights))
+        return standardize(x, weights, moments), moments
+
+    moments = moments_lib.moments_of_parts(x, axes, weights, parts, axis=axis)
+    standardize = functools.partial(standardize, about_mean=parts > ghosts)
+    if parts > ghosts:
+        moments = moments_lib.gathered(moments)
+        of_ghosts = jax.tree.map(lambda m: shards.cut(m, 0, ghosts), moments)
+        moments = jax.vmap(merge_stacked)(of_ghosts)
+    moments = jax.vmap(across)(moments)
+    if ghosts == 1:
+        moments = jax.tree.map(lambda m: m[0], moments)
+        return standardize(x, weights, moments), moments
+
+    y = jax.vmap(standardize, (axis, axis, 0), axis)(
+        shards.cut(x, axis, ghosts),
+        shards.cut_weights(weights, x, axis, ghosts),
+        moments,
+    )
+    return y.reshape(x.shape), merge_stacked(moments)
+
+
+def _standardize_by_batch(
+    x: Array,
+    weights: Array | None,
+    moments: Moments,
     *,
     params: BatchNormParams,
     state: BatchNormState,
     epsilon: float | Array,
     axes: tuple[int, ...],
-    axis_name: AxisName | None,
-    axis_index_groups: AxisIndexGroups | None,
-) -> tuple[Array, Moments]:
-    """Return y by the batch's own moments, and these."""
-    moments = moments_lib.moments_over(x, axes, weights)
-    if axis_name is not None:
-        moments = moments_lib.merge_across(moments, axis_name, axis_index_groups)
+    about_mean: bool = False,
+) -> Array:
+    """Return y by the moments of the batch, or by the state where nothing weighs."""
     if weights is None:
-        y = _standardize_about(x, moments, params, epsilon=epsilon, axes=axes)
-        return y, moments
+        return _standardize_about(
+            x, moments, params, epsilon=epsilon, axes=axes, about_mean=about_mean
+        )
     weighs = moments.count > 0
     mean = jnp.where(weighs, moments.mean, state.mean)
     var = jnp.where(weighs, moments.var, state.var)
-    y = _standardize_present(x, weights, mean, var, params, epsilon=epsilon, axes=axes)
-    return y, moments
-
-
-def _by_ghosts(
-    by_itself: Callable[..., tuple[Array, Moments]],
-    x: Array,
-    weights: Array | None,
-    size: int,
-    axis: int,
-) -> tuple[Array, Moments]:
-    """Normalise each part of `size` examples by itself; return all parts' moments."""
-
-    def split(a: Array) -> Array:  # the new axis of parts stands before `axis`
-        return a.reshape(*a.shape[:axis], -1, size, *a.shape[axis + 1 :])
-
-    if weights is not None:
-        full = [*weights.shape[:axis], x.shape[axis], *weights.shape[axis + 1 :]]
-        weights = split(jnp.broadcast_to(weights, full))
-    y, moments = jax.vmap(by_itself, axis, (axis, 0))(split(x), weights)
-    return y.reshape(x.shape), merge_stacked(moments)
+    return _standardize_present(
+        x, weights, mean, var, params, epsilon=epsilon, axes=axes
+    )

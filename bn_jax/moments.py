@@ -17,6 +17,7 @@ one-pass form, loses all digits of a float32 where $|\mu| / \sigma$ passes some 
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from collections.abc import Hashable, Iterable, Sequence
@@ -27,6 +28,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 from jax.typing import ArrayLike
+
+from bn_jax import shards
 
 AxisName = Hashable | tuple[Hashable, ...]
 AxisIndexGroups = Sequence[Sequence[int]]
@@ -139,10 +142,38 @@ def measure(
     check_groups(axis_name, axis_index_groups)
     if weights is not None:
         weights = align_weights(weights, x, feature_axis)
-    moments = moments_over(x, reduction_axes(x.ndim, feature_axis), weights)
-    if axis_name is None:
-        return moments
-    return merge_across(moments, axis_name, axis_index_groups)
+    axes = reduction_axes(x.ndim, feature_axis)
+    parts = shards.num_parts(x.shape[axes[0]])
+    if parts == 1:
+        moments = moments_over(x, axes, weights)
+    else:
+        moments = merge_stacked(gathered(moments_of_parts(x, axes, weights, parts)))
+    return across(moments, axis_name, axis_index_groups)
+
+
+def moments_of_parts(
+    x: Array,
+    axes: tuple[int, ...],
+    weights: Array | None,
+    parts: int,
+    *,
+    axis: int | None = None,
+) -> Moments:
+    """Return the moments of contiguous parts of `x`, stacked along a leading axis.
+
+    Args:
+      x: as `moments_over` takes it.
+      axes: likewise.
+      weights: likewise.
+      parts: how many, a divisor of x's size along `axis`.
+      axis: that is cut, one of `axes`; the first, unless said otherwise.
+    """
+    axis = axes[0] if axis is None else axis
+    weights = shards.cut_weights(weights, x, axis, parts)
+    of_part = functools.partial(moments_over, axes=axes)
+    return jax.vmap(lambda x, w: of_part(x, weights=w), axis)(
+        shards.cut(x, axis, parts), weights
+    )
 
 
 def moments_over(
@@ -193,17 +224,11 @@ def rough_mean(x: Array, axes: tuple[int, ...]) -> Array:
     first = axes[0]
     # On an explicit mesh a slice has to leave each device as much.
     mesh = jax.typeof(x).sharding.mesh
-    shards = math.prod(mesh.shape[name] for name in explicit_axes(x, first))
-    rows = -(-x.shape[first] // (16 * shards)) * shards
+    devices = math.prod(mesh.shape[name] for name in shards.explicit_axes(x, first))
+    rows = -(-x.shape[first] // (16 * devices)) * devices
     share = lax.slice_in_dim(x, 0, rows, axis=first)
     n = math.prod(share.shape[a] for a in axes) or 1
     return lax.stop_gradient(jnp.sum(share, axes) / n)
-
-
-def explicit_axes(x: Array, axis: int) -> tuple[str, ...]:
-    """Return the axes of an explicit mesh along which an axis of `x` lies."""
-    names = jax.typeof(x).sharding.spec[axis] or ()
-    return names if isinstance(names, tuple) else (names,)
 
 
 def merge(a: Moments, b: Moments) -> Moments:
@@ -231,9 +256,47 @@ def merge_stacked(moments: Moments) -> Moments:
     n, mean, var = moments
     n = n.reshape(n.shape + (1,) * (mean.ndim - n.ndim))
     features = range(1, mean.ndim)
-    within = measure(var, feature_axis=features, weights=n).mean
-    count, mean, between = measure(mean, feature_axis=features, weights=n)
+    check_input(mean, features)
+    n = align_weights(n, mean, features)
+    within = moments_over(var, (0,), n).mean
+    count, mean, between = moments_over(mean, (0,), n)
     return Moments(count, mean, within + between)
+
+
+def gathered(moments: Moments) -> Moments:
+    """Return stacked moments, whole on each device of a mesh, by one exchange."""
+
+    def flat(parts: tuple[Array, ...]) -> Array:
+        return ravel_pytree(parts)[0]
+
+    parts = _as_real(moments)
+    rows = shards.gathered(jax.vmap(flat)(parts))
+    _, unravel = ravel_pytree(jax.tree.map(lambda part: part[0], parts))
+    return _from_real(jax.vmap(unravel)(rows))
+
+
+def _as_real(moments: Moments) -> tuple[Array, ...]:
+    """Return moments as real numbers alone, so that one array can hold them all."""
+    count, mean, var = moments
+    imaginary = (mean.imag,) if jnp.iscomplexobj(mean) else ()
+    return (count, var, mean.real, *imaginary)
+
+
+def _from_real(parts: tuple[Array, ...]) -> Moments:
+    """Return the moments of which `_as_real` made these parts."""
+    count, var, mean, *imaginary = parts
+    return Moments(count, lax.complex(mean, *imaginary) if imaginary else mean, var)
+
+
+def across(
+    moments: Moments,
+    axis_name: AxisName | None,
+    axis_index_groups: AxisIndexGroups | None,
+) -> Moments:
+    """Return `merge_across`, or the moments themselves if no axis is named."""
+    if axis_name is None:
+        return moments
+    return merge_across(moments, axis_name, axis_index_groups)
 
 
 def merge_across(
@@ -260,15 +323,12 @@ def merge_across(
       ValueError: if an axis name is not bound, or the groups are no such partition or
         not to be had under the transform.
     """
-    is_complex = jnp.iscomplexobj(moments.mean)
     num_rows = axis_size(axis_name)
     row = lax.axis_index(axis_name)
     if axis_index_groups is not None:
         num_rows = group_size(axis_index_groups, num_rows)
         row = _place_in_group(axis_index_groups)[row]
-    # Real numbers alone, so that one array holds them all.
-    parts = (moments.count, moments.var, moments.mean.real, moments.mean.imag)
-    flat, unravel = ravel_pytree(parts if is_complex else parts[:3])
+    flat, unravel = ravel_pytree(_as_real(moments))
     rows = jnp.zeros((num_rows, *flat.shape), flat.dtype).at[row].set(flat)
     try:
         rows = lax.psum(rows, axis_name, axis_index_groups=axis_index_groups)
@@ -278,10 +338,7 @@ def merge_across(
             "use jax.pmap or jax.shard_map(..., check_vma=False), or name two axes and "
             "share statistics along one of them"
         ) from error
-    count, var, mean, *imaginary = jax.vmap(unravel)(rows)
-    if is_complex:
-        mean = lax.complex(mean, imaginary[0])
-    return merge_stacked(Moments(count, mean, var))
+    return merge_stacked(_from_real(jax.vmap(unravel)(rows)))
 
 
 def check_groups(

@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 
-from bn_jax.moments import explicit_axes
+from bn_jax.shards import automatic_axes, explicit_axes
 
 Pair = tuple[int, int]
 
@@ -245,15 +245,9 @@ def _block_size(kernel_shape: tuple[int, ...], strides: Pair) -> int:
 def _axes_of_batch(x: Array) -> tuple[str, ...]:
     """Return the mesh axes along which to lay a batch, which is an array's last axis.
 
-    Where axes of the mesh are explicit, the array's type says it. Of automatic ones,
-    which the compiler lays out later, each is taken that still divides the batch.
+    Where axes of the mesh are explicit, the array's type says it.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    axes = list(explicit_axes(x, -1))
-    part = x.shape[-1] // math.prod(mesh.shape[name] for name in axes)
-    for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True):
-        size = mesh.shape[name]
-        if kind == AxisType.Auto and size > 1 and part % size == 0:
-            axes.append(name)
-            part //= size
-    return tuple(axes)
+    explicit = explicit_axes(x, -1)
+    part = x.shape[-1] // math.prod(mesh.shape[name] for name in explicit)
+    return (*explicit, *automatic_axes(part))

@@ -26,7 +26,6 @@ from bn_jax import moments as moments_lib
 from bn_jax.contract import Epsilon, Transform, with_options
 from bn_jax.fields import AT_LEAST_1
 from bn_jax.functional import BatchNormParams, normalize
-from bn_jax.moments import measure
 
 
 class EmptyState(NamedTuple):
@@ -109,7 +108,8 @@ def group_norm(
     groups = groups.astype(moments_lib.statistics_dtype(x.dtype))
     # The axis of groups stands at `feature`, and pushes those behind it by one.
     kept = (feature, batch if batch < feature else batch + 1)
-    _, mean, var = measure(groups, feature_axis=kept)
+    others = moments_lib.reduction_axes(groups.ndim, kept)
+    _, mean, var = moments_lib.moments_over(groups, others)
     y = normalize(groups, mean, var, epsilon=epsilon, feature_axis=kept)
     y = y.reshape(x.shape)
     others = moments_lib.reduction_axes(x.ndim, feature)

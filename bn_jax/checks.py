@@ -14,7 +14,13 @@ from jax import Array
 
 from bn_jax import moments as moments_lib
 from bn_jax.fields import POSITIVE, SHARE, Range
-from bn_jax.moments import AxisIndexGroups, AxisName
+from bn_jax.mapped_axes import (
+    AxisIndexGroups,
+    AxisName,
+    axis_size,
+    check_groups,
+    group_size,
+)
 
 _WEIGHT_OF_THE_OLD = Range("the weight of the old average, in [0, 1]", SHARE.holds)
 _NUMBER_OF_BATCHES = Range(
@@ -78,7 +84,7 @@ def check_batch_norm(
     if not by_batch and not (train if update_state is None else update_state):
         return
     check_not_empty(x)
-    moments_lib.check_groups(axis_name, axis_index_groups)
+    check_groups(axis_name, axis_index_groups)
     together = list(x.shape)  # what is normalised by the same moments
     if by_batch and ghost_batch_size is not None:
         check_ghosts(x, ghost_batch_size, batch_axis, feature_axis)
@@ -251,9 +257,9 @@ def warn_of_one_value(
     axes = moments_lib.reduction_axes(len(shape), feature_axis)
     n = math.prod(shape[a] for a in axes)
     if axis_name is not None:
-        size = moments_lib.axis_size(axis_name)
+        size = axis_size(axis_name)
         groups = axis_index_groups
-        n *= size if groups is None else moments_lib.group_size(groups, size)
+        n *= size if groups is None else group_size(groups, size)
     if n == 1:
         warnings.warn(
             f"a norm in training mode was given one value a feature (shape "

@@ -23,9 +23,8 @@ from jax import Array, lax
 from bn_jax import checks, shards
 from bn_jax import moments as moments_lib
 from bn_jax.averages import BatchNormState, update_average
+from bn_jax.mapped_axes import AxisIndexGroups, AxisName
 from bn_jax.moments import (
-    AxisIndexGroups,
-    AxisName,
     Moments,
     measure,
     merge_stacked,

@@ -49,7 +49,7 @@ from bn_jax.contract import (
     without_batch_axis,
 )
 from bn_jax.fields import AT_LEAST_1, ConfigError
-from bn_jax.moments import AxisName
+from bn_jax.mapped_axes import AxisName, axis_size
 from bn_jax.names import TRACEABLE
 
 
@@ -174,7 +174,7 @@ def mabn(
     if train or moves:
         checks.check_not_empty(x)
         if axis_name is not None:
-            moments_lib.axis_size(axis_name)  # raises where it is not bound
+            axis_size(axis_name)  # raises where it is not bound
         square = _mean(lax.stop_gradient(wide) ** 2, axes, axis_name)
         squares = jnp.concatenate([state.squares[1:], square[None]])
         divisor = jnp.where(is_warm, squares.mean(0), square)

@@ -28,7 +28,8 @@ from bn_jax.contract import (
     without_batch_axis,
 )
 from bn_jax.functional import BatchNormParams
-from bn_jax.moments import AxisIndexGroups, AxisName, Moments, measure
+from bn_jax.mapped_axes import AxisIndexGroups, AxisName
+from bn_jax.moments import Moments, measure
 
 
 class CenterState(NamedTuple):

@@ -48,7 +48,7 @@ from bn_jax.contract import (
 )
 from bn_jax.fields import Range
 from bn_jax.functional import BatchNormParams
-from bn_jax.moments import AxisName
+from bn_jax.mapped_axes import AxisName, axis_size
 from bn_jax.variants.per_example import single_axis
 
 Target = Literal["uniform", "gaussian"]
@@ -233,7 +233,7 @@ def _gathered(rows: Array, axis_name: AxisName | None) -> Array:
     """
     if axis_name is None:
         return rows
-    num_instances = moments_lib.axis_size(axis_name)
+    num_instances = axis_size(axis_name)
     parts = jnp.zeros((rows.shape[0], num_instances, rows.shape[1]), rows.dtype)
     parts = parts.at[:, lax.axis_index(axis_name)].set(rows)
     return lax.psum(parts, axis_name).reshape(rows.shape[0], -1)

@@ -41,7 +41,8 @@ from bn_jax.contract import (
 )
 from bn_jax.fields import AT_LEAST_1, NOT_NEGATIVE, ConfigError
 from bn_jax.functional import BatchNormParams, batch_norm
-from bn_jax.moments import AxisIndexGroups, AxisName, Moments, measure
+from bn_jax.mapped_axes import AxisIndexGroups, AxisName
+from bn_jax.moments import Moments, measure
 from bn_jax.names import TRACEABLE
 
 _LAST_COUNT = 2**24  # a float32 count to which 1 is added stays there

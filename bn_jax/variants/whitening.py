@@ -39,7 +39,8 @@ from bn_jax.averages import BatchNormState, update_average
 from bn_jax.contract import Epsilon, Momentum, Transform, without_batch_axis
 from bn_jax.fields import AT_LEAST_1, ConfigError
 from bn_jax.functional import BatchNormParams
-from bn_jax.moments import AxisName, Moments, measure
+from bn_jax.mapped_axes import AxisName
+from bn_jax.moments import Moments, measure
 from bn_jax.variants.per_example import single_axis
 from bn_jax.variants.whitening_matrices import matrix_function, product, transpose
 

@@ -21,6 +21,7 @@ pmap, which the trainer uses on chips that are there, cannot compile for absent 
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import os
 import re
@@ -160,8 +161,10 @@ def compile_program(name: str) -> Compiled:
         )
 
     started = time.perf_counter()
-    lowered = jax.jit(function).lower(placed(state, of_state), placed(batch, of_batch))
-    compiled = lowered.compile()
+    arguments = placed(state, of_state), placed(batch, of_batch)
+    # The trainer's jit sets the mesh, too: norms and convolutions look at it.
+    with contextlib.nullcontext() if per_chip else jax.set_mesh(mesh):
+        compiled = jax.jit(function).lower(*arguments).compile()
     seconds = time.perf_counter() - started
     collectives = collections.Counter(COLLECTIVE.findall(compiled.as_text()))
     costs = compiled.cost_analysis()

@@ -1,0 +1,78 @@
+r"""Does batch norm train as well when the network computes in bfloat16?
+
+bfloat16 has 8 bits of precision. Parameters, gradients' updates, batch statistics and
+moving averages stay in float32; activations and the factors of products are rounded.
+This trains LeNet, and a ResNet of 8 layers and width 8 on 5,120 images, in both, from
+the same seeds and in the same orders.
+
+  python -m experiments.precision --workdir=runs/precision --devices=2       6 minutes
+  python -m experiments.precision --workdir=runs/precision-try --smoke
+
+What would refute it: a loss that differs by more than the bounds, of which LeNet's is
+the spread of published re-runs. Figure: precision.png.
+"""
+
+from __future__ import annotations
+
+from experiments import scores, study
+from experiments.claims import LOSS_DIFFERENCE, Claim
+from experiments.estimate import paired, spread
+from experiments.figures import figure
+
+RESNET = {
+    "model": "resnet:depth=8,width=8",
+    "learning_rate": 0.1,
+    "train_examples": 5120,
+}
+CLAIMS = (
+    Claim(
+        "in bfloat16 LeNet trains to the same loss",
+        LOSS_DIFFERENCE,
+        value=paired(scores.loss, "lenet_bfloat16", "lenet"),
+        above=-0.01,
+        below=0.01,
+        reason="two standard deviations of the published re-runs",
+    ),
+    Claim(
+        "in bfloat16 a ResNet trains to the same loss",
+        LOSS_DIFFERENCE,
+        value=paired(scores.loss, "resnet_bfloat16", "resnet"),
+        above=-0.02,
+        below=0.02,
+        reason="a thirtieth of what it learns in these 80 steps",
+    ),
+)
+
+STUDY = study.Study(
+    name="precision",
+    place=11,
+    design=study.design(epochs=2, seeds=5),
+    arms={
+        "lenet": [{}],
+        "lenet_bfloat16": [{"precision": "bfloat16"}],
+        "resnet": [RESNET],
+        "resnet_bfloat16": [{**RESNET, "precision": "bfloat16"}],
+    },
+    claims=CLAIMS,
+    figures={
+        "precision.png": figure(
+            "estimates",
+            {
+                "training loss, nats": {
+                    label: spread(scores.loss, arm)
+                    for arm, label in {
+                        "lenet": "LeNet, float32",
+                        "lenet_bfloat16": "LeNet, bfloat16",
+                        "resnet": "ResNet, float32",
+                        "resnet_bfloat16": "ResNet, bfloat16",
+                    }.items()
+                }
+            },
+            "n = {n} seeds; line: least to greatest",
+        )
+    },
+    exact=False,
+)
+
+if __name__ == "__main__":
+    study.start(STUDY)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging as std_logging
 import os
 import re
 import sys
@@ -283,12 +284,23 @@ def fail(message: str) -> NoReturn:
     os._exit(1)
 
 
+def show_warnings_of_jax() -> None:
+    """Print what JAX warns of, such as a GPU that it was not installed for."""
+    handler = std_logging.StreamHandler()
+    handler.setFormatter(std_logging.Formatter("warning: %(message)s"))
+    logger = std_logging.getLogger("jax")
+    logger.setLevel(std_logging.WARNING)
+    logger.handlers = [handler]
+    logger.propagate = False  # to absl's handler, which would tell it again
+
+
 def _quiet_orbax() -> None:
     """Leave it to us to tell what Orbax does, and what goes wrong in it.
 
     Of an error that it raises, its threads tell as well, in the middle of our own line.
     """
     logging.set_verbosity(logging.FATAL)
+    show_warnings_of_jax()
 
     def show(unraisable: sys.UnraisableHookArgs) -> None:
         # So end the other writes of a checkpoint when one has failed.

@@ -7,7 +7,7 @@ operations, bytes moved and the memory of temporaries on a chip; the seconds tha
 compilation took; and the least time of a step that arithmetic and bandwidth allow.
 
   pip install -e '.[tpu]'
-  JAX_PLATFORMS=cpu python -m experiments.benchmarks.tpu --workdir=runs/tpu  15 minutes
+  JAX_PLATFORMS=cpu python -m experiments.benchmarks.tpu --workdir=runs/tpu  10 minutes
   JAX_PLATFORMS=cpu python -m experiments.benchmarks.tpu --workdir=runs/tpu-try \
     --programs=layer/shard_map/8,layer/jit/8                               a minute
 

@@ -1,6 +1,7 @@
 import contextlib
 import functools
 import io
+import logging
 import os
 import re
 import runpy
@@ -195,6 +196,18 @@ def test_output_that_breaks_goes_nowhere_and_is_else_the_streams_own(tmp_path, c
     assert (tmp_path / "log").read_text() == "kept\n"
     note = "note: output cannot be written (No space left on device); the program goes"
     assert capsys.readouterr().err.count(note) == 1
+
+
+def test_what_jax_warns_of_is_told_although_absl_is_quiet(capsys, monkeypatch):
+    root, of_jax = logging.getLogger(), logging.getLogger("jax")
+    for logger in (root, of_jax):
+        monkeypatch.setattr(logger, "level", logger.level)
+    for name in ("handlers", "propagate"):
+        monkeypatch.setattr(of_jax, name, getattr(of_jax, name))
+    root.setLevel(logging.CRITICAL)  # as absl's verbosity does
+    launch.show_warnings_of_jax()
+    logging.getLogger("jax._src.xla_bridge").warning("A GPU may be present")
+    assert capsys.readouterr().err == "warning: A GPU may be present\n"
 
 
 @pytest.mark.slow

@@ -5,11 +5,15 @@ moving averages stay in float32; activations and the factors of products are rou
 This trains LeNet, and a ResNet of 8 layers and width 8 on 5,120 images, in both, from
 the same seeds and in the same orders.
 
-  python -m experiments.precision --workdir=runs/precision --devices=2       6 minutes
+  python -m experiments.precision --workdir=runs/precision --devices=2       4 minutes
   python -m experiments.precision --workdir=runs/precision-try --smoke
 
 What would refute it: a loss that differs by more than the bounds, of which LeNet's is
 the spread of published re-runs. Figure: precision.png.
+
+What came out (5 seeds; all of it in experiments/README.md): LeNet's loss is .004 nats
+lower in bfloat16, with an interval that reaches .0002 beyond the bound of .01, so that
+the claim is undecided; the ResNet's is the same to .002. On a CPU bfloat16 is slower.
 """
 
 from __future__ import annotations

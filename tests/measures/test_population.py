@@ -9,7 +9,7 @@ from flax import linen as nn
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from bn_jax.linen import BatchNorm
-from bn_jax.measures import population
+from bn_jax.measures import population, sources
 from bn_jax.measures.population import batch_moments, exact_statistics
 from bn_jax.models import layers
 from bn_jax.models.lenet import LeNet
@@ -349,7 +349,7 @@ def test_each_device_works_on_its_own_examples(mode, devices):
     predict_one, variables, x = mlp()
     mesh = jax.make_mesh((8,), ("d",), (AxisType.Auto,), devices=devices)
     sharded = jax.device_put(x, NamedSharding(mesh, PartitionSpec("d")))
-    program = population._of_stored.lower(
+    program = sources._of_stored.lower(
         predict_one,
         jax.device_put(variables, NamedSharding(mesh, PartitionSpec())),
         inputs=sharded,

@@ -229,7 +229,8 @@ def batch_norm(
         contiguous parts of the batch are normalised each by its own (and along a mapped
         axis with the same part of the other instances). The averages move by the
         moments of the whole batch.
-      batch_axis: axis of the examples; ghost batches are cut along it.
+      batch_axis: axis of the examples; ghost batches are cut along it, and under jit
+        over a mesh that is set (`jax.set_mesh`) the parts that its devices measure.
       statistics: normalise by these instead.
       update_state: static. Whether the averages move by the moments of `x`; by
         default in training.

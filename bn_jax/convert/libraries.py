@@ -10,12 +10,14 @@ from bn_jax.convert.entries import (
     PLACES,
     SCALARS,
     check_momentum,
-    entry_key,
     layer_to_roles,
     read_layer,
     write_layer,
 )
 from bn_jax.convert.layer import BatchNormLayer, Entries, Like
+from bn_jax.convert.leaves import (
+    entry_key,
+)
 
 
 def from_torch(entries: Entries, *, like: Like | None = None) -> BatchNormLayer:

@@ -11,18 +11,20 @@ from bn_jax.convert.entries import (
     PLACES,
     SCALARS,
     Problems,
-    as_array,
     check_momentum,
-    entry_key,
-    flatten,
     layer_to_roles,
     note_impossible,
     read_entries,
-    replace_entries,
     roles_to_layer,
     unmapped,
 )
 from bn_jax.convert.layer import BatchNormLayer, Entries, Library, Like
+from bn_jax.convert.leaves import (
+    as_array,
+    entry_key,
+    flatten,
+    replace_entries,
+)
 
 
 def layers_from(

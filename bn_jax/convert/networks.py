@@ -28,15 +28,17 @@ from bn_jax.averages import BatchNormState
 from bn_jax.convert.entries import (
     PLACES,
     Problems,
-    as_array,
-    entry_key,
-    flatten,
     layer_to_roles,
     note_impossible,
     read_entries,
     roles_to_layer,
 )
 from bn_jax.convert.layer import DEFAULTS, Entries
+from bn_jax.convert.leaves import (
+    as_array,
+    entry_key,
+    flatten,
+)
 from bn_jax.convert.module_trees import (
     Path,
     Shapes,

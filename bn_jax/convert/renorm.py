@@ -24,13 +24,15 @@ import numpy as np
 from bn_jax import checks
 from bn_jax.convert.entries import (
     PLACES,
-    as_array,
-    entry_key,
-    flatten,
     read_layer,
     write_layer,
 )
 from bn_jax.convert.layer import BatchNormLayer, Entries, Like, RenormLibrary
+from bn_jax.convert.leaves import (
+    as_array,
+    entry_key,
+    flatten,
+)
 from bn_jax.fields import AT_LEAST_1, NOT_NEGATIVE
 
 # Steps as batch norm: of SBX the default of warmup_steps, of the others fixed in the

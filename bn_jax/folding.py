@@ -8,22 +8,28 @@ With fixed statistics, batch norm after a linear layer is a linear layer again:
 
 from __future__ import annotations
 
-import functools
 import sys
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import traverse_util
 from jax import Array
-from jax.extend.core import ClosedJaxpr
 
 from bn_jax import tracing
-from bn_jax.measures import layers
+from bn_jax.linear_pairs import (
+    Flat,
+    Pair,
+    find_pairs,
+    misfits,
+    named,
+    outputs_of_norms,
+    restacked,
+    stacked_layers,
+    unstacked,
+)
 from bn_jax.measures.layer_calls import Predict
-from bn_jax.measures.layers import Layer, Linear, Proceed
 from bn_jax.measures.models import check_array, resolve
 from bn_jax.moments import reduction_axes
 from bn_jax.variables import (
@@ -31,10 +37,7 @@ from bn_jax.variables import (
     collection,
     leaves_of,
     replaced,
-    statistics_of,
 )
-
-Flat = dict[Path, Array]
 
 # How far the folded model may be from the model: by roundings, and by more than these
 # where large means cancel.
@@ -89,10 +92,10 @@ def _fold(model: Any, variables: Any, inputs: Array, without_norms: Any) -> Any:
     for leaf in jax.tree.leaves(inputs) or [inputs]:
         check_array("inputs", leaf)
     params, stats = (collection(variables, c) for c in ("params", "batch_stats"))
-    pairs, faults = _find_pairs(predict, variables, inputs)
-    stacked = _stacked_layers(pairs)
-    params, stats = _unstacked(params, stacked), _unstacked(stats, stacked)
-    _refuse(faults + _misfits(pairs, params, stats))
+    pairs, faults = find_pairs(predict, variables, inputs)
+    stacked = stacked_layers(pairs)
+    params, stats = unstacked(params, stacked), unstacked(stats, stacked)
+    _refuse(faults + misfits(pairs, params, stats))
 
     folded = dict(params)
     for pair in pairs:
@@ -110,190 +113,13 @@ def _fold(model: Any, variables: Any, inputs: Array, without_norms: Any) -> Any:
         _check_equal(before, run(rescaled, inputs), pairs)
         zero = {(*p.linear, "kernel"): params[(*p.linear, "kernel")] * 0 for p in pairs}
         zeroed = _with_flat(variables, params | zero, stats, stacked)
-        shifts = _outputs_of_norms(predict, zeroed, inputs)
+        shifts = outputs_of_norms(predict, zeroed, inputs)
         _refuse(_wrong_shifts(shifts, pairs, params, stats))
-    folded = _restacked(folded, stacked)
+    folded = restacked(folded, stacked)
     return _run_without_norms(without_norms, variables, folded, inputs, before)
 
 
-class _Pair(NamedTuple):
-    """A norm and the linear layer whose output it is given.
-
-    Of layers that `nn.scan` stacks, each is one of its own; its path ends in a number.
-    """
-
-    norm: Path
-    linear: Path
-    dtype: Any  # of the linear layer's output
-    epsilon: float  # of the norm
-    axis: int | Sequence[int]  # of the norm
-    scale_offset: float  # of gamma, which is stored without it
-
-
-class _Site(NamedTuple):
-    """A place in a model's code where a layer's value is marked."""
-
-    layer: Layer | Linear | None  # None of the output of a norm
-    dtype: Any  # of the value
-
-
-def _mark_layers(
-    predict: Predict, variables: Any, inputs: Any
-) -> tuple[ClosedJaxpr, list[_Site]]:
-    """Trace a model with the outputs of linear layers and norms, and norms' inputs."""
-    leaves, structure = jax.tree.flatten((variables, inputs))
-    sites: list[_Site] = []
-
-    def marked(x: Any, layer: Layer | Linear | None, carried: Sequence[Any]) -> Any:
-        if not isinstance(x, jax.Array):
-            return x  # no output of a layer that we know
-        sites.append(_Site(layer, x.dtype))
-        return tracing.mark(x, carried, site=len(sites) - 1)
-
-    def each_norm(layer: Layer, x: Any, weights_given: Any, proceed: Proceed) -> Array:
-        del weights_given  # predictions do not depend on them
-        return marked(proceed(marked(x, layer, (layer.mean, layer.var))), None, ())
-
-    def each_linear(linear: Linear, x: Any, proceed: Proceed) -> Array:
-        return marked(proceed(x), linear, (linear.kernel,))
-
-    def function(*leaves: Any) -> list[Any]:
-        with layers.seen(each_norm, each_linear):
-            return jax.tree.leaves(predict(*jax.tree.unflatten(structure, leaves)))
-
-    return tracing.trace(function, *leaves), sites
-
-
-def _find_pairs(
-    predict: Predict, variables: Any, inputs: Array
-) -> tuple[list[_Pair], list[str]]:
-    """Return the norms with the linear layers before them, and what stands against.
-
-    The traced program is computed with nothing known. A value that is handed on as it
-    is stays the same object; one that an operation takes is said to be used.
-    """
-    traced, sites = _mark_layers(predict, variables, inputs)
-    arguments = [tracing.Unknown() for _ in traced.jaxpr.invars]
-    variable = functools.partial(_layer_of, _paths(variables, arguments))
-    _, seen = tracing.evaluate(traced, arguments, {})
-    # What a norm does with its input is no other use of it.
-    own = {
-        number: tracing.Unknown()
-        for number, marked in enumerate(seen)
-        if isinstance(sites[marked.site].layer, Layer)
-    }
-    results, seen = tracing.evaluate(traced, arguments, own)
-
-    def calls_of(kind: Any) -> list[Any]:
-        return [m for m in seen if isinstance(sites[m.site].layer, kind)]
-
-    linear_of = {id(m.x): m for m in calls_of(Linear)}
-    num_calls = Counter(
-        variable(m.carried[0]) for m in calls_of(Linear) + calls_of(Layer)
-    )
-    pairs: list[_Pair] = []
-    faults: list[str] = []
-    for call in calls_of(Layer):
-        layer: Any = sites[call.site].layer
-        path, before = variable(call.carried[0]), linear_of.get(id(call.x))
-        if not path or call.mapped:
-            faults.append(
-                f"{layer.name} does not read its statistics from variables as they "
-                "are, as inside nn.vmap, or nn.scan along another axis than the first"
-            )
-            continue
-        if any(pair.norm == path for pair in pairs):
-            continue
-        if before is None:
-            faults.append(
-                f"{_name(path)} is not given the output of a layer with a kernel as it "
-                "is: something stands between, or nothing linear before"
-            )
-            continue
-        linear: Any = sites[before.site].layer
-        of_kernel = variable(before.carried[0])
-        if not of_kernel:
-            faults.append(
-                f"{linear.name} does not read its kernel from variables as it is"
-            )
-            continue
-        features = linear.kernel.shape[-1]
-        if linear.features not in (None, features, (features,)):
-            faults.append(
-                f"{_name(of_kernel)} has features={linear.features}, not the last axis "
-                f"of its kernel, {features}"
-            )
-        if before.x.used or any(before.x is result for result in results):
-            faults.append(
-                f"the output of {_name(of_kernel)} is used elsewhere than in its norm"
-            )
-        for called in (path, of_kernel):
-            if num_calls[called] > 1:
-                faults.append(f"{_name(called)} is called {num_calls[called]} times")
-        dtype = sites[before.site].dtype
-        of_norm = (layer.epsilon, layer.axis, layer.scale_offset)
-        pairs.append(_Pair(path, of_kernel, dtype, *of_norm))
-    norms = statistics_of(variables).keys()
-    seen_layers = {_base(path) for path in num_calls}
-    kept = collection(variables, "batch_stats")
-    others = {path[:-1] for path in kept if path[-1] in ("mean", "var")} - norms
-    faults += [
-        f"{_name(path)} does not predict by a mean and a variance, as batch norm does"
-        for path in sorted(others)
-    ]
-    faults += [
-        f"no call of {_name(path)} was seen" for path in sorted(norms - seen_layers)
-    ]
-    return pairs, list(dict.fromkeys(faults))
-
-
-def _misfits(pairs: list[_Pair], params: Flat, stats: Flat) -> list[str]:
-    """List the reasons why the pairs cannot be folded."""
-    faults = [
-        f"{_name(linear)} is followed by several norms"
-        for linear, count in Counter(pair.linear for pair in pairs).items()
-        if count > 1
-    ]
-    for norm, linear, *_ in pairs:
-        features = params[(*linear, "kernel")].shape[-1:]
-        shape = stats[(*norm, "mean")].shape
-        if shape != features:
-            faults.append(
-                f"{_name(norm)} has statistics of shape {list(shape)}, not one for "
-                f"each of the {features[0]} outputs of {_name(linear)}"
-            )
-        bias = params.get((*linear, "bias"))
-        if bias is not None and bias.shape != features:
-            faults.append(
-                f"{_name(linear)} has a bias of shape {list(bias.shape)}, not one for "
-                f"each of its {features[0]} outputs"
-            )
-    return faults
-
-
-def _outputs_of_norms(
-    predict: Predict, variables: Any, inputs: Array
-) -> dict[Path, Array]:
-    """Return the outputs of the norms by path."""
-    traced, sites = _mark_layers(predict, variables, inputs)
-    arguments = [tracing.Unknown() for _ in traced.jaxpr.invars]
-    variable = functools.partial(_layer_of, _paths(variables, arguments))
-    _, seen = tracing.evaluate(traced, arguments, {})
-
-    @jax.jit
-    def compute(*leaves: Any) -> dict[str, Array]:
-        _, values = tracing.evaluate(traced, leaves, {})
-        return {
-            str(number): values[number + 1].x
-            for number, marked in enumerate(seen)
-            if isinstance(sites[marked.site].layer, Layer)
-        }
-
-    outputs = compute(*jax.tree.leaves((variables, inputs)))
-    return {variable(seen[int(number)].carried[0]): y for number, y in outputs.items()}
-
-
-def _affine(pair: _Pair, params: Flat, stats: Flat) -> tuple[Array, Array, Array]:
+def _affine(pair: Pair, params: Flat, stats: Flat) -> tuple[Array, Array, Array]:
     """Return the factor of a norm, the new bias, and the size of its terms."""
     b = params.get((*pair.linear, "bias"), jnp.zeros(()))
     mean, var = stats[(*pair.norm, "mean")], stats[(*pair.norm, "var")]
@@ -307,7 +133,7 @@ def _affine(pair: _Pair, params: Flat, stats: Flat) -> tuple[Array, Array, Array
 
 
 def _wrong_shifts(
-    outputs: Mapping[Path, Array], pairs: list[_Pair], params: Flat, stats: Flat
+    outputs: Mapping[Path, Array], pairs: list[Pair], params: Flat, stats: Flat
 ) -> list[str]:
     """Return the norms that, with kernels of 0, give other than the new bias.
 
@@ -324,14 +150,14 @@ def _wrong_shifts(
         difference = jnp.abs(y - jnp.expand_dims(new_bias, axes))
         if jnp.any(difference > jnp.expand_dims(allowed, axes)):
             faults.append(
-                f"{_name(pair.norm)} does not give (bias - mean) gamma / sigma + beta "
-                f"where the kernel of {_name(pair.linear)} is 0, so the bias is not "
+                f"{named(pair.norm)} does not give (bias - mean) gamma / sigma + beta "
+                f"where the kernel of {named(pair.linear)} is 0, so the bias is not "
                 "used as it is, or the norm is not batch norm"
             )
     return faults
 
 
-def _rescaled(pairs: list[_Pair], params: Flat, stats: Flat) -> tuple[Flat, Flat]:
+def _rescaled(pairs: list[Pair], params: Flat, stats: Flat) -> tuple[Flat, Flat]:
     """Return parameters and statistics that give the same outputs, without rounding.
 
     Each linear layer's features are multiplied by -2, 4, -8, -2 and so on, and its
@@ -360,7 +186,7 @@ def _rescaled(pairs: list[_Pair], params: Flat, stats: Flat) -> tuple[Flat, Flat
     return params, stats
 
 
-def _check_equal(before: Any, after: Any, pairs: list[_Pair]) -> None:
+def _check_equal(before: Any, after: Any, pairs: list[Pair]) -> None:
     """Refuse to fold where features times powers of 2 change the outputs."""
     for old, new in _pairs_of_outputs(before, after):
         if not jnp.all(jnp.isfinite(new)):
@@ -374,7 +200,7 @@ def _check_equal(before: Any, after: Any, pairs: list[_Pair]) -> None:
         allowed = max(1e-4, 4 * _rounding(old.dtype)) * size
         if difference <= allowed:
             continue
-        names = ", ".join(_name(pair.norm) for pair in pairs)
+        names = ", ".join(named(pair.norm) for pair in pairs)
         fault = (
             f"outputs of size {size:.2g} change by {difference:.2g}, beyond "
             f"{allowed:.2g}, where features are multiplied and their norms take it "
@@ -476,61 +302,10 @@ def _compiled(predict: Predict) -> Predict:
     return jax.jit(lambda variables, inputs: predict(variables, inputs))
 
 
-def _paths(variables: Any, arguments: Sequence[Any]) -> dict[int, Path]:
-    """Return the paths of variables that stand for the first arguments, by identity."""
-    keys, _, _ = leaves_of(variables)
-    return {id(a): path for a, (_, path) in zip(arguments, keys, strict=False)}
-
-
-def _layer_of(paths: Mapping[int, Path], value: Any) -> Path:
-    """Return the path of the layer whose variable a value is, or () if it is none."""
-    number: Path = ()
-    if isinstance(value, tracing.Unknown) and value.part_of is not None:
-        value, i = value.part_of
-        number = (f"[{i}]",)
-    path = paths.get(id(value), ())
-    return (*path[:-1], *number) if path else ()
-
-
-def _base(path: Path) -> Path:
-    """Return the path of a layer, or of the stack that it is in."""
-    return path[:-1] if path and path[-1].startswith("[") else path
-
-
-def _stacked_layers(pairs: Sequence[_Pair]) -> dict[Path, int]:
-    """Return how many layers are stacked at a path, where they are."""
-    paths = [path for pair in pairs for path in (pair.norm, pair.linear)]
-    return dict(Counter(_base(path) for path in set(paths) if _base(path) != path))
-
-
-def _unstacked(flat: Flat, stacked: Mapping[Path, int]) -> Flat:
-    """Return variables with those of stacked layers apart."""
-    apart: Flat = {}
-    for (*layer, name), value in flat.items():
-        number = stacked.get(tuple(layer))
-        if number is None:
-            apart[*layer, name] = value
-            continue
-        apart |= {(*layer, f"[{i}]", name): value[i] for i in range(number)}
-    return apart
-
-
-def _restacked(flat: Flat, stacked: Mapping[Path, int]) -> Flat:
-    """Return variables with those of stacked layers stacked again."""
-    found = {p: value for p, value in flat.items() if _base(p[:-1]) == p[:-1]}
-    for layer, number in stacked.items():
-        names = {path[-1] for path in flat if path[:-1] == (*layer, "[0]")}
-        for name in names:
-            found[*layer, name] = jnp.stack(
-                [flat[*layer, f"[{i}]", name] for i in range(number)]
-            )
-    return found
-
-
 def _with_flat(
     variables: Any, params: Flat, stats: Flat, stacked: Mapping[Path, int]
 ) -> Any:
-    params, stats = _restacked(params, stacked), _restacked(stats, stacked)
+    params, stats = restacked(params, stacked), restacked(stats, stacked)
     of_params = {("params", path): value for path, value in params.items()}
     of_stats = {("batch_stats", path): value for path, value in stats.items()}
     return replaced(variables, of_params | of_stats)
@@ -561,12 +336,8 @@ def _rounding(dtype: Any) -> float:
     return float(jnp.finfo(dtype).eps) if jnp.issubdtype(dtype, jnp.inexact) else 0.0
 
 
-def _name(path: Path) -> str:
-    return "/".join(path)
-
-
 def _names(paths: Any) -> str:
-    return ", ".join(sorted(map(_name, paths)))
+    return ", ".join(sorted(map(named, paths)))
 
 
 def _refuse(faults: list[str]) -> None:

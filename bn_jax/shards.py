@@ -1,9 +1,9 @@
 """A batch on the devices of a mesh that is set (`jax.set_mesh`).
 
 A program for one device gives the same numbers for a batch that lies on many: the
-compiler adds what they have to tell each other. How often they do depends on the
-program. Cut where the devices cut it, a batch needs one exchange for what would else
-take two or three.
+compiler adds the exchanges between them. How many it needs depends on the program. If
+the program cuts the batch where the devices do, one exchange is enough for its moments,
+where the compiler would make two or three.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def num_parts(size: int, num_groups: int = 1) -> int:
 
     Args:
       size: of the axis.
-      num_groups: of neighbouring examples that stay apart; no part is of two.
+      num_groups: number of ghost batches. No part reaches into two of them.
 
     Returns:
       A multiple of `num_groups`; that number itself where no mesh is set.

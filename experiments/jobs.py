@@ -31,7 +31,7 @@ from bn_jax.training.config import TrainConfig
 SUBMITTED = "submitted.json"  # by part, the job that was last submitted for it
 LOGS = "logs"
 
-# That a job has for its checkpoint, when it is told to end.
+# A job that is told to end has so long to save a checkpoint.
 _STOP_SECONDS = 10.0
 
 
@@ -178,7 +178,7 @@ class Job:
                 raise
 
     def checkpoint(self, arguments: Sequence[str]) -> Any:
-        """Return what to do when time is up: the same, from the last checkpoint."""
+        """Return the job that goes on from the last checkpoint when time is up."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self, arguments)

@@ -73,8 +73,8 @@ def gamma_beta(
 ) -> dict[str, dict[str, list[float]]]:
     """Return gamma and beta of each normalisation layer, by the layer's name.
 
-    Normalisation layers have statistics, or a scale or bias for each feature and no
-    kernel, like layer norm.
+    A layer counts as one if it keeps statistics. One without, such as layer norm, does
+    if it has a scale or a bias for each feature, and no kernel.
 
     Args:
       variables: of a model.

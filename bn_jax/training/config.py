@@ -96,8 +96,8 @@ class TrainConfig:
     )
     norm_statistics: str = option(
         "batch",
-        "Statistics that norms use in training: those of the batch, or their moving "
-        "averages, which are then frozen, as for fine-tuning.",
+        "Statistics that norms use in training: those of the batch, or the moving "
+        "averages, which then stay as they are. The latter is for fine-tuning.",
         choices=("batch", "moving"),
     )
     init_from: str = option(

@@ -134,6 +134,7 @@ class Trainer:
                 axis_name=parallel.DATA if placement.uses_axis else None,
             ),
             self._pace,
+            float32_products=trained.products == "highest",
         )
         self._evaluate = self._evaluator(data.test)
         self._validate = data.validation and self._evaluator(data.validation)

@@ -45,6 +45,9 @@ STEPS_PER_CALL = 20
 _STEPS_PER_CALL_OF_ACCELERATORS = 256
 # There the host also waits for the answer whether the loop goes on, .03 ms each time.
 _MAX_UNASKED, _MIN_UNASKED = 32, 8
+# cuDNN convolves float32 with the channels first, unless it may round to TF32. XLA lays
+# images out for that, channels last, and would turn them before and after.
+_COMPILER_OPTIONS_OF_FLOAT32_ON_GPU = {"xla_gpu_force_conv_nchw": True}
 
 
 def pace(
@@ -328,17 +331,26 @@ class Mesh(Steps):
         placement: Placement,
         train_step: step_lib.TrainStep,
         pace: step_lib.Pace,
+        *,
+        float32_products: bool = False,
     ) -> None:
         super().__init__(placement, train_step, pace)
         mesh = jax.sharding.Mesh(np.array(placement.devices), (DATA,))
         self._mesh = mesh
+        on_gpu = placement.devices[0].platform == "gpu"
+        self._compiler_options = (
+            _COMPILER_OPTIONS_OF_FLOAT32_ON_GPU if on_gpu and float32_products else None
+        )
         self._replicated = NamedSharding(mesh, PartitionSpec())
         self._by_column = NamedSharding(mesh, PartitionSpec(None, DATA))
 
     def _jitted(self, source: Any) -> Any:
         del source
         return jax.jit(
-            self._run_steps, donate_argnums=0, out_shardings=self._replicated
+            self._run_steps,
+            donate_argnums=0,
+            out_shardings=self._replicated,
+            compiler_options=self._compiler_options,
         )
 
     def _tracing(self) -> contextlib.AbstractContextManager[Any]:
@@ -457,7 +469,11 @@ def _first_copy(array: Array) -> np.ndarray:
 
 
 def make_steps(
-    placement: Placement, train_step: step_lib.TrainStep, pace: step_lib.Pace
+    placement: Placement,
+    train_step: step_lib.TrainStep,
+    pace: step_lib.Pace,
+    *,
+    float32_products: bool = False,
 ) -> Steps:
     """Return the compiled loop for a placement.
 
@@ -465,8 +481,12 @@ def make_steps(
       placement: of the devices.
       train_step: made with `axis_name=DATA` if `placement.uses_axis`.
       pace: of the loop.
+      float32_products: whether products and convolutions are of float32 everywhere.
+        (Then jit lays images out for that on a GPU; pmap takes no such wish.)
     """
-    return (Pmap if placement.uses_axis else Mesh)(placement, train_step, pace)
+    if placement.uses_axis:
+        return Pmap(placement, train_step, pace)
+    return Mesh(placement, train_step, pace, float32_products=float32_products)
 
 
 class Members:

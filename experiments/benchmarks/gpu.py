@@ -1,8 +1,9 @@
 r"""Is everything right on this GPU, and how fast is it?
 
 Runs on one NVIDIA GPU, one after another: the tests of what computes on the device; the
-benchmarks `lenet`, `resnet` (20 layers), `sweep` (64 members beside one run) and
-`batch_norm`, each beside PyTorch where it has a counterpart, in under ten minutes.
+benchmarks `lenet` and `resnet` (20 layers) beside PyTorch, and `sweep` (64 members
+beside one run), in under ten minutes. (`batch_norm` is for CPUs: it waits for each
+call, which on a GPU is longer than what is computed.)
 
   pip install -e '.[dev,bench,cuda]'
   python -m experiments.benchmarks.gpu --workdir=runs/gpu
@@ -34,14 +35,14 @@ ROOT = Path(__file__).parents[2]
 TESTED = ("tests/test_*.py", "tests/variants", "tests/measures", "tests/models")
 # pytest-benchmark, where it happens to be installed, warns beside xdist.
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-n", "auto", "-p", "no:benchmark"]
-# For the tests: what asks for no device runs on the GPU, what needs 8 on the CPU.
-TEST_ENV = {"JAX_PLATFORMS": "cuda,cpu", "XLA_FLAGS": ""}
+# For the tests: what asks for no device runs on the GPU, what needs 8 on the CPU. They
+# ask whether numbers are right, for which XLA need not find the fastest kernels.
+TEST_ENV = {"JAX_PLATFORMS": "cuda,cpu", "XLA_FLAGS": "--xla_gpu_autotune_level=0"}
 
 BENCHMARKS: dict[str, Sequence[str]] = {
     "lenet": ("--arms=ours,ours_tf32,torch,torch_tf32,flax", "--rounds=9"),
     "resnet": ("--rounds=7",),
     "sweep": ("--arms=one,sweep", "--seeds=8"),
-    "batch_norm": ("--shapes=64x56x56x64,256x14x14x1024,256x24x24x6",),
 }
 PARTS = ("tests", *BENCHMARKS)
 

@@ -1,11 +1,13 @@
 r"""How does the time of a training step grow with what one can make larger?
 
-With the batch (LeNet), the width (an MLP of four layers), the depth (MLPs of width 128
-and CIFAR-style ResNets) and the members of a sweep (LeNet), each with batch norm and
-without. The slope is that on log-log axes: 1 is in proportion. How exact statistics
+With the batch (LeNet), the width (an MLP of four layers), the depth (MLPs of width 128,
+and ResNets of width 8 with up to 110 layers) and the members of a sweep (LeNet), each
+with batch norm and without. With the devices that share the batch and its statistics,
+on a CPU host devices that share its cores, and with the images of an epoch: LeNet with
+batch norm. The slope is that on log-log axes: 1 is in proportion. How exact statistics
 grow with the number of examples is in experiments.benchmarks.population.
 
-  python -m experiments.benchmarks.growth --workdir=runs/growth            10 minutes
+  python -m experiments.benchmarks.growth --workdir=runs/growth            20 minutes
   python -m experiments.benchmarks.growth --workdir=runs/growth-try --smoke  2 minutes
 
 Each line of the figure has a process on one device. A measurement is a compiled loop of
@@ -35,7 +37,7 @@ from bn_jax.training.config import TrainConfig
 from experiments.benchmarks import benchmark, timing, training
 
 BATCH_SIZE = 256  # where the batch is not what grows
-RESNET_BATCH_SIZE = 64
+RESNET_BATCH_SIZE, RESNET_WIDTH = 32, 8
 MLP_DEPTH, MLP_WIDTH = 4, 128
 MEASURED_SECONDS = 0.1
 MAX_STEPS = 200  # of one measurement
@@ -52,9 +54,12 @@ AXES = {
     "batch": Axis("LeNet: examples a batch", (16, 64, 256, 1024, 4096)),
     "width": Axis("MLP: width", (64, 128, 256, 512, 1024)),
     "depth": Axis("MLP: layers", (2, 4, 8, 16, 32)),
-    "resnet_depth": Axis("ResNet: layers", (8, 14, 20, 32)),
+    "resnet_depth": Axis("ResNet: layers", (8, 20, 32, 56, 110)),
     "members": Axis("LeNet: members of a sweep", (1, 2, 4, 8, 16)),
+    "devices": Axis("LeNet: devices", (1, 2, 4, 8)),
+    "images": Axis("LeNet: images of an epoch", (1024, 4096, 16384, 65536)),
 }
+ONLY_BATCH_NORM = ("devices", "images")
 NORMS = {"batch_norm": "batch norm", "none": "none"}
 
 
@@ -81,6 +86,10 @@ def make_call(axis: str, norm: str, size: int) -> Callable[[], float]:
     """Return a function that measures the seconds of a step."""
     if axis == "members":
         return sweep_call(norm, size)
+    if axis == "devices":
+        return epoch_call(norm, devices=size, a_step=True)
+    if axis == "images":
+        return epoch_call(norm, num_images=size)
     batch_size = {"batch": size, "resnet_depth": RESNET_BATCH_SIZE}
     return step_call(make_model(axis, norm, size), batch_size.get(axis, BATCH_SIZE))
 
@@ -91,7 +100,7 @@ def make_model(axis: str, norm: str, size: int) -> Any:
     if axis == "batch":
         return lenet.LeNet(norm=constructor)
     if axis == "resnet_depth":
-        return resnet.ResNet(depth=size, norm=constructor)
+        return resnet.ResNet(depth=size, width=RESNET_WIDTH, norm=constructor)
     widths = [MLP_WIDTH] * size if axis == "depth" else [size] * MLP_DEPTH
     return mlp.MLP(widths=tuple(widths), norm=constructor)
 
@@ -142,13 +151,34 @@ def sweep_call(norm: str, num_members: int) -> Callable[[], float]:
     return seconds
 
 
+def epoch_call(
+    norm: str, *, num_images: int = 4096, devices: int = 1, a_step: bool = False
+) -> Callable[[], float]:
+    """Return a function that measures an epoch, or the mean of its steps."""
+    sample = data_lib.load("sample")
+    which = np.arange(num_images) % len(sample.train.labels)
+    train = data_lib.Split(*(array[which] for array in sample.train))
+    trainer = training.trainer(
+        dataclasses.replace(sample, train=train),
+        devices=devices,
+        norm=norm,
+        learning_rate=0.01,
+    )
+    reports = trainer.train()
+    training.next_epoch(reports)  # compiles
+    units = trainer.steps_per_epoch if a_step else 1
+    return lambda: training.next_epoch(reports).seconds / units
+
+
 ARMS = {
     f"{axis}/{norm}": benchmark.Arm(
         f"{AXES[axis].title}, {title}",
         functools.partial(set_up, axis=axis, norm=norm),
+        devices=max(AXES[axis].sizes) if axis == "devices" else 1,
     )
     for axis in AXES
     for norm, title in NORMS.items()
+    if norm == "batch_norm" or axis not in ONLY_BATCH_NORM
 }
 
 
@@ -173,10 +203,15 @@ def report(measured: benchmark.Measured) -> benchmark.Report:
         }
 
     whole, last = slopes(0), slopes(-2)
-    rows = [["what grows", "norm", "ms a step, by size", "slope", "at the last two"]]
+    times = "ms a step (an epoch, where its images grow), by size"
+    rows = [["what grows", "norm", times, "slope", "at the last two"]]
     panels = {}
     for name, axis in AXES.items():
-        by_norm = {title: f"{name}/{norm}" for norm, title in NORMS.items()}
+        by_norm = {
+            title: arm
+            for norm, title in NORMS.items()
+            if (arm := f"{name}/{norm}") in summaries
+        }
         panels[axis.title] = {title: summaries[arm] for title, arm in by_norm.items()}
         for title, arm in by_norm.items():
             cells = ", ".join(
@@ -192,7 +227,7 @@ def report(measured: benchmark.Measured) -> benchmark.Report:
             "slope": whole,
             "slope_of_the_last_two": last,
         },
-        figures={"growth": benchmark.Figure(plots.growth, panels, "s a step")},
+        figures={"growth": benchmark.Figure(plots.growth, panels, "s a step or epoch")},
     )
 
 

@@ -19,7 +19,7 @@ each changes no logit by more than 9e-15, and without their 226 numbers (44,652 
 
 from __future__ import annotations
 
-from experiments import scores, study
+from experiments import scores, sequential, study
 from experiments.claims import LOSS_DIFFERENCE, Claim
 from experiments.estimate import largest, largest_difference, paired, spread
 from experiments.figures import figure
@@ -64,7 +64,8 @@ CLAIMS = (
 STUDY = study.Study(
     name="bias",
     place=2,
-    design=study.design(epochs=2, seeds=5, learning_rate=1.0),
+    looks=sequential.once(5),
+    design=study.design(epochs=2, learning_rate=1.0),
     arms={
         "with_bias": [{}],
         "without_bias": [{"model": "lenet:bias_before_norm=false"}],
@@ -85,7 +86,6 @@ STUDY = study.Study(
             "n = {n} seeds; line: least to greatest",
         )
     },
-    exact=False,
     probe=effects,
     summary=lambda runs: {
         "parameters": {arm: rows[-1]["parameters"] for arm, rows in runs.items()}

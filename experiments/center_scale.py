@@ -56,7 +56,7 @@ CLAIMS = (
 STUDY = study.Study(
     name="center_scale",
     place=10,
-    design=study.design(epochs=3, seeds=5, learning_rate=1.0),
+    design=study.design(epochs=3, learning_rate=1.0),
     arms={arm: [{"norm": arm}] for arm in TITLES},
     claims=CLAIMS,
     figures={
@@ -72,7 +72,6 @@ STUDY = study.Study(
             "n = {n} seeds; line: least to greatest",
         )
     },
-    exact=False,
 )
 
 if __name__ == "__main__":

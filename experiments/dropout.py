@@ -37,7 +37,7 @@ from typing import Any
 
 from bn_jax import fields
 from bn_jax.training.config import TrainConfig, value_of
-from experiments import scores, study
+from experiments import scores, sequential, study
 from experiments.claims import THE_SIGN, Claim
 from experiments.estimate import best, paired, spread
 from experiments.figures import accuracy_curves, curves_legend, figure, spreads
@@ -49,7 +49,6 @@ class Design(study.Design):
     """Rates of dropout, with and without norm, on all images and on few."""
 
     epochs: int = fields.option_of(TrainConfig, "epochs", 5)
-    seeds: int = fields.option_of(study.Design, "seeds", 5)
     learning_rate: float = fields.option_of(TrainConfig, "learning_rate")
     dropout_rates: tuple[float, ...] = fields.option(
         (0.1, 0.3, 0.5), "Without norm; one claim is on .5.", valid=fields.BELOW_1
@@ -244,6 +243,7 @@ def epoch_at_85(row: Row) -> int | None:
 STUDY = study.Study(
     name="dropout",
     place=6,
+    looks=sequential.once(5),
     design=Design,
     arms=arms,
     claims=CLAIMS,
@@ -257,7 +257,6 @@ STUDY = study.Study(
             reference=1.0,
         ),
     },
-    train=True,
     summary=lambda runs: {
         "first_epoch_at_85": {
             arm: [*map(epoch_at_85, rows)] for arm, rows in runs.items()

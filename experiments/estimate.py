@@ -1,33 +1,62 @@
 """Statistics of runs, each with its interval.
 
-Every function here returns a statistic: a function from `Runs` to an interval. Claims
-are judged by statistics and figures draw them.
+Every function here returns a statistic: a function from `Runs`, and the confidence
+level, to an interval. Claims are judged by statistics and figures draw them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from experiments import intervals
-from experiments.intervals import Exact, Interval
+from experiments.intervals import LEVEL, Exact, Interval, Scale
 from experiments.scores import NotTrained, Row, Runs, Score
 
-Statistic = Callable[[Runs], Interval]
+
+class Statistic(Protocol):
+    """A statistic of runs."""
+
+    def __call__(self, runs: Runs, /, *, level: float = LEVEL) -> Interval:
+        """Return the statistic with its interval of that level."""
+
+
 # The choice whose runs are meant, or a function that finds it, such as `best`.
 Choice = Any
 
 
-def mean(score: Score, choice: Choice) -> Statistic:
-    """Return the mean of a score over seeds."""
-    return lambda runs: intervals.of_mean(_scores(runs, score, choice))
+def mean(score: Score, choice: Choice, *, scale: Scale | None = None) -> Statistic:
+    """Return the mean of a score over seeds, on a scale; see `intervals.of_mean`."""
+
+    def statistic(runs: Runs, *, level: float = LEVEL) -> Interval:
+        values = _scores(runs, score, choice)
+        return intervals.of_mean(values, level=level, scale=scale)
+
+    return statistic
 
 
-def paired(score: Score, choice: Choice, other: Choice) -> Statistic:
-    """Return the mean over seeds of a choice's score minus another's."""
-    return lambda runs: intervals.of_difference(
-        _scores(runs, score, choice), _scores(runs, score, other)
-    )
+def paired(
+    score: Score, choice: Choice, other: Choice, *, scale: Scale | None = None
+) -> Statistic:
+    """Return the mean over seeds of a choice's score minus another's, on a scale."""
+
+    def statistic(runs: Runs, *, level: float = LEVEL) -> Interval:
+        a, b = (_scores(runs, score, each) for each in (choice, other))
+        return intervals.of_difference(a, b, level=level, scale=scale)
+
+    return statistic
+
+
+def paired_by_ranks(score: Score, choice: Choice, other: Choice) -> Statistic:
+    """Return the centre of the differences of pairs, by Wilcoxon's signed ranks."""
+
+    def statistic(runs: Runs, *, level: float = LEVEL) -> Interval:
+        a, b = (_scores(runs, score, each) for each in (choice, other))
+        return intervals.by_ranks(
+            [x - y for x, y in zip(a, b, strict=True)], level=level
+        )
+
+    return statistic
 
 
 def mean_effect(score: Score, pairs: Sequence[tuple[Choice, Choice]]) -> Statistic:
@@ -38,7 +67,7 @@ def mean_effect(score: Score, pairs: Sequence[tuple[Choice, Choice]]) -> Statist
       pairs: of choices, with what has the effect and without, all else equal.
     """
 
-    def statistic(runs: Runs) -> Interval:
+    def statistic(runs: Runs, *, level: float = LEVEL) -> Interval:
         changes = [
             [
                 a - b
@@ -49,7 +78,7 @@ def mean_effect(score: Score, pairs: Sequence[tuple[Choice, Choice]]) -> Statist
             for on, off in pairs
         ]
         of_seeds = zip(*changes, strict=True)
-        return intervals.of_mean([sum(c) / len(c) for c in of_seeds])
+        return intervals.of_mean([sum(c) / len(c) for c in of_seeds], level=level)
 
     return statistic
 
@@ -57,7 +86,8 @@ def mean_effect(score: Score, pairs: Sequence[tuple[Choice, Choice]]) -> Statist
 def spread(score: Score, choice: Choice) -> Statistic:
     """Return the mean of a score over seeds, from the least to the greatest."""
 
-    def statistic(runs: Runs) -> Interval:
+    def statistic(runs: Runs, *, level: float = LEVEL) -> Interval:
+        del level  # it is no confidence interval
         return spread_of(_scores(runs, score, choice))
 
     return statistic
@@ -74,7 +104,8 @@ def spread_of(values: Sequence[float]) -> Interval:
 def exactly(value: Callable[[Runs], float]) -> Statistic:
     """Return a single number, which is taken as exact."""
 
-    def statistic(runs: Runs) -> Interval:
+    def statistic(runs: Runs, *, level: float = LEVEL) -> Interval:
+        del level  # it is no confidence interval
         found = value(runs)
         return Exact(found, found, found, 1)
 
@@ -84,7 +115,8 @@ def exactly(value: Callable[[Runs], float]) -> Statistic:
 def largest(score: Score, choice: Choice) -> Statistic:
     """Return the largest of a score over seeds, which is taken as exact."""
 
-    def statistic(runs: Runs) -> Interval:
+    def statistic(runs: Runs, *, level: float = LEVEL) -> Interval:
+        del level  # it is no confidence interval
         values = _scores(runs, score, choice)
         return Exact(*[max(values)] * 3, len(values))
 
@@ -103,7 +135,8 @@ def largest_difference(
       *choices: two or more.
     """
 
-    def statistic(runs: Runs) -> Interval:
+    def statistic(runs: Runs, *, level: float = LEVEL) -> Interval:
+        del level  # it is no confidence interval
         of_seeds = list(zip(*(runs.find(choice) for choice in choices), strict=True))
         value = max(
             max(at_once) - min(at_once)
@@ -118,12 +151,28 @@ def largest_difference(
 def magnitude(statistic: Statistic) -> Statistic:
     """Return a statistic with the sign that makes it positive."""
 
-    def positive(runs: Runs) -> Interval:
-        found = statistic(runs)
+    def positive(runs: Runs, *, level: float = LEVEL) -> Interval:
+        found = statistic(runs, level=level)
         value, low, high, n = found
         return type(found)(-value, -high, -low, n) if value < 0 else found
 
     return positive
+
+
+def chosen(
+    score: Score, among: Callable[[Any], bool], *, lowest: bool = False
+) -> Callable[[Runs], Choice]:
+    """Return a function that finds the choice with the highest mean score.
+
+    It is chosen on runs of their own, see `Study.choosing`, and judged on others.
+
+    Args:
+      score: that counts.
+      among: whether a choice takes part.
+      lowest: whether the lowest mean is the best, as of a loss.
+    """
+    find = best(score, among, lowest=lowest)
+    return lambda runs: find(Runs(runs.choosing))
 
 
 def best(

@@ -32,7 +32,7 @@ import numpy as np
 
 from bn_jax.data import ImageData
 from bn_jax.training.config import value_of
-from experiments import scores, study
+from experiments import scores, sequential, study
 from experiments.claims import Claim
 from experiments.estimate import magnitude, mean, paired
 from experiments.figures import Draw, figure, spreads
@@ -144,6 +144,7 @@ def scores_with(activation: str) -> Draw:
 STUDY = study.Study(
     name="frozen",
     place=7,
+    looks=sequential.once(3),
     design=study.design(epochs=4),
     arms=ARMS,
     choice=choice_of,

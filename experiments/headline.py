@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from bn_jax.data import ImageData
-from experiments import scores, study
+from experiments import scores, sequential, study
 from experiments.claims import THE_SIGN, Claim
 from experiments.estimate import Statistic, largest_difference, mean, paired
 from experiments.figures import figure
@@ -197,7 +197,8 @@ def summary(runs: Runs) -> Row:
 STUDY = study.Study(
     name="headline",
     place=1,
-    design=study.design(epochs=10, seeds=10),
+    looks=sequential.once(10),
+    design=study.design(epochs=10),
     arms=ARMS,
     claims=CLAIMS,
     figures={

@@ -1,13 +1,16 @@
-"""Confidence intervals for means and paired differences of a few runs.
+"""Confidence intervals for means, medians, shares and paired differences of a few runs.
 
 If the whole experiment were repeated many times, a share `level` of its intervals would
-contain the true value.
+contain the true value. Which interval fits depends on the values: `of_mean` of what is
+roughly normal, on a scale on which it is; `by_ranks` of what is symmetric, with tails
+however long; `of_median` of anything, even of values of which only a bound is known;
+`of_share` of what is or is not.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -31,6 +34,31 @@ class Exact(Interval):
     """An interval of no length, of a number that is what it is even at n = 1."""
 
 
+class Scale(NamedTuple):
+    """A scale on which values are closer to normal than on their own."""
+
+    forward: Callable[[np.ndarray], np.ndarray]
+    back: Callable[[float], float]
+    low: float  # what values lie above
+    high: float  # and below
+
+
+def _odds(log_odds: float) -> float:
+    """Return the odds, infinite where they are too large for a number."""
+    return math.exp(log_odds) if log_odds < 700 else math.inf
+
+
+def _share(log_odds: float) -> float:
+    """Return the share with these odds."""
+    odds = _odds(-abs(log_odds))
+    return (1 if log_odds >= 0 else odds) / (1 + odds)
+
+
+# Of a share, such as an accuracy: its log odds. Of what is positive: its logarithm.
+LOGIT = Scale(lambda x: np.log(x / (1 - x)), _share, 0.0, 1.0)
+LOG = Scale(np.log, _odds, 0.0, math.inf)
+
+
 def check(interval: Interval) -> None:
     """Refuse an interval that is none.
 
@@ -48,38 +76,60 @@ def check(interval: Interval) -> None:
         )
 
 
-def of_mean(values: Sequence[float], *, level: float = LEVEL) -> Interval:
+def of_mean(
+    values: Sequence[float],
+    *,
+    level: float = LEVEL,
+    scale: Scale | None = None,
+    alike: Iterable[Sequence[float]] = (),
+) -> Interval:
     """Return the mean with Student's t interval, for values that are roughly normal.
 
     Args:
       values: of independent runs. From a single one the spread cannot be estimated: the
-        interval is the whole line.
+        interval is the whole line, unless there are others that are alike.
       level: confidence level, in (0, 1).
+      scale: on which mean and interval are taken, and brought back from: no end is then
+        beyond what the values can be.
+      alike: further samples with the same spread, if not the same mean, whose residuals
+        are pooled with these.
 
     Raises:
-      ValueError: if there are no values, one is not finite, or the level is no share.
+      ValueError: if there are no values, one is not finite or not on the scale, or the
+        level is no share.
     """
-    if not 0 < level < 1:
-        raise ValueError(
-            f"level={level!r}; expected a share in (0, 1), such as 0.95 for 95%"
-        )
-    x = _finite(values)
+    _check_level(level)
+    x = _on(scale, values)
+    samples = [x, *(_on(scale, sample) for sample in alike)]
     mean = float(x.mean())
-    if len(x) == 1:
-        return Interval(mean, -math.inf, math.inf, 1)
-    from scipy import special  # It takes a third of a second to import.
+    degrees = sum(len(sample) - 1 for sample in samples)
+    half = math.inf
+    if degrees:
+        from scipy import special  # It takes a third of a second to import.
 
-    quantile = special.stdtrit(len(x) - 1, (1 + level) / 2)
-    half = float(quantile * x.std(ddof=1) / math.sqrt(len(x)))
-    return Interval(mean, mean - half, mean + half, len(x))
+        variance = sum(float(((s - s.mean()) ** 2).sum()) for s in samples) / degrees
+        quantile = special.stdtrit(degrees, (1 + level) / 2)
+        half = float(quantile * math.sqrt(variance / len(x)))
+    return _back(scale, Interval(mean, mean - half, mean + half, len(x)))
 
 
 def of_difference(
-    a: Sequence[float], b: Sequence[float], *, level: float = LEVEL
+    a: Sequence[float],
+    b: Sequence[float],
+    *,
+    level: float = LEVEL,
+    scale: Scale | None = None,
 ) -> Interval:
     """Return the mean of a - b with its interval, for runs that come in pairs.
 
     What the two runs of a seed have in common, such as the order of examples, cancels.
+
+    Args:
+      a: values of the first of each pair.
+      b: of the second.
+      level: confidence level, in (0, 1).
+      scale: on which differences are taken: `LOG` gives the ratio of a to b, `LOGIT`
+        the ratio of their odds.
 
     Raises:
       ValueError: if the runs are not in pairs, or as `of_mean`.
@@ -88,14 +138,135 @@ def of_difference(
         raise ValueError(
             f"{len(a)} values and {len(b)} cannot be paired; give one of each a seed"
         )
-    return of_mean([x - y for x, y in zip(a, b, strict=True)], level=level)
+    found = of_mean((_on(scale, a) - _on(scale, b)).tolist(), level=level)
+    return found if scale is None else _back(LOG, found)
+
+
+def by_ranks(values: Sequence[float], *, level: float = LEVEL) -> Interval:
+    """Return the centre of a symmetric distribution, by signed ranks.
+
+    The estimate is that of Hodges and Lehmann, the median of the means of all pairs;
+    the interval holds the centres that Wilcoxon's test would not reject, by its exact
+    distribution. It is the whole line where n is so small that no sample could reject:
+    at a level of 98%, below 7.
+
+    Raises:
+      ValueError: as `of_mean`.
+    """
+    _check_level(level)
+    x = _finite(values)
+    n = len(x)
+    first, second = np.triu_indices(n)
+    means = np.sort((x[first] + x[second]) / 2)
+    # How many of the 2^n patterns of signs give each sum of the positive ranks.
+    patterns = np.ones(1)
+    for rank in range(1, n + 1):
+        longer = np.zeros(len(patterns) + rank)
+        longer[: len(patterns)] += patterns
+        longer[rank:] += patterns
+        patterns = longer
+    tails = patterns.cumsum() / 2.0**n
+    return _between(means, tails, level, n)
+
+
+def of_median(values: Sequence[float], *, level: float = LEVEL) -> Interval:
+    """Return the median, with the interval that the sign test gives.
+
+    Nothing is assumed of the distribution, and a value of which only a bound is known
+    may be infinite, such as a rate beyond the largest that was tried. The interval is
+    the whole line where n is so small that no sample could reject: at a level of 98%,
+    below 7.
+
+    Raises:
+      ValueError: if there are no values, one is NaN, the median lies between -inf and
+        inf, or the level is no share.
+    """
+    from scipy import stats
+
+    _check_level(level)
+    x = np.sort(_some(values))
+    if np.isnan(x).any():
+        raise ValueError(f"{np.isnan(x).sum()} of {x.size} values are NaN")
+    tails = stats.binom.cdf(np.arange(len(x)), len(x), 0.5)
+    return _between(x, tails, level, len(x))
+
+
+def of_share(count: int, n: int, *, level: float = LEVEL) -> Interval:
+    """Return the share of n independent cases, with Clopper and Pearson's interval.
+
+    Raises:
+      ValueError: if there are no cases, or fewer than counted.
+    """
+    _check_level(level)
+    if not 0 <= count <= n or n < 1:
+        raise ValueError(f"{count} of {n} is no share; give a count from 0 to n > 0")
+    from scipy import stats
+
+    low, high = stats.binomtest(count, n).proportion_ci(level, method="exact")
+    return Interval(count / n, float(low), float(high), n)
+
+
+def _between(ordered: np.ndarray, tails: np.ndarray, level: float, n: int) -> Interval:
+    """Return the median of ordered values, and the interval that counts give.
+
+    Args:
+      ordered: values.
+      tails: by k, the probability that at most k of them are on one side of the centre.
+      level: confidence level.
+      n: number of independent values.
+    """
+    middle = ordered[[(len(ordered) - 1) // 2, len(ordered) // 2]]
+    if middle[0] == -math.inf and middle[1] == math.inf:
+        raise ValueError(
+            "the median lies between -inf and inf: half of the values have only a "
+            "lower bound, half an upper one"
+        )
+    outside = int((tails <= (1 - level) / 2 * (1 + 1e-12)).sum())  # at each end
+    low, high = -math.inf, math.inf
+    if outside:
+        low, high = float(ordered[outside - 1]), float(ordered[-outside])
+    value = middle[0] if middle[0] == middle[1] else middle.mean()
+    return Interval(float(value), low, high, n)
+
+
+def _check_level(level: float) -> None:
+    if not 0 < level < 1:
+        raise ValueError(
+            f"level={level!r}; expected a share in (0, 1), such as 0.95 for 95%"
+        )
+
+
+def _on(scale: Scale | None, values: Sequence[float]) -> np.ndarray:
+    """Return values on a scale; refuse those that are not on it."""
+    x = _finite(values)
+    if scale is None:
+        return x
+    beyond = ~((scale.low < x) & (x < scale.high))
+    if beyond.any():
+        raise ValueError(
+            f"{x[beyond][0]} cannot be put on the scale, which takes values in "
+            f"({scale.low}, {scale.high}); use by_ranks or of_median"
+        )
+    return scale.forward(x)
+
+
+def _back(scale: Scale | None, found: Interval) -> Interval:
+    """Return an interval on a scale as one of the values themselves."""
+    if scale is None:
+        return found
+    return Interval(*map(scale.back, found[:3]), found.n)
+
+
+def _some(values: Sequence[float]) -> np.ndarray:
+    x = np.asarray(values, np.float64)
+    if not x.size:
+        raise ValueError("there are no values; give at least one run's")
+    return x
 
 
 def _finite(values: Sequence[float]) -> np.ndarray:
     """Return values as float64; refuse none, NaN and infinite ones."""
-    x = np.asarray(values, np.float64)
-    if not x.size:
-        raise ValueError("there are no values; give at least one run's")
+    x = _some(values)
     if not np.isfinite(x).all():
         raise ValueError(
             f"{np.sum(~np.isfinite(x))} of {x.size} values are not finite; replace "

@@ -27,10 +27,11 @@ from typing import Any
 
 from bn_jax import fields
 from bn_jax.training.config import TrainConfig
-from experiments import intervals, scores, study
+from experiments import intervals, scores, sequential, study
 from experiments.claims import Claim
 from experiments.estimate import spread
 from experiments.figures import accuracy_curves, curves_legend, figure
+from experiments.intervals import LEVEL
 from experiments.scores import Row, Runs
 
 NORMS = {"batch_norm": "batch norm", "none": "no batch norm"}
@@ -109,7 +110,7 @@ def workable(runs: Runs, norm: str, least: float) -> list[list[float]]:
 UNKNOWN = intervals.Interval(math.nan, math.nan, math.nan, 0)
 
 
-def largest_rates(runs: Runs, least: float) -> intervals.Interval:
+def largest_rates(runs: Runs, least: float, level: float = LEVEL) -> intervals.Interval:
     """Return log10 of the largest workable rate with norm to that without, by seed.
 
     A seed for which no rate works, with norm or without, does not count.
@@ -118,10 +119,10 @@ def largest_rates(runs: Runs, least: float) -> intervals.Interval:
     largest = [(math.log10(a[-1]), math.log10(b[-1])) for a, b in seeds if a and b]
     if not largest:
         return UNKNOWN
-    return intervals.of_difference(*zip(*largest, strict=True))
+    return intervals.of_difference(*zip(*largest, strict=True), level=level)
 
 
-def wider_bands(runs: Runs, least: float) -> intervals.Interval:
+def wider_bands(runs: Runs, least: float, level: float = LEVEL) -> intervals.Interval:
     """Return by how many decades the band of workable rates is wider with norm."""
     found = [workable(runs, norm, least) for norm in NORMS]
     if not any(map(any, found)):  # nothing to compare
@@ -130,7 +131,7 @@ def wider_bands(runs: Runs, least: float) -> intervals.Interval:
         [math.log10(rates[-1] / rates[0]) + 0.5 if rates else 0.0 for rates in of_seeds]
         for of_seeds in found
     )
-    return intervals.of_difference(with_norm, without)
+    return intervals.of_difference(with_norm, without, level=level)
 
 
 def claims_with(least: float, bar: str) -> tuple[Claim, Claim]:
@@ -139,7 +140,7 @@ def claims_with(least: float, bar: str) -> tuple[Claim, Claim]:
             "with batch norm the largest workable rate is at least 5 times that "
             f"without ({bar})",
             "log10 of the ratio of the largest workable rates",
-            value=lambda runs: largest_rates(runs, least),
+            value=lambda runs, level: largest_rates(runs, least, level),
             above=math.log10(5) - 0.01,
             reason="the paper's Inception trains at 5 times its rate with batch norm "
             "and not without; rates are half a decade apart, so a ratio is known "
@@ -148,7 +149,7 @@ def claims_with(least: float, bar: str) -> tuple[Claim, Claim]:
         Claim(
             f"with batch norm the band of workable rates is wider ({bar})",
             "difference of the bands' widths, decades",
-            value=lambda runs: wider_bands(runs, least),
+            value=lambda runs, level: wider_bands(runs, least, level),
             above=0.5,
             reason="a step of the grid",
         ),
@@ -163,6 +164,7 @@ def lengths(runs: Runs) -> str:
 STUDY = study.Study(
     name="learning_rates",
     place=3,
+    looks=sequential.once(3),
     design=Design,
     arms=arms,
     more_arms=longer,
@@ -202,7 +204,6 @@ STUDY = study.Study(
             y_label="accuracy",
         ),
     },
-    exact=False,
     smoke={"learning_rates": (0.1, 1.0, 10.0), "long_rates": 1},
 )
 

@@ -33,7 +33,7 @@ change less than seeds differ by.
 from __future__ import annotations
 
 from bn_jax.training.config import value_of
-from experiments import scores, study
+from experiments import scores, sequential, study
 from experiments.claims import LOSS_DIFFERENCE, THE_SIGN, TWO_DEVIATIONS, Claim
 from experiments.estimate import Statistic, largest_difference, mean, paired, spread
 from experiments.figures import figure, spreads
@@ -108,9 +108,9 @@ CLAIMS = (
         "momentum takes no part in training",
         "largest difference of an epoch's training loss, nats, over momenta from the "
         "same seed",
-        value=lambda runs: largest_difference(
+        value=lambda runs, level: largest_difference(
             lambda row: row["loss"], *momenta(runs).values()
-        )(runs),
+        )(runs, level=level),
         needs=(CHAPTER, FLAX),
         below=1e-6,
         reason="exactly 0, as the batch normalises; rounding of float32, were it "
@@ -180,6 +180,7 @@ ACCURACIES = {
 STUDY = study.Study(
     name="options",
     place=8,
+    looks=sequential.once(3),
     design=study.design(epochs=3, learning_rate=1.0),
     arms=ARMS,
     choice=option_of,

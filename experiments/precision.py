@@ -18,7 +18,7 @@ the claim is undecided; the ResNet's is the same to .002. On a CPU bfloat16 is s
 
 from __future__ import annotations
 
-from experiments import scores, study
+from experiments import scores, sequential, study
 from experiments.claims import LOSS_DIFFERENCE, Claim
 from experiments.estimate import paired, spread
 from experiments.figures import figure
@@ -50,7 +50,8 @@ CLAIMS = (
 STUDY = study.Study(
     name="precision",
     place=11,
-    design=study.design(epochs=2, seeds=5),
+    looks=sequential.once(5),
+    design=study.design(epochs=2),
     arms={
         "lenet": [{}],
         "lenet_bfloat16": [{"precision": "bfloat16"}],
@@ -75,7 +76,6 @@ STUDY = study.Study(
             "n = {n} seeds; line: least to greatest",
         )
     },
-    exact=False,
 )
 
 if __name__ == "__main__":

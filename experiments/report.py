@@ -1,19 +1,30 @@
 r"""Which claims hold? The index of the studies and their verdicts, in Markdown.
 
   python -m experiments.report
+  python -m experiments.report --check
 
 Reads the committed results, experiments/results/NAME/results.json, and writes them
-between two marks of experiments/README.md; a test keeps the two the same.
+between two marks of experiments/README.md. With --check it writes nothing: it judges
+every claim again from the committed rows, NAME/runs.jsonl, and says where a verdict, a
+number or the index is another; a test does the same.
 """
 
 from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from absl import flags
+
+from bn_jax.fields import ConfigError
+from bn_jax.runs import results as results_lib
+from experiments import launch, sequential
+from experiments.claims import CHECKED
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -46,14 +57,28 @@ def question(name: str) -> str:
     return doc.strip().splitlines()[0]
 
 
+def verdicts_of(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the verdicts on claims, without checks."""
+    return [v for v in results["verdicts"] if v["verdict"] not in CHECKED]
+
+
+def checks_of(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the checks."""
+    return [v for v in results["verdicts"] if v["verdict"] in CHECKED]
+
+
 def counts(results: Mapping[str, Any]) -> str:
-    """Return how many claims came out how."""
-    outcomes = [verdict["verdict"] for verdict in results["verdicts"]]
-    return ", ".join(
+    """Return how many claims came out how, and how many checks hold."""
+    outcomes = [verdict["verdict"] for verdict in verdicts_of(results)]
+    parts = [
         f"{outcomes.count(outcome)} {outcome}"
         for outcome in ("supported", "refuted", "undecided")
         if outcome in outcomes
-    )
+    ]
+    checks = [check["verdict"] for check in checks_of(results)]
+    if checks:
+        parts.append(f"{checks.count('holds')} of {len(checks)} checks hold")
+    return ", ".join(parts)
 
 
 def number(verdict: Mapping[str, Any]) -> str:
@@ -66,6 +91,23 @@ def number(verdict: Mapping[str, Any]) -> str:
     if low is None or high is None:
         return f"{value:.3g}, interval unknown"
     return f"{value:.3g} [{low:.3g}, {high:.3g}]"
+
+
+def largest_false_share(found: Iterable[Mapping[str, Any]]) -> tuple[int, float]:
+    """Return how many verdicts decide, and at most which share of them is wrong.
+
+    Args:
+      found: results of all studies, whose verdicts are counted together.
+    """
+    verdicts = [v for results in found for v in verdicts_of(results)]
+    verdicts = [v for v in verdicts if v["p"] is not None]
+    shares = sequential.false_discoveries([v["p"] for v in verdicts])
+    decided = [
+        share
+        for share, verdict in zip(shares, verdicts, strict=True)
+        if verdict["verdict"] != "undecided"
+    ]
+    return len(decided), max(decided, default=0.0)
 
 
 def command(name: str, results: Mapping[str, Any]) -> str:
@@ -91,27 +133,46 @@ def index(found: Mapping[str, Any]) -> list[str]:
         lines.append(
             f"| [{question(name)}](results/{name}) | {counts(results)} | "
             f"{_cell(first['statistic'])}: {number(first)} | "
-            f"{results['seeds']} seeds | {results['seconds'] / 60:.0f} min | "
+            f"{seeds(results)} seeds | {results['seconds'] / 60:.0f} min | "
             f"`{command(name, results)}` |"
         )
+    decided, share = largest_false_share(found.values())
+    lines += [
+        "",
+        f"{decided} verdicts decide. Of these, at most {share:.1%} are to be expected "
+        "wrong (the false-discovery rate of Benjamini and Hochberg over all verdicts).",
+    ]
     return lines
+
+
+def seeds(results: Mapping[str, Any]) -> str:
+    """Return by how many seeds claims were judged."""
+    numbers = [verdict["n"] for verdict in results["verdicts"]]
+    least, most = min(numbers), max(numbers)
+    return str(most) if least == most else f"{least}-{most}"
 
 
 def section(name: str, results: Mapping[str, Any]) -> list[str]:
     """Return a study's verdicts as a table, and its figures."""
     environment = results["environment"]
-    lines = [
-        f"### {question(name)}",
-        "",
-        "| claim | statistic | value [95% interval] | claimed | verdict |",
-        "|---|---|---|---|---|",
-        *(
-            f"| {_cell(v['claim'])} | {_cell(v['statistic'])} | {number(v)}, "
-            f"n = {v['n']} | "
-            f"{v['threshold']} | **{v['verdict']}** |"
-            for v in results["verdicts"]
-        ),
-        "",
+    verdicts, checks = verdicts_of(results), checks_of(results)
+    level = max((v["level"] for v in verdicts), default=0.95)
+    lines = [f"### {question(name)}", ""]
+    if verdicts:
+        lines += [
+            f"| claim | statistic | value [{level:.0%} interval] | claimed | verdict |",
+            "|---|---|---|---|---|",
+            *map(_line, verdicts),
+            "",
+        ]
+    if checks:
+        lines += [
+            "| check | what is measured | value | expected | |",
+            "|---|---|---|---|---|",
+            *map(_line, checks),
+            "",
+        ]
+    lines += [
         f"{results['runs']} runs; {results['epochs']} epochs where not said otherwise; "
         f"{results['data_source']}; jax {environment['jax']}, "
         f"{environment['device_count']} x {environment['device_kind']}.",
@@ -139,6 +200,56 @@ def updated(readme: str) -> str:
     return f"{before}{START}\n\n{page()}\n{END}{after}"
 
 
+def _line(verdict: Mapping[str, Any]) -> str:
+    """Return the line of a table for a verdict or a check."""
+    return (
+        f"| {_cell(verdict['claim'])} | {_cell(verdict['statistic'])} | "
+        f"{number(verdict)}, n = {verdict['n']} | {verdict['threshold']} | "
+        f"**{verdict['verdict']}** |"
+    )
+
+
+def differences(name: str) -> list[str]:
+    """Judge the committed rows of a study again; return what is not as committed."""
+    study = studies()[name].STUDY
+    rows = results_lib.read_rows(RESULTS / name / results_lib.ROWS)
+    committed = recorded()[name]["verdicts"]
+    judged = [verdict.to_dict() for verdict in study.verdicts(rows)]
+    if len(judged) != len(committed):
+        return [f"{name}: {len(committed)} verdicts committed, {len(judged)} judged"]
+    return [
+        f"{name}: {new['claim']}: {key} is {new[key]!r}, committed {old[key]!r}"
+        for old, new in zip(committed, judged, strict=True)
+        for key in new
+        if not _same(old[key], new[key])
+    ]
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Return whether values are equal but for rounding, which Pythons differ in."""
+    if isinstance(a, float) and isinstance(b, float):
+        return math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-12)
+    return bool(a == b)
+
+
+def main(argv: Sequence[str]) -> None:
+    launch.check_no_arguments(argv)
+    readme = README.read_text()
+    if not flags.FLAGS.check:
+        README.write_text(updated(readme))
+        print(f"written: {README}")
+        return
+    wrong = [line for name in recorded() for line in differences(name)]
+    if updated(readme) != readme:
+        wrong.append("the index is not made of the results: run without --check")
+    if wrong:
+        raise ConfigError("\n".join(wrong))
+    print(f"{len(recorded())} studies: verdicts, numbers and index are as committed")
+
+
+def define_flags() -> None:
+    flags.DEFINE_boolean("check", False, "Write nothing; say what is not as committed.")
+
+
 if __name__ == "__main__":
-    README.write_text(updated(README.read_text()))
-    print(f"written: {README}")
+    launch.start(main, define_flags)

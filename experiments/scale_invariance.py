@@ -34,7 +34,7 @@ from typing import Any
 
 from bn_jax import fields
 from bn_jax.training.config import TrainConfig
-from experiments import study
+from experiments import sequential, study
 from experiments.claims import Claim
 from experiments.estimate import mean, paired, spread
 from experiments.figures import figure
@@ -132,6 +132,7 @@ def norms_by_step(runs: Runs) -> Any:
 STUDY = study.Study(
     name="scale_invariance",
     place=4,
+    looks=sequential.once(3),
     design=Design,
     arms=arms,
     measure=weights.follow,

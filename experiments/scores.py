@@ -9,6 +9,7 @@ from typing import Any
 
 Row = dict[str, Any]  # a run, as a line of runs.jsonl
 Score = Callable[[Mapping[str, Any]], float]
+CHOOSING = "choosing"  # in a row: whether the run is one to choose by
 
 
 class NotTrained(LookupError):
@@ -20,20 +21,50 @@ class Runs(dict[Any, list[Row]]):
 
     The rows of a choice are in order of seeds, so that choices can be paired. A choice
     that has no rows raises `NotTrained`.
+
+    Attributes:
+      used: choices whose rows have been asked for.
+      choosing: runs by which choices were made before those that are judged.
     """
+
+    def __init__(self, rows: Mapping[Any, list[Row]] | None = None) -> None:
+        super().__init__(rows or {})
+        self.used: set[Any] = set()
+        self.choosing: dict[Any, list[Row]] = {}
 
     @classmethod
     def of(cls, rows: Iterable[Row], choice: Callable[[Row], Any]) -> Runs:
         """Group rows by their choices, in the order in which these first occur."""
-        found = cls()
+        found, choosing = cls(), cls()
         for row in rows:
-            found.setdefault(choice(row), []).append(row)
-        for of_choice in found.values():
+            of = choosing if row.get(CHOOSING) else found
+            of.setdefault(choice(row), []).append(row)
+        for of_choice in [*found.values(), *choosing.values()]:
             of_choice.sort(key=seed_of)
+        found.choosing = choosing
         return found
 
-    def __missing__(self, choice: Any) -> list[Row]:
-        raise NotTrained(choice)
+    def __getitem__(self, choice: Any) -> list[Row]:
+        if choice not in self:
+            raise NotTrained(choice)
+        self.used.add(choice)
+        return super().__getitem__(choice)
+
+    def look(self, first: int, count: int) -> Runs:
+        """Return the runs of some seeds, of the choices that were trained with all.
+
+        Args:
+          first: the least of them.
+          count: their number.
+        """
+        seeds = range(first, first + count)
+        found = {
+            choice: [row for row in rows if seed_of(row) in seeds]
+            for choice, rows in self.items()
+        }
+        runs = Runs({c: rows for c, rows in found.items() if len(rows) == count})
+        runs.choosing = self.choosing
+        return runs
 
     def find(self, choice: Any) -> list[Row]:
         """Return the rows of a choice, or of the one that a function of runs finds."""
@@ -41,7 +72,9 @@ class Runs(dict[Any, list[Row]]):
 
     def where(self, wanted: Callable[[Any], bool]) -> Runs:
         """Return the runs of some choices."""
-        return Runs({choice: rows for choice, rows in self.items() if wanted(choice)})
+        found = Runs({choice: rows for choice, rows in self.items() if wanted(choice)})
+        found.choosing = self.choosing
+        return found
 
     @property
     def rows(self) -> list[Row]:
@@ -101,3 +134,5 @@ moving_test_accuracy = final("test_accuracy")
 # Free of that noise: by exact statistics where they were measured, otherwise by those
 # of batches of 500 test images; without norm there is only one accuracy.
 test_accuracy = final("test_accuracy_exact", "test_accuracy_batch", "test_accuracy")
+# Of the part of the training images that is left out, to choose by.
+validation_accuracy = final("validation_accuracy")

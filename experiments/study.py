@@ -1,38 +1,44 @@
 """A study: a question, arms of runs, claims about them, and figures.
 
-The runs of an arm are trained as one sweep. The folder --workdir receives a folder for
-each arm, where a stopped sweep resumes; runs.jsonl, a row for each run; results.json
+A study is sequential: it trains a few seeds of every arm, judges its claims, trains
+more seeds of what those that are undecided compare, and so on; see
+`experiments.sequential`. Runs come from a pool that all studies share, where a stopped
+one resumes. The folder --workdir receives runs.jsonl, a row for each run; results.json
 with the verdicts; and the figures.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 from absl import flags
 
 from bn_jax import fields
 from bn_jax.data import ImageData
-from bn_jax.runs import results, sweeps
+from bn_jax.runs import results
 from bn_jax.training.config import RunOptions, TrainConfig
-from experiments import claims, flag_fields, launch
+from experiments import claims, flag_fields, launch, sequential
 from experiments.claims import Claim, Verdict
 from experiments.figures import Draw
-from experiments.scores import Row, Runs, arm_of
+from experiments.pool import Pool
+from experiments.scores import CHOOSING, Row, Runs, arm_of
+from experiments.sequential import Looks
 
 flags.disclaim_key_flags()  # --help of a study lists them as its own
 
 Fields = Mapping[str, Any]  # of `TrainConfig`
 # By name, the runs of an arm: the fields that are not the design's, for each choice.
 Arms = Mapping[str, Sequence[Fields]]
+Setting = tuple[str, int]  # an arm, and the number of one of its choices
 Measure = Callable[[Path, Sequence[TrainConfig], ImageData], tuple[list[Row], float]]
 
 ROWS = results.ROWS
+# A choice between arms is made on seeds of its own, by images that none trains on.
+CHOOSING_SEEDS, CHOOSING_IMAGES = range(5), 5000
 SMOKE = {"epochs": 1, "seeds": 2, "dataset": "sample"}
 ALL = ("all",)
 
@@ -47,8 +53,8 @@ class Design:
 
     epochs: int = fields.option_of(TrainConfig, "epochs")
     seeds: int = fields.option(
-        3,
-        "How many seeds, from 0, each choice is trained with.",
+        20,
+        "How many seeds, at most, each choice is judged by.",
         valid=fields.AT_LEAST_1,
     )
     dataset: str = fields.option_of(TrainConfig, "dataset")
@@ -61,19 +67,22 @@ class Design:
         """Check each field's type and range."""
         fields.check(self)
 
-    def configs(self, choices: Sequence[Fields]) -> list[TrainConfig]:
+    def configs(
+        self, choices: Sequence[Fields], seeds: Iterable[int] | None = None
+    ) -> list[TrainConfig]:
         """Return a config for each choice and seed.
 
         Args:
           choices: fields of `TrainConfig`. The others are the design's, where it has
             them, or have their defaults.
+          seeds: of each choice; by default all from 0.
         """
         shared = {f.name for f in dataclasses.fields(TrainConfig)} & vars(self).keys()
         common = {name: getattr(self, name) for name in shared}
         return [
             TrainConfig(**{**common, **choice, "seed": seed})
             for choice in choices
-            for seed in range(self.seeds)
+            for seed in (range(self.seeds) if seeds is None else seeds)
         ]
 
     def to_dict(self) -> Row:
@@ -113,12 +122,13 @@ class Study:
       design: a dataclass of what is chosen, with a flag for each field.
       arms: what is trained, from each seed; or a function of the design that returns
         it. An arm is one sweep: its runs may differ only in what a sweep can vary.
-      more_arms: returns further arms, from the design and the first arms' runs.
+      choosing: arms among which claims, or `more_arms`, choose. They are trained on
+        seeds of their own, with a part of the training images left out to choose by.
+      more_arms: returns further arms, from the design and the runs to choose by.
+      looks: when claims are judged.
       choice: the name, or other key, by which claims and figures know a run.
       claims: written before the runs.
       figures: by file name.
-      exact: whether to score runs by exact statistics, too.
-      train: whether to score runs on the training set, too.
       probe: measures a trained network, and returns what to add to its row; called with
         the row, the network's variables and the data.
       measure: trains an arm in place of a sweep; called with the arm's folder, the
@@ -131,12 +141,12 @@ class Study:
     place: int = 100
     design: type[Design] = Design
     arms: Arms | Callable[[Any], Arms]
+    choosing: Arms = dataclasses.field(default_factory=dict)
     more_arms: Callable[[Any, Runs], Arms] = lambda design, runs: {}
+    looks: Looks = sequential.LOOKS
     choice: Callable[[Row], Any] = arm_of
     claims: Sequence[Claim]
     figures: Mapping[str, Draw]
-    exact: bool = True
-    train: bool = False
     probe: Callable[[Row, Any, ImageData], Row] | None = None
     measure: Measure | None = None
     summary: Callable[[Runs], Row] = lambda runs: {}
@@ -163,8 +173,10 @@ class Study:
         return Runs.of(rows, self.choice)
 
     def verdicts(self, rows: Sequence[Row]) -> list[Verdict]:
-        """Judge the claims whose runs are among the rows."""
-        return claims.judge(self.claims, self.runs(rows))
+        """Judge the claims whose runs are among the rows, at the looks they allow."""
+        runs = self.runs(rows)
+        seeds = max(map(len, runs.values()), default=1)
+        return claims.judge(self.claims, runs, self.looks.until(seeds))
 
     def draw(self, rows: Sequence[Row], folder: Path) -> None:
         """Write the figures whose runs are among the rows."""
@@ -179,6 +191,11 @@ def start(study: Study) -> None:
 
 def _define_flags(study: Study) -> None:
     launch.define_run_flags()
+    flags.DEFINE_string(
+        "pool",
+        None,
+        "Folder of the runs that studies share; by default `pool` beside --workdir.",
+    )
     flag_fields.define(study.design)
     names = ", ".join(study.arms_of(study.design()))
     flags.FLAGS["arms"].help += f" Arms: {names}."
@@ -213,12 +230,25 @@ def _main(study: Study, argv: Sequence[str]) -> None:
 def run(study: Study, design: Design, folder: Path) -> None:
     """Train what is not trained yet; judge, draw and write."""
     data = launch.load_data(design.dataset)
-    rows, seconds = _train(study, study.arms_of(design), design, data, folder)
-    arms = study.more_arms(design, study.runs(rows))
-    more, more_seconds = _train(study, arms, design, data, folder)
-    rows, seconds = rows + more, seconds + more_seconds
+    trainer = _Trainer(study, design, data, folder)
+    chosen = trainer.choosing()
+    arms = dict(study.arms_of(design))
+    looks = study.looks.until(design.seeds)
+    wanted = _settings(arms)
+    for count in looks.seeds:
+        print(f"look at {count} seeds: {len(wanted)} settings", flush=True)
+        seeds = range(looks.first_seed, looks.first_seed + count)
+        trainer.reach(arms, wanted, seeds)
+        if count == looks.seeds[0]:
+            more = study.more_arms(design, study.runs([*chosen, *trainer.rows]))
+            trainer.reach(more, _settings(more), seeds)
+            arms.update(more)
+        rows = [*chosen, *trainer.rows]
+        verdicts = study.verdicts(rows)
+        wanted = _undecided(study, verdicts, trainer.trained)
+        if not wanted:
+            break
     results.write_rows(folder / ROWS, rows)
-    verdicts = study.verdicts(rows)
     study.draw(rows, folder)
     summary = {
         "verdicts": [verdict.to_dict() for verdict in verdicts],
@@ -226,7 +256,7 @@ def run(study: Study, design: Design, folder: Path) -> None:
         "runs": len(rows),
         **design.to_dict(),
         "data_source": data.source,
-        "seconds": seconds,
+        "seconds": sum(row["seconds"] for row in rows),
         "environment": results.environment(),
     }
     results.write_json(folder / results.RESULTS, summary)
@@ -234,47 +264,89 @@ def run(study: Study, design: Design, folder: Path) -> None:
     print(f"written to {folder}: {ROWS}, {results.RESULTS}, figures")
 
 
-def _train(
-    study: Study, arms: Arms, design: Design, data: ImageData, folder: Path
-) -> tuple[list[Row], float]:
-    """Return a row for each run, and the seconds that training took, with compilation.
+def _settings(arms: Arms) -> set[Setting]:
+    return {(arm, i) for arm, choices in arms.items() for i in range(len(choices))}
 
-    An arm that was trained before is read, with the seconds that it took then.
+
+def _undecided(
+    study: Study,
+    verdicts: Iterable[Verdict],
+    trained: Mapping[Setting, Sequence[Row]],
+) -> set[Setting]:
+    """Return the settings that claims without a decision use."""
+    used = {
+        choice
+        for verdict in verdicts
+        if verdict.verdict == "undecided"
+        for choice in verdict.used
+    }
+    return {
+        setting for setting, rows in trained.items() if study.choice(rows[0]) in used
+    }
+
+
+class _Trainer:
+    """Trains a study's arms, or finds their runs in the pool.
+
+    Attributes:
+      trained: the rows of each setting, in order of seeds.
     """
-    rows: list[Row] = []
-    seconds = 0.0
-    for arm, choices in arms.items():
-        configs = design.configs(choices)
+
+    def __init__(
+        self, study: Study, design: Design, data: ImageData, folder: Path
+    ) -> None:
+        self._study, self._design, self._data = study, design, data
+        self._folder = folder
+        options = flag_fields.read(RunOptions, flags.FLAGS)
+        pool = flags.FLAGS.pool
+        self._pool = Pool(Path(pool) if pool else folder.parent / "pool", options)
+        self.trained: dict[Setting, list[Row]] = collections.defaultdict(list)
+
+    @property
+    def rows(self) -> list[Row]:
+        """All rows but those to choose by."""
+        return [row for rows in self.trained.values() for row in rows]
+
+    def choosing(self) -> list[Row]:
+        """Train the runs to choose by, and return their rows."""
+        return [
+            {**row, CHOOSING: True}
+            for arm, choices in self._study.choosing.items()
+            for row in self._train(
+                arm,
+                [{**choice, "validation": CHOOSING_IMAGES} for choice in choices],
+                CHOOSING_SEEDS,
+            )
+        ]
+
+    def reach(self, arms: Arms, wanted: Collection[Setting], seeds: range) -> None:
+        """Train those of the settings that are wanted, with seeds they lack."""
+        for arm, choices in arms.items():
+            numbers = [i for i in range(len(choices)) if (arm, i) in wanted]
+            if not numbers:
+                continue
+            # All that are still wanted have been wanted at the look before.
+            missing = seeds[len(self.trained[arm, numbers[0]]) :]
+            rows = self._train(arm, [choices[i] for i in numbers], missing)
+            for place, row in enumerate(rows):
+                self.trained[arm, numbers[place // len(missing)]].append(row)
+
+    def _train(
+        self, arm: str, choices: Sequence[Fields], seeds: Sequence[int]
+    ) -> list[Row]:
+        """Return a row for each choice and seed."""
+        configs = self._design.configs(choices, seeds)
         print(f"{arm}: {len(configs)} runs", flush=True)
-        train = study.measure or functools.partial(_sweep, study)
-        of_arm, of_arm_seconds = train(folder / arm, configs, data)
-        rows += [{"arm": arm, **row} for row in of_arm]
-        seconds += of_arm_seconds
-    return rows, seconds
-
-
-def _sweep(
-    study: Study, folder: Path, configs: Sequence[TrainConfig], data: ImageData
-) -> tuple[list[Row], float]:
-    """Train an arm as a sweep; return its rows, and the seconds that it took."""
-    options = flag_fields.read(RunOptions, flags.FLAGS)
-    rows = sweeps.sweep(
-        configs,
-        data,
-        workdir=folder,
-        options=options,
-        exact=study.exact,
-        train=study.train,
-    )
-    speed = results.read_object(folder / results.RESULTS)
-    common = {"examples_per_second": speed["examples_per_second"]}
-    rows = [{**common, **row} for row in rows]
-    if study.probe is not None:
-        variables = sweeps.load_variables(folder)
-        for i, row in enumerate(rows):
-            own = jax.tree.map(lambda leaf, i=i: leaf[i], variables)
-            row.update(study.probe(row, own, data))
-    return rows, speed["seconds"] + speed["compile_seconds"]
+        if self._study.measure is not None:
+            folder = self._folder / f"{arm}-{seeds[0]}-{seeds[-1]}"
+            rows, seconds = self._study.measure(folder, configs, self._data)
+            return [{"arm": arm, "seconds": seconds / len(rows), **row} for row in rows]
+        members = self._pool.train(configs, self._data, name=arm)
+        rows = [{"arm": arm, **member.row} for member in members]
+        if self._study.probe is not None:
+            for row, member in zip(rows, members, strict=True):
+                row.update(self._study.probe(row, member.variables(), self._data))
+        return rows
 
 
 def _print(verdicts: Sequence[Verdict]) -> None:

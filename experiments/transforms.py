@@ -32,7 +32,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments import scores, study
+from experiments import scores, sequential, study
 from experiments.claims import LOSS_DIFFERENCE, THE_SIGN, Claim
 from experiments.estimate import Statistic, exactly, paired, spread_of
 from experiments.figures import figure, spreads
@@ -193,6 +193,7 @@ def matrices(runs: Runs) -> Any:
 STUDY = study.Study(
     name="transforms",
     place=9,
+    looks=sequential.once(3),
     design=study.design(epochs=3, learning_rate=1.0),
     arms=ARMS,
     claims=CLAIMS,
@@ -225,7 +226,6 @@ STUDY = study.Study(
             "LeNet",
         ),
     },
-    exact=False,
     probe=covariances,
     summary=summary,
     smoke={"arms": ("batch_norm", "layer", "zca-16")},

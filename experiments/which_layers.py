@@ -23,7 +23,7 @@ from __future__ import annotations
 import itertools
 
 from bn_jax.training.config import value_of
-from experiments import scores, study
+from experiments import scores, sequential, study
 from experiments.claims import LOSS_DIFFERENCE, Claim
 from experiments.estimate import Statistic, best, mean_effect, paired
 from experiments.figures import figure, spreads
@@ -91,6 +91,7 @@ def titles(runs: Runs) -> dict[str, str]:
 STUDY = study.Study(
     name="which_layers",
     place=5,
+    looks=sequential.once(3),
     design=study.design(epochs=5, learning_rate=1.0),
     arms={"subsets": [{"model": f"lenet:norm_layers={subset}"} for subset in SUBSETS]},
     choice=subset_of,
@@ -118,7 +119,6 @@ STUDY = study.Study(
             reference=0.0,
         ),
     },
-    exact=False,
 )
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from experiments import claims, estimate, scores
+from experiments import claims, estimate, scores, sequential
 from experiments.claims import Claim
 from experiments.intervals import Interval
 from experiments.scores import NotTrained, Runs
@@ -16,6 +16,9 @@ def runs(**losses):
         for seed, loss in reversed(list(enumerate(of_arm)))
     ]
     return Runs.of(rows, scores.arm_of)
+
+
+ONCE = sequential.once(2)
 
 
 def claim(value, **bounds):
@@ -96,9 +99,9 @@ def test_largest_difference_is_over_choices_of_one_seed_and_all_values():
 
 
 def test_magnitude_turns_a_negative_interval_round():
-    negative = estimate.magnitude(lambda runs: Interval(-2.0, -3.0, 1.0, 4))
+    negative = estimate.magnitude(lambda runs, level: Interval(-2.0, -3.0, 1.0, 4))
     assert negative({}) == (2.0, -1.0, 3.0, 4)
-    positive = estimate.magnitude(lambda runs: Interval(2.0, -1.0, 3.0, 4))
+    positive = estimate.magnitude(lambda runs, level: Interval(2.0, -1.0, 3.0, 4))
     assert positive({}) == (2.0, -1.0, 3.0, 4)
 
 
@@ -138,13 +141,14 @@ def test_mean_effect_is_a_mean_over_pairs_for_each_seed():
 def test_verdict_is_by_the_whole_interval(low, high, bounds, expected):
     middle = 0.0 if math.isinf(high) else (low + high) / 2
     interval = Interval(middle, low, high, 3)
-    found = claim(lambda runs: interval, **bounds).judge(runs())
-    assert found.verdict == expected
+    found = claim(lambda runs, level: interval, **bounds).outcome(interval)
+    assert found == expected
 
 
 def test_statistic_that_could_not_be_computed_decides_nothing():
     unknown = Interval(math.nan, math.nan, math.nan, 0)
-    assert claim(lambda runs: unknown, above=0.0).judge(runs()).verdict == "undecided"
+    found = claim(lambda runs, level: unknown, above=0.0).judge(runs(), ONCE)
+    assert (found.verdict, found.p) == ("undecided", None)
 
 
 @pytest.mark.parametrize(
@@ -159,27 +163,80 @@ def test_statistic_that_could_not_be_computed_decides_nothing():
 )
 def test_interval_that_is_none_is_refused(interval):
     with pytest.raises(ValueError, match="no interval; expected low <= value <= high"):
-        claim(lambda runs: interval, above=0.0).judge(runs())
+        claim(lambda runs, level: interval, above=0.0).judge(runs(), ONCE)
 
 
 def test_one_run_decides_only_what_is_exact():
     found = runs(a=[1.0], b=[1.0])
     for statistic, expected in (
-        (lambda runs: Interval(1.0, 1.0, 1.0, 1), "undecided"),
+        (lambda runs, level: Interval(1.0, 1.0, 1.0, 1), "undecided"),
         (estimate.mean(scores.loss, "a"), "undecided"),
         (estimate.spread(scores.loss, "a"), "undecided"),
         (estimate.magnitude(estimate.spread(scores.loss, "a")), "undecided"),
-        (estimate.exactly(lambda runs: 1.0), "supported"),
-        (estimate.magnitude(estimate.exactly(lambda runs: -1.0)), "supported"),
-        (estimate.largest(scores.loss, "a"), "supported"),
+        (estimate.exactly(lambda runs: 1.0), "holds"),
+        (estimate.magnitude(estimate.exactly(lambda runs: -1.0)), "holds"),
+        (estimate.largest(scores.loss, "a"), "holds"),
     ):
-        assert claim(statistic, above=0.0).judge(found).verdict == expected
-        refuted = "refuted" if expected == "supported" else expected
-        assert claim(statistic, below=0.0).judge(found).verdict == refuted
+        one = sequential.once(1)
+        assert claim(statistic, above=0.0).judge(found, one).verdict == expected
+        other = "fails" if expected == "holds" else expected
+        assert claim(statistic, below=0.0).judge(found, one).verdict == other
     apart = estimate.largest_difference(lambda row: row["loss"], "a", "b")
-    assert claim(apart, above=-1.0).judge(found).verdict == "supported"
-    two = estimate.spread(scores.loss, "a")
-    assert claim(two, above=0.0).judge(runs(a=[1.0, 2.0])).verdict == "supported"
+    assert claim(apart, above=-1.0).judge(found, sequential.once(1)).verdict == "holds"
+
+
+def test_first_look_that_decides_gives_the_verdict():
+    # The first two differences are of both signs, the first four of one, then one is
+    # far off: at six the interval would hold 0 again.
+    losses = [-0.1, 1.0, 1.1, 1.2, 1.0, -9.0]
+    looks = sequential.Looks((2, 4, 6), 0.8)
+    statistic = estimate.mean(scores.loss, "a")
+    found = claim(statistic, above=0.0).judge(runs(a=losses), looks)
+    assert (found.verdict, found.interval.n, found.level) == ("supported", 4, 0.8)
+    assert found.interval == statistic(runs(a=losses[:4]), level=0.8)
+    # With what has been trained so far.
+    found = claim(statistic, above=0.0).judge(runs(a=losses[:3]), looks)
+    assert (found.verdict, found.interval.n) == ("undecided", 2)
+    with pytest.raises(NotTrained):
+        claim(statistic, above=0.0).judge(runs(a=losses[:1]), looks)
+
+
+def test_seeds_that_judge_are_not_those_that_chose():
+    rows = [
+        {"arm": arm, "seed": seed, "loss": [loss], **more}
+        for arm, of_arm in {"a": [3.0, 4.0], "b": [1.0, 2.0]}.items()
+        for seed, loss in enumerate(of_arm)
+        for more in ({"choosing": True}, {})
+    ]
+    rows += [
+        {"arm": arm, "seed": 2 + seed, "loss": [loss]}
+        for arm, of_arm in {"a": [0.0, 1.0], "b": [7.0, 9.0]}.items()
+        for seed, loss in enumerate(of_arm)
+    ]
+    of = Runs.of(rows, scores.arm_of)
+    best = estimate.chosen(scores.loss, lambda arm: True, lowest=True)
+    looks = sequential.once(2)._replace(first_seed=2)
+    found = claim(estimate.mean(scores.loss, best), above=0.0).judge(of, looks)
+    assert found.interval.value == 8.0  # of b, though a is lower now
+    assert found.used == {"b"}
+
+
+def test_p_value_is_that_of_the_t_test_times_the_looks():
+    from scipy import stats
+
+    losses = [0.3, 0.9, 0.4, 1.3]
+    p = stats.ttest_1samp(losses, 0.1).pvalue
+    statistic = estimate.mean(scores.loss, "a")
+    once = claim(statistic, above=0.1).judge(runs(a=losses), sequential.once(4))
+    assert once.p == pytest.approx(p, rel=2e-3)
+    looks = sequential.Looks((4, 8), 0.975)
+    twice = claim(statistic, above=0.1).judge(runs(a=losses), looks)
+    assert twice.p == pytest.approx(2 * p, rel=2e-3)
+    # Of two bounds, which it is to lie between: the larger of both.
+    between = claim(statistic, above=0.1, below=1.6)
+    upper = stats.ttest_1samp(losses, 1.6).pvalue
+    found = between.judge(runs(a=losses), sequential.once(4))
+    assert found.p == pytest.approx(max(p, upper), rel=2e-3)
 
 
 def test_mean_of_equal_values_lies_between_the_least_and_the_greatest():
@@ -188,7 +245,8 @@ def test_mean_of_equal_values_lies_between_the_least_and_the_greatest():
 
 
 def test_verdict_is_written_as_json_holds_it():
-    found = claim(estimate.mean(scores.loss, "a"), above=0.25).judge(runs(a=[0.5]))
+    given = claim(estimate.mean(scores.loss, "a"), above=0.25)
+    found = given.judge(runs(a=[0.5]), sequential.once(1))
     assert found.to_dict() == {
         "claim": "it learns",
         "statistic": "loss, nats",
@@ -196,6 +254,8 @@ def test_verdict_is_written_as_json_holds_it():
         "low": None,
         "high": None,
         "n": 1,
+        "level": 0.95,
+        "p": 1.0,
         "threshold": "> 0.25",
         "reason": "why",
         "verdict": "undecided",
@@ -217,7 +277,7 @@ def test_claims_are_judged_whose_runs_were_trained():
         claim(losses["a"], above=0),
         claim(losses["c"], above=0, needs=["a", "d"]),
     ]
-    found = claims.judge(given, runs(a=[1.0, 1.0], c=[2.0, 2.0]))
+    found = claims.judge(given, runs(a=[1.0, 1.0], c=[2.0, 2.0]), ONCE)
     assert [verdict.interval.value for verdict in found] == [1.0]
 
 
@@ -230,5 +290,5 @@ def test_words_of_a_claim_come_from_the_runs():
         reason="",
         words={"best": estimate.best(scores.loss, lambda arm: True)},
     )
-    found = given.judge(runs(a=[1.0, 1.0], b=[2.0, 2.0]))
+    found = given.judge(runs(a=[1.0, 1.0], b=[2.0, 2.0]), ONCE)
     assert (found.claim, found.statistic) == ("b is best", "loss of b")

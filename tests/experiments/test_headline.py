@@ -76,8 +76,8 @@ def test_agreement_is_the_largest_difference_over_seeds():
     runs = headline.STUDY.runs(given)
     assert headline.layers_differ_at(1)(runs).value == 0.25
     assert headline.layers_differ_at(20)(runs).value == 0.5
-    assert verdict("the same function", given).verdict == "refuted"
-    assert verdict("the same function", rows()).verdict == "supported"
+    assert verdict("the same function", given).verdict == "fails"
+    assert verdict("the same function", rows()).verdict == "holds"
 
 
 def test_scores_are_paired_by_seed():

@@ -19,7 +19,7 @@ each changes no logit by more than 9e-15, and without their 226 numbers (44,652 
 
 from __future__ import annotations
 
-from experiments import scores, sequential, study
+from experiments import scores, study
 from experiments.claims import LOSS_DIFFERENCE, Claim
 from experiments.estimate import largest, largest_difference, paired, spread
 from experiments.figures import figure
@@ -64,7 +64,6 @@ CLAIMS = (
 STUDY = study.Study(
     name="bias",
     place=2,
-    looks=sequential.once(5),
     design=study.design(epochs=2, learning_rate=1.0),
     arms={
         "with_bias": [{}],

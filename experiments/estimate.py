@@ -47,14 +47,34 @@ def paired(
     return statistic
 
 
-def paired_by_ranks(score: Score, choice: Choice, other: Choice) -> Statistic:
-    """Return the centre of the differences of pairs, by Wilcoxon's signed ranks."""
+def by_ranks(score: Score, choice: Choice) -> Statistic:
+    """Return the centre of a score's distribution, by Wilcoxon's signed ranks."""
 
     def statistic(runs: Runs, *, level: float = LEVEL) -> Interval:
-        a, b = (_scores(runs, score, each) for each in (choice, other))
-        return intervals.by_ranks(
-            [x - y for x, y in zip(a, b, strict=True)], level=level
-        )
+        return intervals.by_ranks(_scores(runs, score, choice), level=level)
+
+    return statistic
+
+
+def of_seeds(
+    score: Score,
+    combine: Callable[..., float],
+    *choices: Choice,
+    scale: Scale | None = None,
+) -> Statistic:
+    """Return the mean over seeds of a number made of the scores of several choices.
+
+    Args:
+      score: of a run.
+      combine: called with the scores of one seed, in the order of the choices.
+      *choices: two or more.
+      scale: see `intervals.of_mean`.
+    """
+
+    def statistic(runs: Runs, *, level: float = LEVEL) -> Interval:
+        of_choices = [_scores(runs, score, choice) for choice in choices]
+        values = [combine(*values) for values in zip(*of_choices, strict=True)]
+        return intervals.of_mean(values, level=level, scale=scale)
 
     return statistic
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from experiments.estimate import Choice, spread
-from experiments.scores import NotTrained, Runs, Score, seed_of
+from experiments.scores import NotTrained, Runs, Score
 
 Draw = Callable[[Runs, Path], None]  # writes an image, unless there is nothing to draw
 Kind = Literal[
@@ -30,8 +30,9 @@ def figure(
       panels: nested dicts as that function takes them, with statistics in place of
         numbers. Any part may be a function of the runs that returns the part. What was
         not trained is left out.
-      note: a line above. `{n}` stands for the number of seeds, and `{epochs}`, for
-        example, for that field of the first run's config.
+      note: a line above. `{n}` stands for the number of seeds, from the least to the
+        greatest of a choice, and `{epochs}`, for example, for that field of the first
+        run's config.
       of: whether a choice of runs is drawn.
       **options: further arguments of the function.
     """
@@ -43,10 +44,12 @@ def figure(
         found = _evaluate(panels, runs)
         if not found:
             return
-        seeds = {seed_of(row) for row in runs.rows}
+        numbers = {len(rows) for rows in runs.values()}
+        least, most = min(numbers), max(numbers)
+        n = str(most) if least == most else f"{least}-{most}"
         config = runs.rows[0].get("config", {})
         given = {name: _evaluate(option, runs) for name, option in options.items()}
-        line = (note(runs) if callable(note) else note).format(n=len(seeds), **config)
+        line = (note(runs) if callable(note) else note).format(n=n, **config)
         getattr(plots, kind)(found, note=line, path=path, **given)
 
     return draw

@@ -33,7 +33,7 @@ change less than seeds differ by.
 from __future__ import annotations
 
 from bn_jax.training.config import value_of
-from experiments import scores, sequential, study
+from experiments import scores, study
 from experiments.claims import LOSS_DIFFERENCE, THE_SIGN, TWO_DEVIATIONS, Claim
 from experiments.estimate import Statistic, largest_difference, mean, paired, spread
 from experiments.figures import figure, spreads
@@ -103,6 +103,10 @@ def first_steps_differ(option: str, other: str) -> Statistic:
     return largest_difference(lambda row: row["first_step_losses"], option, other)
 
 
+def distance_to_exact(row: Row) -> float:
+    return abs(scores.test_accuracy(row) - scores.moving_test_accuracy(row))
+
+
 CLAIMS = (
     Claim(
         "momentum takes no part in training",
@@ -130,11 +134,19 @@ CLAIMS = (
     Claim(
         "a slower average predicts better: Flax's and Keras's momentum of .99, to the "
         "chapter's and PyTorch's .9",
-        "paired difference of the test accuracy, moving averages",
+        "paired difference of the test accuracy, moving averages, after the last epoch",
         value=paired(scores.moving_test_accuracy, FLAX, CHAPTER),
         above=0.0,
         reason=f"{THE_SIGN}: at rate 1.0 averages over 10 steps are noisy, those over "
         "100 lag behind",
+    ),
+    Claim(
+        "a slower average ends farther from the exact statistics: .99, to .9",
+        "paired difference of the absolute difference of the test accuracy by moving "
+        "averages and by exact statistics",
+        value=paired(distance_to_exact, FLAX, CHAPTER),
+        above=0.0,
+        reason=f"{THE_SIGN}; in the rows of three seeds it was .035 [.026, .044]",
     ),
     Claim(
         "Keras's epsilon of 1e-3 trains like 1e-5",
@@ -180,7 +192,6 @@ ACCURACIES = {
 STUDY = study.Study(
     name="options",
     place=8,
-    looks=sequential.once(3),
     design=study.design(epochs=3, learning_rate=1.0),
     arms=ARMS,
     choice=option_of,

@@ -136,3 +136,4 @@ moving_test_accuracy = final("test_accuracy")
 test_accuracy = final("test_accuracy_exact", "test_accuracy_batch", "test_accuracy")
 # Of the part of the training images that is left out, to choose by.
 validation_accuracy = final("validation_accuracy")
+validation_loss = final("validation_loss")

@@ -25,7 +25,7 @@ from experiments import claims, flag_fields, launch, sequential
 from experiments.claims import Claim, Verdict
 from experiments.figures import Draw
 from experiments.pool import Pool
-from experiments.scores import CHOOSING, Row, Runs, arm_of
+from experiments.scores import CHOOSING, Row, Runs, arm_of, validation_accuracy
 from experiments.sequential import Looks
 
 flags.disclaim_key_flags()  # --help of a study lists them as its own
@@ -124,6 +124,8 @@ class Study:
         it. An arm is one sweep: its runs may differ only in what a sweep can vary.
       choosing: arms among which claims, or `more_arms`, choose. They are trained on
         seeds of their own, with a part of the training images left out to choose by.
+      rates: learning rates that each arm is tried at in that way; it is then trained at
+        the one of the highest validation accuracy.
       more_arms: returns further arms, from the design and the runs to choose by.
       looks: when claims are judged.
       choice: the name, or other key, by which claims and figures know a run.
@@ -142,6 +144,7 @@ class Study:
     design: type[Design] = Design
     arms: Arms | Callable[[Any], Arms]
     choosing: Arms = dataclasses.field(default_factory=dict)
+    rates: Sequence[float] = ()
     more_arms: Callable[[Any, Runs], Arms] = lambda design, runs: {}
     looks: Looks = sequential.LOOKS
     choice: Callable[[Row], Any] = arm_of
@@ -232,7 +235,8 @@ def run(study: Study, design: Design, folder: Path) -> None:
     data = launch.load_data(design.dataset)
     trainer = _Trainer(study, design, data, folder)
     chosen = trainer.choosing()
-    arms = dict(study.arms_of(design))
+    tried, arms = trainer.tuned(study.arms_of(design))
+    chosen += tried
     looks = study.looks.until(design.seeds)
     wanted = _settings(arms)
     for count in looks.seeds:
@@ -310,14 +314,37 @@ class _Trainer:
     def choosing(self) -> list[Row]:
         """Train the runs to choose by, and return their rows."""
         return [
-            {**row, CHOOSING: True}
+            row
             for arm, choices in self._study.choosing.items()
-            for row in self._train(
-                arm,
-                [{**choice, "validation": CHOOSING_IMAGES} for choice in choices],
-                CHOOSING_SEEDS,
-            )
+            for row in self._choosing(arm, choices)
         ]
+
+    def tuned(self, arms: Arms) -> tuple[list[Row], dict[str, Sequence[Fields]]]:
+        """Return the runs that tried the study's rates, and arms at the best ones."""
+        rates = self._study.rates
+        if not rates:
+            return [], dict(arms)
+        rows, tuned = [], {}
+        for arm, choices in arms.items():
+            tried = [{**of, "learning_rate": rate} for of in choices for rate in rates]
+            found = self._choosing(arm, tried)
+            rows += found
+            seeds = len(CHOOSING_SEEDS)
+            sums = [
+                sum(map(validation_accuracy, found[i * seeds : (i + 1) * seeds]))
+                for i in range(len(tried))
+            ]
+            tuned[arm] = [
+                tried[max(range(i, i + len(rates)), key=sums.__getitem__)]
+                for i in range(0, len(tried), len(rates))
+            ]
+        return rows, tuned
+
+    def _choosing(self, arm: str, choices: Sequence[Fields]) -> list[Row]:
+        """Return the rows of runs to choose by."""
+        with_validation = [{**of, "validation": CHOOSING_IMAGES} for of in choices]
+        rows = self._train(f"{arm}-choosing", with_validation, CHOOSING_SEEDS)
+        return [{**row, "arm": arm, CHOOSING: True} for row in rows]
 
     def reach(self, arms: Arms, wanted: Collection[Setting], seeds: range) -> None:
         """Train those of the settings that are wanted, with seeds they lack."""

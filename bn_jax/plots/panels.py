@@ -106,8 +106,10 @@ def by_choice(
     x_label: str,
     note: str,
     path: Path,
+    *,
+    x_scale: str = "log",
 ) -> None:
-    """Draw what comes of a choice, such as a rate, on a logarithmic axis.
+    """Draw what comes of a choice, such as a rate.
 
     Args:
       panels: for each panel's y label and each arm, (value, low, high, ...) by choice.
@@ -115,6 +117,7 @@ def by_choice(
       x_label: of the choices.
       note: a line above.
       path: of the image to write.
+      x_scale: of their axis, as Matplotlib calls it.
     """
     figure = style.figure(1 + 3.7 * len(panels), 3.6, note)
     grid = figure.subplots(1, len(panels), squeeze=False)
@@ -122,7 +125,7 @@ def by_choice(
         for i, (arm, by_value) in enumerate(arms.items()):
             colour = COLOURS.get(arm, ARM_COLOURS[i % len(ARM_COLOURS)])
             _line(axes, by_value, ".-", color=colour, label=titles[arm])
-        axes.set_xscale("log")
+        axes.set_xscale(x_scale)
         style.finish(axes, x_label, y_label)
     grid[0][0].legend(fontsize=8, frameon=False)
     style.save(figure, path)

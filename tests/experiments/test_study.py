@@ -294,7 +294,7 @@ PARTS = {
         None,
     ),
     "scale_invariance": ([("batch_norm", 10.0), ("none", 10.0)], 0, None),
-    "which_layers": (("1111", "0011"), 1, {"which_layers.png"}),
+    "which_layers": (("1111", "0011"), 1, {"which_layers.png", "by_number.png"}),
     "dropout": (
         ("few-none", "few-dropout_30", "few-batch_norm"),
         2,

@@ -301,6 +301,7 @@ class _Trainer:
     ) -> None:
         self._study, self._design, self._data = study, design, data
         self._folder = folder
+        self._choosing_seeds = CHOOSING_SEEDS[: design.seeds]
         options = flag_fields.read(RunOptions, flags.FLAGS)
         pool = flags.FLAGS.pool
         self._pool = Pool(Path(pool) if pool else folder.parent / "pool", options)
@@ -329,7 +330,7 @@ class _Trainer:
             tried = [{**of, "learning_rate": rate} for of in choices for rate in rates]
             found = self._choosing(arm, tried)
             rows += found
-            seeds = len(CHOOSING_SEEDS)
+            seeds = len(self._choosing_seeds)
             sums = [
                 sum(map(validation_accuracy, found[i * seeds : (i + 1) * seeds]))
                 for i in range(len(tried))
@@ -343,7 +344,7 @@ class _Trainer:
     def _choosing(self, arm: str, choices: Sequence[Fields]) -> list[Row]:
         """Return the rows of runs to choose by."""
         with_validation = [{**of, "validation": CHOOSING_IMAGES} for of in choices]
-        rows = self._train(f"{arm}-choosing", with_validation, CHOOSING_SEEDS)
+        rows = self._train(f"{arm}-choosing", with_validation, self._choosing_seeds)
         return [{**row, "arm": arm, CHOOSING: True} for row in rows]
 
     def reach(self, arms: Arms, wanted: Collection[Setting], seeds: range) -> None:

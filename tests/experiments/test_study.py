@@ -441,7 +441,7 @@ def test_runs_to_choose_by_have_their_own_seeds_and_images(looking, tmp_path):
     looking("--epochs=1", "--seeds=2", first=5, choosing=choosing)
     rows = results_lib.read_rows(tmp_path / "run" / "runs.jsonl")
     tried = [row for row in rows if row["arm"] == "tried"]
-    assert [row["config"]["seed"] for row in tried] == [0, 1, 2, 3, 4]
+    assert [row["config"]["seed"] for row in tried] == [0, 1]  # of at most 5
     assert {row["config"]["validation"] for row in tried} == {5000}
     assert all(row["choosing"] for row in tried)
     others = [row for row in rows if row["arm"] != "tried"]

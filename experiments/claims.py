@@ -158,7 +158,10 @@ class Claim:
         intervals.check(found)
         if not (found.n > 1 or isinstance(found, Exact)):
             return "undecided"
-        if found.low > self.above and found.high < self.below:
+        # An end may be infinite: a bound of which nothing is claimed is no bound.
+        above = math.isinf(self.above) or found.low > self.above
+        below = math.isinf(self.below) or found.high < self.below
+        if above and below:
             return "supported"
         if found.high <= self.above or found.low >= self.below:
             return "refuted"

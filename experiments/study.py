@@ -34,7 +34,9 @@ Fields = Mapping[str, Any]  # of `TrainConfig`
 # By name, the runs of an arm: the fields that are not the design's, for each choice.
 Arms = Mapping[str, Sequence[Fields]]
 Setting = tuple[str, int]  # an arm, and the number of one of its choices
-Measure = Callable[[Path, Sequence[TrainConfig], ImageData], tuple[list[Row], float]]
+Measure = Callable[
+    [str, Path, Sequence[TrainConfig], ImageData], tuple[list[Row], float]
+]
 
 ROWS = results.ROWS
 # A choice between arms is made on seeds of its own, by images that none trains on.
@@ -133,7 +135,7 @@ class Study:
       figures: by file name.
       probe: measures a trained network, and returns what to add to its row; called with
         the row, the network's variables and the data.
-      measure: trains an arm in place of a sweep; called with the arm's folder, the
+      measure: trains an arm in place of a sweep; called with the arm, a folder, the
         configs and the data, it returns a row for each config, and seconds.
       summary: more for results.json.
       smoke: fields of the design that --smoke sets besides those of `SMOKE`.
@@ -367,7 +369,7 @@ class _Trainer:
         print(f"{arm}: {len(configs)} runs", flush=True)
         if self._study.measure is not None:
             folder = self._folder / f"{arm}-{seeds[0]}-{seeds[-1]}"
-            rows, seconds = self._study.measure(folder, configs, self._data)
+            rows, seconds = self._study.measure(arm, folder, configs, self._data)
             return [{"arm": arm, "seconds": seconds / len(rows), **row} for row in rows]
         members = self._pool.train(configs, self._data, name=arm)
         rows = [{"arm": arm, **member.row} for member in members]

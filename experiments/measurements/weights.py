@@ -23,6 +23,7 @@ from bn_jax.training.state import init_state
 from bn_jax.training.task import Task, make_network
 from experiments.scores import Row
 
+HELD = "held"
 LAYERS = ("conv1", "conv2", "dense1", "dense2")  # of LeNet, each before a norm
 
 
@@ -37,12 +38,13 @@ class Probed(NamedTuple):
 
 
 def follow(
-    folder: Path, configs: Sequence[TrainConfig], data: ImageData
+    arm: str, folder: Path, configs: Sequence[TrainConfig], data: ImageData
 ) -> tuple[list[Row], float]:
     """Train configs that differ in rate and seed; keep what happens to the weights.
 
-    Plain SGD at a constant rate, whatever the configs say. Runs that the folder holds
-    are read.
+    Plain SGD at a constant rate, whatever the configs say; in the arm `HELD` the norm
+    of each of the weights is brought back after every step to what it was at the start.
+    Runs that the folder holds are read.
 
     Returns:
       A row for each run, as `summarize` returns it, and the seconds of all runs.
@@ -56,7 +58,7 @@ def follow(
         rate, seed = config.learning_rate, config.seed
         if (rate, seed) in done:
             continue
-        run = run or compiled(config, data)
+        run = run or compiled(config, data, held=arm == HELD)
         print(f"rate {rate:g}, seed {seed}", flush=True)
         started = time.perf_counter()
         row = {"learning_rate": rate, "seed": seed, **summarize(run(rate, seed))}
@@ -81,14 +83,37 @@ def probe() -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: (zeros,) * 3, update)
 
 
-def compiled(config: TrainConfig, data: ImageData) -> Callable[[float, int], Probed]:
+def hold() -> optax.GradientTransformation:
+    """Return a link of an optimizer's chain after which weights keep their norm."""
+
+    def kernels(params: Any) -> list[Array]:
+        return [params[name]["kernel"] for name in LAYERS]
+
+    def init(params: Any) -> list[Array]:
+        return [jnp.linalg.norm(kernel) for kernel in kernels(params)]
+
+    def update(updates: Any, norms: list[Array], params: Any) -> tuple[Any, Any]:
+        held = dict(updates)
+        for name, old, norm in zip(LAYERS, kernels(params), norms, strict=True):
+            new = old + updates[name]["kernel"]
+            kernel = new * (norm / jnp.linalg.norm(new)) - old
+            held[name] = {**updates[name], "kernel": kernel}
+        return held, norms
+
+    return optax.GradientTransformation(init, update)  # type: ignore[arg-type]
+
+
+def compiled(
+    config: TrainConfig, data: ImageData, *, held: bool = False
+) -> Callable[[float, int], Probed]:
     """Return a function of rate and seed that trains; it is compiled only once."""
     network = make_network(config, Task.of(config, data))
     steps_per_epoch = len(data.train.labels) // config.batch_size
     stored = step_lib.Batch(*map(jnp.asarray, data.train))
 
     def optimizer_of(rate: float | Array) -> optax.GradientTransformation:
-        return optax.chain(probe(), optax.sgd(rate))
+        links = [probe(), optax.sgd(rate), *([hold()] if held else [])]
+        return optax.chain(*links)
 
     @jax.jit
     def epoch(rate: Array, state: Any, order: Array) -> Any:
@@ -145,6 +170,7 @@ def summarize(probed: Probed) -> Row:
         "sum_of_squared_gradients": gradients.tolist(),
         "drawn_steps": list(range(0, len(squared), every)),
         "squared_norm": squared[::every].tolist(),
+        "abs_cosine": np.abs(probed.cosine)[::every].mean(1).tolist(),
         "final_squared_norm": squared[-1].tolist(),
         "final_accuracy": float(np.mean(probed.accuracy[-100:])),
     }

@@ -136,10 +136,14 @@ def test_mean_effect_is_a_mean_over_pairs_for_each_seed():
         (-0.1, 0.6, {"above": 0.0, "below": 0.5}, "undecided"),
         (0.5, 0.6, {"above": 0.0, "below": 0.5}, "refuted"),
         (-math.inf, math.inf, {"above": 0.0}, "undecided"),
+        (-math.inf, math.inf, {"below": 0.0}, "undecided"),
+        (0.1, math.inf, {"above": 0.0}, "supported"),
+        (0.6, math.inf, {"below": 0.5}, "refuted"),
+        (-math.inf, -0.1, {"above": 0.0}, "refuted"),
     ],
 )
 def test_verdict_is_by_the_whole_interval(low, high, bounds, expected):
-    middle = 0.0 if math.isinf(high) else (low + high) / 2
+    middle = max(low, min(0.0, high))
     interval = Interval(middle, low, high, 3)
     found = claim(lambda runs, level: interval, **bounds).outcome(interval)
     assert found == expected

@@ -116,7 +116,7 @@ def test_flags_of_the_design_come_before_what_a_smoke_run_sets(made_up, tmp_path
     measured = MADE_UP.replace("probe=probe", "measure=measure").replace(
         "def probe",
         """
-def measure(folder, configs, data):
+def measure(arm, folder, configs, data):
     return [{"config": c.to_dict(), "loss": [1.0]} for c in configs], 2.5
 
 def probe""",
@@ -364,7 +364,7 @@ def learns(arm, bound):
     return Claim(f"{arm} learns", "loss", value=mean(scores.loss, arm), above=bound,
                  reason="")
 
-def measure(folder, configs, data):
+def measure(arm, folder, configs, data):
     # Losses grow by seed; of `same`, all are one.
     print("measured", folder.name)
     rows = []

@@ -30,6 +30,7 @@ CLAIMS = (
     Claim(
         "the gradient of a bias before batch norm is 0",
         "largest gradient of a bias by the largest of its layer's weights, float64",
+        key="gradient",
         value=largest(lambda row: max(row["gradient_ratio"].values()), "with_bias"),
         below=1e-10,
         reason=EXACTLY_0,
@@ -53,6 +54,7 @@ CLAIMS = (
     Claim(
         "without the biases LeNet trains as well",
         LOSS_DIFFERENCE,
+        key="loss",
         value=paired(scores.loss, "without_bias", "with_bias"),
         above=-0.01,
         below=0.01,

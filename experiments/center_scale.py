@@ -48,6 +48,7 @@ CLAIMS = (
         Claim(
             f"{what} alone is not enough: it trains to a higher loss than batch norm",
             EACH,
+            key=f"{arm}_norm",
             value=paired(scores.loss, arm, "batch_norm"),
             above=0.0,
             reason=THE_SIGN,
@@ -58,6 +59,7 @@ CLAIMS = (
         Claim(
             f"{what} alone helps: it trains to a lower loss than no norm",
             EACH,
+            key=f"{arm}_none",
             value=paired(scores.loss, arm, "none"),
             below=0.0,
             reason=THE_SIGN,

@@ -74,6 +74,7 @@ class Claim:
       below: the claim is that it is less; likewise.
       reason: for the bounds.
       needs: choices that must have been trained, besides those of `value`.
+      key: by which findings refer to its number.
       words: functions of the runs that fill the braces in `text` and `statistic`, such
         as the name of the best arm.
 
@@ -89,6 +90,7 @@ class Claim:
     below: float = math.inf
     reason: str
     needs: Sequence[Choice] = ()
+    key: str = ""
     words: Mapping[str, Callable[[Runs], Any]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:

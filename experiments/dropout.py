@@ -127,6 +127,7 @@ def replaces_dropout(size: str) -> Claim:
         "than dropout without norm (the best is {best})",
         "paired difference of the test accuracy, exact statistics",
         words={"best": lambda runs: title(runs.find(best_dropout)[0])},
+        key=f"replaces_{size}",
         value=paired(scores.test_accuracy, f"{size}-batch_norm", best_dropout),
         above=0.0,
         reason=f"{THE_SIGN}; the best rate is chosen on the same runs, which favours "
@@ -149,6 +150,7 @@ CLAIMS = (
     Claim(
         "batch norm regularises: on few images the gap is smaller than with neither",
         "paired difference of training minus test accuracy, re-evaluated",
+        key="gap",
         value=paired(gap, "few-batch_norm", "few-none"),
         below=0.0,
         reason=f"{THE_SIGN}; a network that has not learned has no gap, so read it "
@@ -159,6 +161,7 @@ CLAIMS = (
         "dropout after the last does not",
         "paired difference, before minus after, of the absolute log of moving by exact "
         "variance, last norm, all images",
+        key="shift",
         value=paired(log_ratio, BEFORE, AFTER),
         above=0.1,
         reason="a tenth of the variance; for uncorrelated inputs theory says log 2 or "
@@ -169,6 +172,7 @@ CLAIMS = (
         "dropout before a norm hurts prediction by moving averages, to dropout after "
         "the last",
         "paired difference of the test accuracy, moving averages, all images",
+        key="before",
         value=paired(scores.moving_test_accuracy, BEFORE, AFTER),
         below=0.0,
         reason=THE_SIGN,

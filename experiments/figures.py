@@ -4,12 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from experiments.estimate import Choice, spread
 from experiments.scores import NotTrained, Runs, Score
 
 Draw = Callable[[Runs, Path], None]  # writes an image, unless there is nothing to draw
+
+
+class Figure(NamedTuple):
+    """A figure of a study, and what the index says of it.
+
+    Attributes:
+      draw: writes it.
+      finding: a sentence above it. `{key}` stands for the number of the claim with that
+        key, with its interval.
+      alt: what is to be seen, for who does not see it.
+    """
+
+    draw: Draw
+    finding: str = ""
+    alt: str = ""
+
+
 Kind = Literal[
     "by_choice", "distributions", "estimates", "growth", "matrices", "small_multiples"
 ]
@@ -20,10 +37,12 @@ def figure(
     panels: Any,
     note: str | Callable[[Runs], str],
     *,
+    finding: str = "",
+    alt: str = "",
     of: Callable[[Any], bool] = lambda choice: True,
     **options: Any,
-) -> Draw:
-    """Return a function that draws a figure of statistics.
+) -> Figure:
+    """Return a figure of statistics.
 
     Args:
       kind: the function of `bn_jax.plots` that draws it.
@@ -33,6 +52,8 @@ def figure(
       note: a line above. `{n}` stands for the number of seeds, from the least to the
         greatest of a choice, and `{epochs}`, for example, for that field of the first
         run's config.
+      finding: see `Figure`.
+      alt: likewise.
       of: whether a choice of runs is drawn.
       **options: further arguments of the function.
     """
@@ -52,7 +73,7 @@ def figure(
         line = (note(runs) if callable(note) else note).format(n=n, **config)
         getattr(plots, kind)(found, note=line, path=path, **given)
 
-    return draw
+    return Figure(draw, finding, alt)
 
 
 def _evaluate(part: Any, runs: Runs) -> Any:

@@ -35,7 +35,7 @@ from bn_jax.training.config import value_of
 from experiments import scores, sequential, study
 from experiments.claims import Claim
 from experiments.estimate import magnitude, mean, paired
-from experiments.figures import Draw, figure, spreads
+from experiments.figures import Figure, figure, spreads
 from experiments.scores import Row
 
 # The chapter's with sigmoids, and with ReLUs as in its later chapters.
@@ -98,6 +98,7 @@ def claims_on(activation: str) -> tuple[Claim, ...]:
                     "lower" if fixing(runs).value < 0 else "higher"
                 )
             },
+            key=f"{activation}_fixing",
             value=magnitude(fixing),
             above=0.01,
             reason="two standard deviations of the published re-runs; the direction is "
@@ -107,6 +108,7 @@ def claims_on(activation: str) -> tuple[Claim, ...]:
             f"{activation}: gamma and beta alone learn more than as many other "
             "parameters",
             "paired difference of the test accuracy, exact statistics",
+            key=f"{activation}_alone",
             value=paired(
                 scores.test_accuracy, (activation, NORM), (activation, RANDOM)
             ),
@@ -116,6 +118,7 @@ def claims_on(activation: str) -> tuple[Claim, ...]:
         Claim(
             f"{activation}: trained alone, gammas switch features off",
             f"share of gammas below {SMALL} in absolute value, over the four norms",
+            key=f"{activation}_off",
             value=mean(scores.final("small_gammas"), (activation, NORM)),
             above=0.1,
             reason="a tenth of the features; Frankle et al. found about a third in "
@@ -124,7 +127,7 @@ def claims_on(activation: str) -> tuple[Claim, ...]:
     )
 
 
-def scores_with(activation: str) -> Draw:
+def scores_with(activation: str) -> Figure:
     return figure(
         "estimates",
         spreads(

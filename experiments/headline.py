@@ -35,7 +35,7 @@ from experiments.estimate import (
     mean,
     paired,
 )
-from experiments.figures import figure
+from experiments.figures import Figure, figure
 from experiments.intervals import LOGIT
 from experiments.scores import Row, Runs
 
@@ -104,6 +104,7 @@ CLAIMS = (
     Claim(
         "with batch norm LeNet trains to the published loss",
         "mean training loss, nats",
+        key="loss",
         value=mean(scores.loss, "batch_norm"),
         above=0.258,
         below=0.278,
@@ -120,6 +121,7 @@ CLAIMS = (
     Claim(
         "without batch norm, on padded images, it trains to the published loss",
         "mean training loss, nats",
+        key="padded_loss",
         value=mean(scores.loss, "none_padded"),
         above=0.4477,
         below=0.4905,
@@ -128,6 +130,7 @@ CLAIMS = (
     Claim(
         "ours and Flax's layer are the same function",
         "largest difference of the loss at the first step, nats, over seeds",
+        key="flax",
         value=layers_differ_at(1),
         below=1e-5,
         reason="rounding of float32 sums; the largest of all seeds, not a mean",
@@ -167,6 +170,7 @@ CLAIMS = (
     Claim(
         "by exact statistics, batch norm classifies the test set better than none",
         "ratio of the odds of a right answer",
+        key="odds",
         value=paired(scores.test_accuracy, "batch_norm", "none", scale=LOGIT),
         above=1.0,
         reason=THE_SIGN,
@@ -174,6 +178,7 @@ CLAIMS = (
     Claim(
         "exact statistics predict better than moving averages",
         "centre of the differences of the test accuracy, by signed ranks",
+        key="exact",
         value=by_ranks(
             lambda row: scores.test_accuracy(row) - scores.moving_test_accuracy(row),
             "batch_norm",
@@ -186,6 +191,7 @@ CLAIMS = (
         Claim(
             f"{name} of the first layer is learned as published",
             f"mean {name} of the 6 channels",
+            key=name.strip("|"),
             value=mean(
                 lambda row, name=name: statistics.mean(learned(name, row)),
                 "batch_norm",
@@ -240,7 +246,7 @@ STUDY = study.Study(
     arms=ARMS,
     claims=CLAIMS,
     figures={
-        "curves.png": draw_curves,
+        "curves.png": Figure(draw_curves),
         "gamma_beta.png": figure(
             "distributions",
             {

@@ -123,6 +123,7 @@ CLAIMS = (
     Claim(
         "a momentum of .999 is too slow for 700 steps",
         "paired difference of the test accuracy, moving averages minus exact",
+        key="slowest",
         value=mean(
             lambda row: scores.moving_test_accuracy(row) - scores.test_accuracy(row),
             SLOWEST,
@@ -135,6 +136,7 @@ CLAIMS = (
         "a slower average predicts better: Flax's and Keras's momentum of .99, to the "
         "chapter's and PyTorch's .9",
         "paired difference of the test accuracy, moving averages, after the last epoch",
+        key="slower",
         value=paired(scores.moving_test_accuracy, FLAX, CHAPTER),
         above=0.0,
         reason=f"{THE_SIGN}: at rate 1.0 averages over 10 steps are noisy, those over "
@@ -144,6 +146,7 @@ CLAIMS = (
         "a slower average ends farther from the exact statistics: .99, to .9",
         "paired difference of the absolute difference of the test accuracy by moving "
         "averages and by exact statistics",
+        key="distance",
         value=paired(distance_to_exact, FLAX, CHAPTER),
         above=0.0,
         reason=f"{THE_SIGN}; in the rows of three seeds it was .035 [.026, .044]",
@@ -151,6 +154,7 @@ CLAIMS = (
     Claim(
         "Keras's epsilon of 1e-3 trains like 1e-5",
         LOSS_DIFFERENCE,
+        key="epsilon",
         value=paired(scores.loss, LARGE, CHAPTER),
         above=-0.01,
         below=0.01,
@@ -168,6 +172,7 @@ CLAIMS = (
     Claim(
         "without scale and bias the loss is higher",
         LOSS_DIFFERENCE,
+        key="neither",
         value=paired(scores.loss, NEITHER, CHAPTER),
         above=0.01,
         reason=TWO_DEVIATIONS,

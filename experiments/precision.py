@@ -32,6 +32,7 @@ CLAIMS = (
     Claim(
         "in bfloat16 LeNet trains to the same loss",
         LOSS_DIFFERENCE,
+        key="lenet",
         value=paired(scores.loss, "lenet_bfloat16", "lenet"),
         above=-0.01,
         below=0.01,
@@ -40,6 +41,7 @@ CLAIMS = (
     Claim(
         "in bfloat16 a ResNet trains to the same loss",
         LOSS_DIFFERENCE,
+        key="resnet",
         value=paired(scores.loss, "resnet_bfloat16", "resnet"),
         above=-0.02,
         below=0.02,

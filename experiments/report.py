@@ -2,11 +2,14 @@ r"""Which claims hold? The index of the studies and their verdicts, in Markdown.
 
   python -m experiments.report
   python -m experiments.report --check
+  python -m experiments.report --check --repeat=bias,headline
 
 Reads the committed results, experiments/results/NAME/results.json, and writes them
 between two marks of experiments/README.md. With --check it writes nothing: it judges
 every claim again from the committed rows, NAME/runs.jsonl, and says where a verdict, a
-number or the index is another; a test does the same.
+number or the index is another; a test does the same. --repeat trains the first recorded
+run of studies again, on the full data, and compares it bit for bit, where versions and
+processor instructions are those of the record.
 """
 
 from __future__ import annotations
@@ -14,6 +17,8 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import tempfile
+import types
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -23,7 +28,9 @@ from absl import flags
 
 from bn_jax.fields import ConfigError
 from bn_jax.runs import results as results_lib
-from experiments import launch, sequential
+from bn_jax.runs import sweeps
+from bn_jax.training.config import TrainConfig
+from experiments import findings, launch, sequential
 from experiments.claims import CHECKED
 
 HERE = Path(__file__).parent
@@ -152,6 +159,25 @@ def seeds(results: Mapping[str, Any]) -> str:
     return str(most) if least == most else f"{least}-{most}"
 
 
+def numbers(name: str, results: Mapping[str, Any]) -> dict[str, str]:
+    """Return the number of each claim that has a key, with its interval."""
+    claims = studies()[name].STUDY.claims
+    return {
+        claim.key: f"{number(verdict)}"
+        for claim, verdict in zip(claims, results["verdicts"], strict=True)
+        if claim.key
+    }
+
+
+def summary(found: Mapping[str, Any]) -> list[str]:
+    """Return what all studies together say, a line each, with its numbers."""
+    by_study = {
+        name: types.SimpleNamespace(**numbers(name, results))
+        for name, results in found.items()
+    }
+    return [f"- {line.format(**by_study)}" for line in findings.LINES]
+
+
 def section(name: str, results: Mapping[str, Any]) -> list[str]:
     """Return a study's verdicts as a table, and its figures."""
     environment = results["environment"]
@@ -178,16 +204,19 @@ def section(name: str, results: Mapping[str, Any]) -> list[str]:
         f"{environment['device_count']} x {environment['device_kind']}.",
         "",
     ]
-    figures = sorted((RESULTS / name).glob("*.png"))
-    for figure in figures:
-        lines += [f"![{question(name)}](results/{name}/{figure.name})", ""]
+    for file, figure in studies()[name].STUDY.figures.items():
+        if not (RESULTS / name / file).exists():
+            continue
+        if figure.finding:
+            lines += [figure.finding.format(**numbers(name, results)), ""]
+        lines += [f"![{figure.alt or question(name)}](results/{name}/{file})", ""]
     return lines
 
 
 def page() -> str:
     """Return the part of experiments/README.md that comes from results."""
     found = recorded()
-    lines = [*index(found), ""]
+    lines = [*summary(found), "", *index(found), ""]
     for name, results in found.items():
         lines += section(name, results)
     return "\n".join(lines).rstrip() + "\n"
@@ -225,6 +254,43 @@ def differences(name: str) -> list[str]:
     ]
 
 
+# What the bits of a run depend on, of its environment.
+INSTRUCTIONS = ("jax", "jaxlib", "cpu_instructions", "backend")
+
+
+def repeated(name: str) -> list[str]:
+    """Train a recorded run again; return how it differs, and what it was.
+
+    Raises:
+      ConfigError: if the study keeps no config of its runs, or the bits cannot be the
+        same here.
+    """
+    recorded_there = recorded()[name]["environment"]
+    here = results_lib.environment()
+    other = [key for key in INSTRUCTIONS if here[key] != recorded_there[key]]
+    if other:
+        raise ConfigError(
+            f"{name} was recorded with other "
+            + ", ".join(f"{k} ({recorded_there[k]}, here {here[k]})" for k in other)
+            + "; numbers are the same bits only where these are the same"
+        )
+    rows = results_lib.read_rows(RESULTS / name / results_lib.ROWS)
+    row = next((row for row in rows if "config" in row), None)
+    if row is None:
+        raise ConfigError(f"{name} keeps no config of its runs; repeat the whole study")
+    config = TrainConfig(**row["config"])
+    data = launch.load_data(config.dataset)
+    with tempfile.TemporaryDirectory() as folder:
+        (again,) = sweeps.sweep([config], data, workdir=Path(folder) / "run")
+    words = f"{name}: {config.model}, {config.norm}, seed {config.seed}"
+    print(f"repeated {words}: loss {again['loss'][-1]}", flush=True)
+    return [
+        f"{words}: {key} is {again[key]}, recorded {row[key]}"
+        for key in ("loss", "train_accuracy", "test_accuracy")
+        if again[key] != row[key]
+    ]
+
+
 def _same(a: Any, b: Any) -> bool:
     """Return whether values are equal but for rounding, which Pythons differ in."""
     if isinstance(a, float) and isinstance(b, float):
@@ -239,7 +305,15 @@ def main(argv: Sequence[str]) -> None:
         README.write_text(updated(readme))
         print(f"written: {README}")
         return
+    unknown = set(flags.FLAGS.repeat) - recorded().keys()
+    if unknown:
+        raise ConfigError(
+            f"repeat={','.join(sorted(unknown))}; expected some of "
+            f"{', '.join(recorded())}"
+        )
     wrong = [line for name in recorded() for line in differences(name)]
+    for name in flags.FLAGS.repeat:
+        wrong += repeated(name)
     if updated(readme) != readme:
         wrong.append("the index is not made of the results: run without --check")
     if wrong:
@@ -248,7 +322,9 @@ def main(argv: Sequence[str]) -> None:
 
 
 def define_flags() -> None:
+    launch.define_data_flags()
     flags.DEFINE_boolean("check", False, "Write nothing; say what is not as committed.")
+    flags.DEFINE_list("repeat", [], "With --check: studies to train a run of again.")
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ from bn_jax.training.config import TrainConfig
 from experiments import study
 from experiments.claims import Claim
 from experiments.estimate import mean, paired, spread
-from experiments.figures import Draw, figure
+from experiments.figures import Figure, figure
 from experiments.measurements import weights
 from experiments.scores import Row, Runs
 
@@ -97,6 +97,7 @@ CLAIMS = (
     Claim(
         "with batch norm, weights and their gradient are orthogonal",
         COSINE,
+        key="cosine",
         value=mean(largest_cosine, ("batch_norm", 1.0)),
         below=0.01,
         reason="0 for epsilon 0; random directions of the smallest layer, 150 weights, "
@@ -105,6 +106,7 @@ CLAIMS = (
     Claim(
         "without, they are not",
         COSINE,
+        key="cosine_without",
         value=mean(largest_cosine, ("none", 1.0)),
         above=0.01,
         reason="the same threshold",
@@ -112,6 +114,7 @@ CLAIMS = (
     Claim(
         "squared norms grow by the rate squared times the sum of squared gradients",
         "relative difference at rate 1.0, of the layer where it is largest",
+        key="growth",
         value=mean(growth_error, ("batch_norm", 1.0)),
         below=0.05,
         reason="exact for epsilon 0; a twentieth allows for epsilon",
@@ -119,6 +122,7 @@ CLAIMS = (
     Claim(
         "of rates 100 times apart, the effective ones end less than 10 times apart",
         "log10 of the ratio of effective rates, of rates 10 and .1",
+        key="effective",
         value=paired(log_effective_rate, ("batch_norm", 10.0), ("batch_norm", 0.1)),
         below=1.0,
         reason="half of the two decades between the rates",
@@ -134,6 +138,7 @@ CLAIMS = (
         "it is by growing that weights make rate 10 workable: held at their norm, they "
         "train worse",
         "paired difference of the training accuracy, mean over the last 100 steps",
+        key="held",
         value=paired(final_accuracy, (weights.HELD, 10.0), ("batch_norm", 10.0)),
         below=-0.05,
         reason="5 points, several times what seeds differ by",
@@ -172,7 +177,7 @@ def effective_rate_at(row: Row, k: int) -> float:
     return math.exp(sum(logs) / len(logs))
 
 
-def lines(value: Callable[[Row, int], float], y_label: str) -> Draw:
+def lines(value: Callable[[Row, int], float], y_label: str) -> Figure:
     return figure(
         "growth",
         lambda runs: by_step(runs, value),

@@ -23,7 +23,7 @@ from bn_jax.runs import results
 from bn_jax.training.config import RunOptions, TrainConfig
 from experiments import claims, flag_fields, launch, sequential
 from experiments.claims import Claim, Verdict
-from experiments.figures import Draw
+from experiments.figures import Figure
 from experiments.pool import Pool
 from experiments.scores import CHOOSING, Row, Runs, arm_of, validation_accuracy
 from experiments.sequential import Looks
@@ -151,7 +151,7 @@ class Study:
     looks: Looks = sequential.LOOKS
     choice: Callable[[Row], Any] = arm_of
     claims: Sequence[Claim]
-    figures: Mapping[str, Draw]
+    figures: Mapping[str, Figure]
     probe: Callable[[Row, Any, ImageData], Row] | None = None
     measure: Measure | None = None
     summary: Callable[[Runs], Row] = lambda runs: {}
@@ -185,8 +185,8 @@ class Study:
 
     def draw(self, rows: Sequence[Row], folder: Path) -> None:
         """Write the figures whose runs are among the rows."""
-        for name, draw in self.figures.items():
-            draw(self.runs(rows), folder / name)
+        for name, figure in self.figures.items():
+            figure.draw(self.runs(rows), folder / name)
 
 
 def start(study: Study) -> None:

@@ -80,6 +80,7 @@ def loses(arm: str, name: str) -> Claim:
     return Claim(
         f"{name} trains to a higher loss than batch norm",
         LOSS_DIFFERENCE,
+        key=f"{arm}_loss",
         value=paired(scores.loss, arm, "batch_norm"),
         above=0.0,
         reason=THE_SIGN,
@@ -108,6 +109,7 @@ CLAIMS = (
     Claim(
         "whitening in groups of 16 trains to a lower loss a step than batch norm",
         LOSS_DIFFERENCE,
+        key="zca",
         value=paired(scores.loss, "zca-16", "batch_norm"),
         below=0.0,
         reason=THE_SIGN,
@@ -115,6 +117,7 @@ CLAIMS = (
     Claim(
         "it costs more time a step",
         "ratio of examples a second, batch norm to ZCA",
+        key="slowdown",
         value=exactly(slowdown),
         above=1.1,
         reason="a tenth, beyond what the machine's speed varies by",
@@ -122,6 +125,7 @@ CLAIMS = (
     Claim(
         "PCA whitening is erratic: it trains to a higher loss than ZCA",
         LOSS_DIFFERENCE,
+        key="pca",
         value=paired(scores.loss, "pca-16", "zca-16"),
         above=0.05,
         reason="five times the deviation of the loss over published re-runs",

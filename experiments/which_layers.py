@@ -85,6 +85,7 @@ CLAIMS = (
         Claim(
             f"batch norm {NAMES[less]} trains to a higher loss than {NAMES[more]}",
             LOSS_DIFFERENCE,
+            key=f"{less}_{more}",
             value=paired(scores.loss, less, more),
             above=0.0,
             reason="the order that a reader's single runs of ten epochs showed",
@@ -96,6 +97,7 @@ CLAIMS = (
         "four (the best is {best})",
         "paired difference of the training loss to all four, nats",
         words={"best": best_but_all},
+        key="best",
         value=paired(scores.loss, best_but_all, "1111"),
         below=0.01,
         reason="a twentieth of what the norms change in the loss as published, .47 to "
@@ -106,6 +108,7 @@ CLAIMS = (
         "four do (the best is {best})",
         "share of the difference of the training loss between none and all four",
         words={"best": best_single},
+        key="one",
         value=of_seeds(scores.loss, share_of_one, best_single, "1111", "0000"),
         above=0.75,
         reason="the recorded means of three seeds gave one dense norm most of it",
@@ -114,6 +117,7 @@ CLAIMS = (
         "norms stand in for each other: one alone takes more off the loss than it does "
         "beside the three others",
         "difference of both changes, mean over the layers, nats",
+        key="overlap",
         value=of_seeds(scores.loss, overlap, "0000", "1111", *SINGLES, *BUT_ONE),
         above=0.05,
         reason="a quarter of what the norms change in the loss as published",

@@ -6,6 +6,7 @@ import sys
 import pytest
 from absl import app
 
+from bn_jax import data as data_lib
 from bn_jax.fields import ConfigError
 from bn_jax.runs import results as results_lib
 from experiments import __main__ as command
@@ -23,6 +24,7 @@ from bn_jax import fields
 from experiments import scores, study
 from experiments.claims import Claim
 from experiments.estimate import mean
+from experiments.figures import Figure
 
 @dataclasses.dataclass(frozen=True)
 class Design(study.Design):
@@ -45,7 +47,9 @@ study.start(study.Study(
     name="made_up", design=Design, arms={"large": [{}], "first": [{}]},
     more_arms=second, claims=[learns("large"), learns("first")],
     figures={
-        "figure.txt": lambda runs, path: path.write_text(f"{len(runs.rows)} rows")
+        "figure.txt": Figure(
+            lambda runs, path: path.write_text(f"{len(runs.rows)} rows")
+        )
     },
     probe=probe, summary=lambda runs: {"more": len(runs)},
     smoke={"arms": ("first",)},
@@ -265,6 +269,44 @@ def test_committed_verdicts_are_those_of_the_committed_runs(name):
     assert figures == {*question.figures}
     summary = json.loads(json.dumps(question.summary(question.runs(rows))))
     assert summary == near({name: results[name] for name in summary})
+
+
+def test_index_says_what_studies_found_with_their_numbers(monkeypatch):
+    monkeypatch.setattr(
+        report.findings, "LINES", ("The loss is {headline.loss}, of all rates.",)
+    )
+    (line,) = report.summary(report.recorded())
+    verdict = report.recorded()["headline"]["verdicts"][0]
+    assert line == f"- The loss is {report.number(verdict)}, of all rates."
+
+
+@pytest.mark.slow
+def test_recorded_run_is_repeated_bit_for_bit(monkeypatch):
+    recorded = report.recorded()["bias"]
+    here = results_lib.environment()
+    if any(here[k] != recorded["environment"][k] for k in report.INSTRUCTIONS):
+        pytest.skip("recorded with other versions or processor instructions")
+    try:
+        data_lib.load("fashion_mnist")
+    except data_lib.DataError as error:
+        pytest.skip(f"no data: {error}")
+    monkeypatch.setattr(report.launch, "load_data", data_lib.load)
+    assert report.repeated("bias") == []
+    # A number that is another is seen.
+    rows = results_lib.read_rows(report.RESULTS / "bias" / "runs.jsonl")
+    rows[0]["loss"][0] += 1e-7
+    monkeypatch.setattr(report.results_lib, "read_rows", lambda path: rows)
+    (line,) = report.repeated("bias")
+    assert "loss is" in line
+
+
+def test_check_says_which_number_is_not_as_committed(monkeypatch):
+    assert report.differences("bias") == []
+    changed = report.recorded()
+    changed["bias"]["verdicts"][3]["high"] += 1e-3
+    monkeypatch.setattr(report, "recorded", lambda: changed)
+    (line,) = report.differences("bias")
+    assert line.startswith("bias: without the biases LeNet trains as well: high is")
 
 
 def near(value):

@@ -1,0 +1,91 @@
+"""What the documents promise: links that lead somewhere, commands that parse."""
+
+import re
+import runpy
+import shlex
+from pathlib import Path
+
+import pytest
+from absl import flags
+
+from experiments import launch
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = [
+    *sorted(ROOT.glob("*.md")),
+    ROOT / "experiments" / "README.md",
+    *sorted((ROOT / "experiments" / "results").rglob("README.md")),
+]
+IDS = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
+
+
+def without_code(text):
+    return re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def anchors(text):
+    """The anchors of a document's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", without_code(text), flags=re.MULTILINE)
+    kept = [re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings]
+    return {heading.replace(" ", "-") for heading in kept}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=IDS)
+def test_links_inside_the_repository_lead_somewhere(document):
+    text = without_code(document.read_text())
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if "://" in target:
+            continue
+        path, _, anchor = target.partition("#")
+        found = (document.parent / path).resolve() if path else document
+        assert found.exists(), target
+        if anchor:
+            assert anchor in anchors(found.read_text()), target
+
+
+def commands():
+    """Each command of an experiment that a document names, once."""
+    found = {}
+    for document in DOCUMENTS:
+        text = document.read_text().replace("\\\n", " ")
+        # In a block, to the end of the line; within a sentence, to the backtick, which
+        # may be a line further.
+        blocks = re.findall(r"^```sh$(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+        lines = [line for block in blocks for line in block.splitlines()]
+        for line in [*lines, *re.findall(r"`([^`]*)`", without_code(text))]:
+            for command in re.split(r"&&|;(?=\s)|\s#\s", line):
+                words = " ".join(command.split())
+                match = re.search(r"python3? -m (experiments\S*)(.*)", words)
+                if match:
+                    whole = (match[1] + match[2]).rstrip()
+                    if whole.count('"') % 2:  # the end of a command within a command
+                        whole = whole.rstrip('"')
+                    found[whole] = document.name
+    return found
+
+
+@pytest.mark.parametrize("command", commands())
+def test_command_of_a_document_has_its_flags(command, in_process, monkeypatch):
+    module, *arguments = shlex.split(command)
+    arguments = [a for a in arguments if a not in ("...", "&")]
+    if module == "experiments":
+        assert not [a for a in arguments if a.startswith("-")]
+        return
+    parsed = []
+
+    def start(main, define_flags):
+        del main
+        define_flags()
+        parsed.append(flags.FLAGS(["program", *arguments]))
+
+    monkeypatch.setattr(launch, "start", start)
+    path = ROOT / (module.replace(".", "/") + ".py")
+    in_process(lambda: runpy.run_path(str(path), run_name="__main__"))
+    assert parsed
+
+
+def test_commands_are_found_in_blocks_and_in_sentences():
+    found = commands()
+    assert len(found) > 40
+    assert any(c.startswith("experiments.train --workdir=runs/rates") for c in found)
+    assert "experiments.bias" in found

@@ -8,6 +8,10 @@ With fixed statistics, batch norm after a linear layer is a linear layer again:
 
 from __future__ import annotations
 
+from bn_jax import extras
+
+extras.need("flax", "flax")
+
 import sys
 from collections.abc import Mapping
 from typing import Any

@@ -5,6 +5,10 @@
 
 from __future__ import annotations
 
+from bn_jax import extras
+
+extras.need("flax", "flax")
+
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType

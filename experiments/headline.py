@@ -220,7 +220,8 @@ def titles(runs: Runs) -> dict[str, str]:
 def draw_curves(runs: Runs, path: Path) -> None:
     from bn_jax import plots  # Matplotlib takes a second to import.
 
-    plots.arms_by_epoch(runs.rows, titles(runs), PUBLISHED, path)
+    drawn = runs.where(lambda arm: arm != "whole_epochs")
+    plots.arms_by_epoch(drawn.rows, titles(drawn), PUBLISHED, path)
 
 
 def summary(runs: Runs) -> Row:

@@ -255,7 +255,6 @@ def run(study: Study, design: Design, folder: Path) -> None:
         if not wanted:
             break
     results.write_rows(folder / ROWS, rows)
-    study.draw(rows, folder)
     summary = {
         "verdicts": [verdict.to_dict() for verdict in verdicts],
         **study.summary(study.runs(rows)),
@@ -266,6 +265,7 @@ def run(study: Study, design: Design, folder: Path) -> None:
         "environment": results.environment(),
     }
     results.write_json(folder / results.RESULTS, summary)
+    study.draw(rows, folder)
     _print(verdicts)
     print(f"written to {folder}: {ROWS}, {results.RESULTS}, figures")
 

@@ -5,6 +5,10 @@ augmentation belong to the training loop. Only `tfds_builder`, imported when a T
 has to be made or read for the first time, needs tensorflow_datasets.
 """
 
+from bn_jax import extras
+
+extras.need("train", "PIL")
+
 from bn_jax.data.image_data import DataError, ImageData, Split, channel_statistics
 from bn_jax.data.sources import DATASETS, check_name, load, prepare
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from bn_jax import extras
+
+extras.need("flax", "flax")
+
 from flax import linen as nn
 
 from bn_jax.models import imagenet_resnet, lenet, mlp, resnet

@@ -1,5 +1,9 @@
 """Figures of results. No other package imports matplotlib."""
 
+from bn_jax import extras
+
+extras.need("train", "matplotlib")
+
 from bn_jax.plots.panels import (
     bar_panels,
     bars,

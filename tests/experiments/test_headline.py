@@ -21,7 +21,8 @@ def rows(**of_batch_norm):
         row("batch_norm", seed, **{k: v[seed] for k, v in of_batch_norm.items()})
         for seed in (0, 1)
     ]
-    others = [row(arm, s) for arm in ("flax", "none", "none_padded") for s in (1, 0)]
+    arms = ("flax", "whole_epochs", "none", "none_padded")
+    others = [row(arm, s) for arm in arms for s in (1, 0)]
     return [*others, *ours]
 
 

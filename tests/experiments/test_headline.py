@@ -112,6 +112,7 @@ def test_legend_names_the_rates_of_the_arms_that_there_are():
     assert headline.titles(headline.STUDY.runs(present)) == {
         "batch_norm": "batch norm, ours (rate 0.25)",
         "flax": "batch norm, Flax's own (rate 0.5)",
+        "whole_epochs": "batch norm, batches of 250 (rate 0.25)",
         "none_padded": "no batch norm, images padded by 2",
     }
 

@@ -76,7 +76,7 @@ def growth(
     """
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
-    width, height = 1 + 3.4 * columns, 0.4 + 3.2 * rows
+    width, height = 1 + 3 * columns, 0.4 + 3 * rows
     if len(panels) == 1:
         width, height = 5, 3.6
     figure = style.figure(width, height, note)
@@ -148,10 +148,12 @@ def estimates(
       reference: a value to mark, such as 0 of a difference.
     """
     num_rows = max(map(len, panels.values()))
-    size = (2.5 + 3 * len(panels), 1.2 + 0.27 * num_rows)
+    columns = min(2, len(panels))  # more would be small print on a page
+    lines = -(-len(panels) // columns)
+    size = (2.5 + 3 * columns, 0.2 + lines * (1 + 0.27 * num_rows))
     figure = style.figure(*size, note)
-    grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)
-    for axes, (x_label, rows) in zip(grid[0], panels.items(), strict=True):
+    grid = style.in_columns(figure, len(panels), columns, sharey=True)
+    for axes, (x_label, rows) in zip(grid.flat, panels.items(), strict=False):
         if reference is not None:
             axes.axvline(reference, color=GREY, linewidth=0.8, linestyle=":")
         for position, (value, low, high, *_) in enumerate(rows.values()):
@@ -159,6 +161,7 @@ def estimates(
             axes.plot(value, position, "o", color=BLUE, markersize=4)
         style.rows(axes, rows)
         axes.set_xlabel(x_label)
+        axes.locator_params(axis="x", nbins=5)
         axes.grid(axis="x", linewidth=0.4, color="#dddddd")
     grid[0][0].invert_yaxis()  # of all: they share it
     style.save(figure, path)
@@ -253,7 +256,7 @@ def matrices(
       note: a line above.
       path: of the image to write.
     """
-    columns = min(6, len(panels))
+    columns = min(5, len(panels))
     rows = -(-len(panels) // columns)
     figure = style.figure(1.7 * columns, 0.5 + 1.75 * rows, note)
     grid = figure.subplots(rows, columns, squeeze=False)
@@ -263,7 +266,7 @@ def matrices(
     for axes, (title, matrix) in zip(grid.flat, panels.items(), strict=False):
         # Orange and purple are told apart with any colour vision, and from white.
         image = axes.imshow(matrix, cmap="PuOr", vmin=-1, vmax=1)
-        axes.set_title(title, fontsize=7)
+        axes.set_title(title, fontsize=8)
     if image is not None:
         figure.colorbar(image, ax=grid, shrink=0.6, label="covariance")
     style.save(figure, path)

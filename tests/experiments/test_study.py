@@ -5,9 +5,11 @@ import sys
 
 import pytest
 from absl import app
+from matplotlib.text import Text
 
 from bn_jax import data as data_lib
 from bn_jax.fields import ConfigError
+from bn_jax.plots import style
 from bn_jax.runs import results as results_lib
 from experiments import __main__ as command
 from experiments import report, study
@@ -324,6 +326,22 @@ def test_figures_of_committed_runs_are_drawn(name, tmp_path):
     rows = results_lib.read_rows(report.RESULTS / name / "runs.jsonl")
     question.draw(rows, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {*question.figures}
+
+
+@pytest.mark.parametrize("name", slow_but(["transforms"], report.recorded()))
+def test_figures_can_be_read_at_the_width_of_a_page(name, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(style, "save", lambda figure, path: drawn.append(figure))
+    question = report.studies()[name].STUDY
+    rows = results_lib.read_rows(report.RESULTS / name / "runs.jsonl")
+    question.draw(rows, tmp_path)
+    assert len(drawn) == len(question.figures)
+    for figure in drawn:
+        width = figure.get_size_inches()[0]
+        texts = [t for t in figure.findobj(Text) if t.get_text() and t.get_visible()]
+        assert texts
+        smallest = min(text.get_fontsize() for text in texts)
+        assert smallest / 72 * 900 / width >= 9  # pixels, of 900
 
 
 # Parts of the designs, in the committed rows: by what they are known, which, how many

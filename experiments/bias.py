@@ -85,6 +85,10 @@ STUDY = study.Study(
                 }
             },
             "n = {n} seeds; line: least to greatest",
+            finding="Gradients of the biases are at most {gradient} of those of the "
+            "weights, which is rounding in float64.",
+            alt="The largest gradient of a bias by that of the weights, a dot for each "
+            "of four layers, all far below 1e-10.",
         )
     },
     probe=effects,

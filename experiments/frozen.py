@@ -140,6 +140,9 @@ def scores_with(activation: str) -> Figure:
         ),
         f"what learns; {activation}, rate {{learning_rate:g}}; n = {{n}} seeds; line: "
         "least to greatest",
+        finding=f"Fixing both changes the loss by {{{activation}_fixing}} nats; alone "
+        f"they reach {{{activation}_alone}} more accuracy than as many others.",
+        alt=f"Loss, accuracy and share of small gammas by what learns, {activation}.",
         of=lambda choice: choice[0] == activation,
     )
 
@@ -167,6 +170,10 @@ STUDY = study.Study(
             },
             "what learns, to all; paired by seed; line: 95% interval",
             reference=0.0,
+            finding="Fixing both costs {sigmoid_fixing} nats with sigmoids and "
+            "{relu_fixing} with ReLUs.",
+            alt="What fixing beta, gamma or both changes in the loss, with sigmoids "
+            "and with ReLUs.",
         ),
     },
     probe=small_gammas,

@@ -194,6 +194,10 @@ STUDY = study.Study(
             ),
             titles=NORMS,
             x_label="learning rate",
+            finding="With batch norm rates reach an accuracy of .5 over a band that is "
+            "wider by {width_50} decades.",
+            alt="Training and test accuracy against the learning rate: a wide plateau "
+            "with batch norm, a narrow peak near 1 without.",
         ),
         "curves.png": figure(
             "small_multiples",
@@ -204,6 +208,10 @@ STUDY = study.Study(
             "n = {n} seeds; band: least to greatest",
             titles=curves_legend(NORMS),
             y_label="accuracy",
+            finding="Without batch norm the largest rates that work do so for some "
+            "seeds and not for others.",
+            alt="Accuracy by epoch, a panel for each learning rate, with and without "
+            "batch norm.",
         ),
     },
     smoke={"learning_rates": (0.1, 1.0, 10.0), "long_rates": 1},

@@ -212,6 +212,10 @@ STUDY = study.Study(
                 {option: option for option in runs},
             ),
             "n = {n} seeds; line: least to greatest",
+            finding="Without scale and bias the loss is higher by {neither} nats; an "
+            "epsilon of 1e-3 changes it by {epsilon}.",
+            alt="Training loss, and test accuracy by moving averages and by exact "
+            "statistics, for each option.",
         ),
         "momentum.png": figure(
             "by_choice",
@@ -225,6 +229,10 @@ STUDY = study.Study(
             },
             "n = {n} seeds; band: least to greatest",
             titles={by: by for by in ACCURACIES},
+            finding="Momentum .999 costs {slowest} of accuracy after 700 steps; .99 "
+            "ends farther from exact statistics than .9, by {distance}.",
+            alt="Test accuracy by moving averages and by exact statistics against 1 - "
+            "momentum: the former falls where momentum is near 1, the latter is flat.",
             x_label="1 - momentum, weight of the new value",
         ),
     },

@@ -75,6 +75,9 @@ STUDY = study.Study(
                 }
             },
             "n = {n} seeds; line: least to greatest",
+            finding="In bfloat16 LeNet's loss is {lenet} nats higher, the ResNet's "
+            "{resnet}.",
+            alt="Training loss of LeNet and of a ResNet, in float32 and in bfloat16.",
         )
     },
 )

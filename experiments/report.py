@@ -175,7 +175,16 @@ def summary(found: Mapping[str, Any]) -> list[str]:
         name: types.SimpleNamespace(**numbers(name, results))
         for name, results in found.items()
     }
-    return [f"- {line.format(**by_study)}" for line in findings.LINES]
+    undecided = [
+        f"{verdict['claim']} ({verdict['statistic']}: {number(verdict)})"
+        for results in found.values()
+        for verdict in verdicts_of(results)
+        if verdict["verdict"] == "undecided"
+    ]
+    lines = [line.format(**by_study) for line in findings.LINES]
+    if undecided:
+        lines.append(f"**What is not known.** Whether {'; '.join(undecided)}.")
+    return [f"- {line}" for line in lines]
 
 
 def section(name: str, results: Mapping[str, Any]) -> list[str]:

@@ -177,12 +177,16 @@ def effective_rate_at(row: Row, k: int) -> float:
     return math.exp(sum(logs) / len(logs))
 
 
-def lines(value: Callable[[Row, int], float], y_label: str) -> Figure:
+def lines(
+    value: Callable[[Row, int], float], y_label: str, finding: str, alt: str
+) -> Figure:
     return figure(
         "growth",
         lambda runs: by_step(runs, value),
         "n = {n} seeds; mean, and band from least to greatest",
         y_label=y_label,
+        finding=finding,
+        alt=alt,
     )
 
 
@@ -195,9 +199,30 @@ STUDY = study.Study(
     choice=lambda row: (row["arm"], row["learning_rate"]),
     claims=CLAIMS,
     figures={
-        "norms.png": lines(squared_norm, "squared norm of the four weights"),
-        "cosines.png": lines(abs_cosine, "|cosine| of weights and gradient"),
-        "effective_rates.png": lines(effective_rate_at, "rate by squared norm"),
+        "norms.png": lines(
+            squared_norm,
+            "squared norm of the four weights",
+            "With batch norm the weights grow with the rate, by the formula to a "
+            "share of {growth}.",
+            "Squared norm of the weights by step, on logarithmic axes, with batch "
+            "norm, without, and held at its start, a line for each rate.",
+        ),
+        "cosines.png": lines(
+            abs_cosine,
+            "|cosine| of weights and gradient",
+            "Weights and gradient are orthogonal with batch norm, {cosine}, and are "
+            "not without, {cosine_without}.",
+            "Absolute cosine of weights and gradient by step: near 1e-6 with batch "
+            "norm, near 1 without.",
+        ),
+        "effective_rates.png": lines(
+            effective_rate_at,
+            "rate by squared norm",
+            "Rates that are two decades apart end {effective} decades apart in what "
+            "they do; where the weights are held, at the rate that they began with.",
+            "Effective rate by step: with batch norm the lines of three rates approach "
+            "each other, without they stay apart.",
+        ),
     },
 )
 

@@ -182,7 +182,11 @@ STUDY = study.Study(
                 },
                 titles(runs),
             ),
-            "n = {n} seeds; line: least to greatest; test by own statistics of 500",
+            "n = {n} seeds; line: least to greatest; test by exact statistics",
+            finding="All four norms train to the lowest loss, or within {best} nats of "
+            "the best subset; without any the loss is highest.",
+            alt="Training loss and test accuracy of the 16 subsets of four norms, in "
+            "order of the loss.",
         ),
         "by_number.png": figure(
             "by_choice",
@@ -192,6 +196,10 @@ STUDY = study.Study(
             titles={"best": "best subset", "worst": "worst subset"},
             x_label="number of norms",
             x_scale="linear",
+            finding="The best single norm takes {one} of what all four take off the "
+            "loss.",
+            alt="Training loss of the best and the worst subset against the number of "
+            "norms: a steep fall to one norm, and little after.",
         ),
         "effects.png": figure(
             "estimates",
@@ -203,6 +211,10 @@ STUDY = study.Study(
             },
             "n = {n} seeds; line: 95% interval",
             reference=0.0,
+            finding="A norm alone takes {overlap} nats more off the loss than the same "
+            "norm beside the three others.",
+            alt="What each layer's norm changes in the loss, with no other norm and "
+            "beside the three others: much the larger with no other.",
         ),
     },
     smoke={"arms": ("subsets",)},

@@ -3,9 +3,10 @@ r"""List the experiments, or run one.
   python -m experiments
   python -m experiments NAME --flags     the same as python -m experiments.NAME --flags
 
-Studies are listed with their question and the verdicts that are recorded in
-experiments/results; then the other commands. A new file in this folder is found by
-itself: a study by its STUDY, any other command by its `if __name__ == "__main__"`.
+Studies are listed with their question, and the verdicts and the time of training that
+are recorded in experiments/results; then the other commands. A new file in this folder
+is found by itself: a study by its STUDY, any other command by its
+`if __name__ == "__main__"`.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ def listing() -> str:
     for name in report.studies():
         verdicts = "not recorded yet"
         if name in recorded:
-            verdicts = report.counts(recorded[name])
+            minutes = recorded[name]["seconds"] / 60
+            verdicts = f"{report.counts(recorded[name])}; {minutes:.0f} minutes"
         lines += [
             report.question(name),
             f"  python -m experiments {name} --workdir=runs/{name}",

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from experiments import intervals
 from experiments.intervals import LEVEL, Exact, Interval, Scale
-from experiments.scores import NotTrained, Row, Runs, Score
+from experiments.scores import NotTrained, Row, Runs, Score, seed_of
 
 
 class Statistic(Protocol):
@@ -41,7 +41,7 @@ def paired(
     """Return the mean over seeds of a choice's score minus another's, on a scale."""
 
     def statistic(runs: Runs, *, level: float = LEVEL) -> Interval:
-        a, b = (_scores(runs, score, each) for each in (choice, other))
+        a, b = _together(runs, score, choice, other)
         return intervals.of_difference(a, b, level=level, scale=scale)
 
     return statistic
@@ -72,7 +72,7 @@ def of_seeds(
     """
 
     def statistic(runs: Runs, *, level: float = LEVEL) -> Interval:
-        of_choices = [_scores(runs, score, choice) for choice in choices]
+        of_choices = _together(runs, score, *choices)
         values = [combine(*values) for values in zip(*of_choices, strict=True)]
         return intervals.of_mean(values, level=level, scale=scale)
 
@@ -88,14 +88,10 @@ def mean_effect(score: Score, pairs: Sequence[tuple[Choice, Choice]]) -> Statist
     """
 
     def statistic(runs: Runs, *, level: float = LEVEL) -> Interval:
+        flat = _together(runs, score, *(choice for pair in pairs for choice in pair))
         changes = [
-            [
-                a - b
-                for a, b in zip(
-                    _scores(runs, score, on), _scores(runs, score, off), strict=True
-                )
-            ]
-            for on, off in pairs
+            [a - b for a, b in zip(on, off, strict=True)]
+            for on, off in zip(flat[::2], flat[1::2], strict=True)
         ]
         of_seeds = zip(*changes, strict=True)
         return intervals.of_mean([sum(c) / len(c) for c in of_seeds], level=level)
@@ -157,7 +153,7 @@ def largest_difference(
 
     def statistic(runs: Runs, *, level: float = LEVEL) -> Interval:
         del level  # it is no confidence interval
-        of_seeds = list(zip(*(runs.find(choice) for choice in choices), strict=True))
+        of_seeds = list(zip(*_rows_together(runs, *choices), strict=True))
         value = max(
             max(at_once) - min(at_once)
             for rows in of_seeds
@@ -219,6 +215,18 @@ def best(
         return (min if lowest else max)(sums, key=sums.__getitem__)
 
     return find
+
+
+def _rows_together(runs: Runs, *choices: Choice) -> list[list[Row]]:
+    """Return the rows of choices at the seeds that all of them have, in order."""
+    rows = [runs.find(choice) for choice in choices]
+    common = set.intersection(*({seed_of(row) for row in of} for of in rows))
+    return [[row for row in of if seed_of(row) in common] for of in rows]
+
+
+def _together(runs: Runs, score: Score, *choices: Choice) -> list[list[float]]:
+    """Return the scores of choices at the seeds that all of them have, in order."""
+    return [[score(row) for row in of] for of in _rows_together(runs, *choices)]
 
 
 def _scores(runs: Runs, score: Score, choice: Choice) -> list[float]:

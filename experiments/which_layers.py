@@ -20,6 +20,7 @@ alone; for the chapter's answer, no subset within .01 nats of all four.
 from __future__ import annotations
 
 import itertools
+import statistics
 
 from bn_jax.training.config import value_of
 from experiments import scores, sequential, study
@@ -159,7 +160,9 @@ def titles(runs: Runs) -> dict[str, str]:
         present = [name for name, d in zip(LAYERS, subset, strict=True) if d == "1"]
         return " + ".join(present) or "none"
 
-    order = sorted(runs, key=lambda subset: sum(map(scores.loss, runs[subset])))
+    order = sorted(
+        runs, key=lambda subset: statistics.mean(map(scores.loss, runs[subset]))
+    )
     return {title(subset): subset for subset in order}
 
 

@@ -65,6 +65,15 @@ def test_paired_difference_is_by_seed():
     assert estimate.paired(scores.loss, "a", "b")(found) == (0.5, 0.5, 0.5, 3)
 
 
+def test_choices_are_compared_at_the_seeds_that_all_have():
+    found = runs(a=[1.5, 2.5, 3.5], b=[1.0, 2.0])
+    assert estimate.paired(scores.loss, "a", "b")(found) == (0.5, 0.5, 0.5, 2)
+    apart = estimate.largest_difference(lambda row: row["loss"], "a", "b")
+    assert apart(found) == (0.5, 0.5, 0.5, 2)
+    effect = estimate.mean_effect(scores.loss, [("a", "b")])
+    assert effect(found) == (0.5, 0.5, 0.5, 2)
+
+
 def test_statistic_of_what_was_not_trained_is_refused():
     for statistic in (
         estimate.mean(scores.loss, "b"),

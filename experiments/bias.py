@@ -11,6 +11,8 @@ the same seeds, and looks at the gradients of the trained networks.
 Gradients and outputs are of a batch of 256 training images in float64, so that no
 effect is due to rounding. Figure: bias.png.
 
+What would refute it: a gradient beyond rounding, or another loss without the biases.
+
 What came out (5 seeds; all of it in experiments/README.md): the biases are exactly
 redundant. Their gradients are below 3e-15 of those of the weights, adding N(0, 1) to
 each changes no logit by more than 9e-15, and without their 226 numbers (44,652 of

@@ -181,7 +181,12 @@ def summary(found: Mapping[str, Any]) -> list[str]:
         for verdict in verdicts_of(results)
         if verdict["verdict"] == "undecided"
     ]
-    lines = [line.format(**by_study) for line in findings.LINES]
+    lines = []
+    for line in findings.LINES:
+        try:
+            lines.append(line.format(**by_study))
+        except KeyError:  # of a study that is not recorded yet
+            continue
     if undecided:
         lines.append(f"**What is not known.** Whether {'; '.join(undecided)}.")
     return [f"- {line}" for line in lines]

@@ -22,6 +22,12 @@ weights and gradient; effective_rates.png, the rate by the squared norm.
 What would refute it: gradients that are not orthogonal with batch norm; norms that grow
 by another formula; or weights that are held and train as well.
 
+What came out (5 seeds, 3 epochs; all of it in experiments/README.md): the mean |cosine|
+of weights and gradient is 3e-6 with batch norm and .43 without, of the layer where it
+is largest; norms grow by the formula to 3 parts in 10,000, and without norm 13 times
+otherwise; of rates 100 times apart the effective ones end 2.8 times apart. With weights
+held at their norm, rate 10 trains to half an accuracy less.
+
 References: van Laarhoven, 2017, "L2 regularization versus batch and weight
 normalization", arXiv:1706.05350; Arora, Li and Lyu, 2019, "Theoretical analysis of auto
 rate-tuning by batch normalization", arXiv:1812.03981.
@@ -44,7 +50,6 @@ from experiments.measurements import weights
 from experiments.scores import Row, Runs
 
 NORMS = {"batch_norm": "batch norm", "none": "no batch norm"}
-TITLES = {**NORMS, weights.HELD: "batch norm, weights of constant norm"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,16 +152,19 @@ CLAIMS = (
 
 
 def by_step(runs: Runs, value: Callable[[Row, int], float]) -> Any:
-    """Return a panel for each arm, and in it a line for each rate.
+    """Return a panel with and without norm, and in it a line for each rate.
 
     Args:
       runs: all of them.
       value: of a run at the k-th of its drawn steps.
     """
     panels: dict[str, Any] = {}
-    for (arm, rate), rows in sorted(runs.items()):
+    for (arm, rate), rows in runs.items():
         shortest = min((row["drawn_steps"] for row in rows), key=len)
-        panels.setdefault(f"step, {TITLES[arm]}", {})[f"rate {rate:g}"] = {
+        held = arm == weights.HELD
+        norm = "batch_norm" if held else arm
+        label = f"rate {rate:g}" + (", norm held" if held else "")
+        panels.setdefault(f"step, {NORMS[norm]}", {})[label] = {
             1 + step: spread(lambda row, k=k: value(row, k), (arm, rate))
             for k, step in enumerate(shortest)
         }
@@ -185,6 +193,7 @@ def lines(
         lambda runs: by_step(runs, value),
         "n = {n} seeds; mean, and band from least to greatest",
         y_label=y_label,
+        share_y=True,
         finding=finding,
         alt=alt,
     )
@@ -219,7 +228,7 @@ STUDY = study.Study(
             effective_rate_at,
             "rate by squared norm",
             "Rates that are two decades apart end {effective} decades apart in what "
-            "they do; where the weights are held, at the rate that they began with.",
+            "they do; with weights held at their norm, nothing shrinks rate 10.",
             "Effective rate by step: with batch norm the lines of three rates approach "
             "each other, without they stay apart.",
         ),

@@ -64,6 +64,8 @@ def growth(
     y_label: str,
     note: str,
     path: Path,
+    *,
+    share_y: bool = False,
 ) -> None:
     """Draw how a cost grows, on logarithmic axes: medians, from least to greatest.
 
@@ -73,14 +75,15 @@ def growth(
       y_label: of the cost, with its unit.
       note: a line above.
       path: of the image to write.
+      share_y: whether all panels have the axis of costs in common.
     """
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
-    width, height = 1 + 3 * columns, 0.4 + 3 * rows
+    width, height = 1 + 3 * columns, 0.7 + 3 * rows
     if len(panels) == 1:
-        width, height = 5, 3.6
+        width, height = 5, 3.9
     figure = style.figure(width, height, note)
-    grid = style.in_columns(figure, len(panels), columns)
+    grid = style.in_columns(figure, len(panels), columns, sharey=share_y)
     for axes, (x_label, series) in zip(grid.flat, panels.items(), strict=False):
         looks = zip(itertools.cycle(ARM_COLOURS), itertools.cycle(ARM_LINES))
         for (title, by_size), (colour, (dashes, width)) in zip(
@@ -96,7 +99,7 @@ def growth(
             axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
             axes.set_xticks([], minor=True)
         style.finish(axes, x_label, y_label if axes in grid[:, 0] else "")
-    grid[0][0].legend(fontsize=8, frameon=False)
+    style.legend_below(figure, columns=4)
     style.save(figure, path)
 
 

@@ -128,7 +128,7 @@ class Study:
         seeds of their own, with a part of the training images left out to choose by.
       rates: learning rates that each arm is tried at in that way; it is then trained at
         the one of the highest validation accuracy.
-      more_arms: returns further arms, from the design and the runs to choose by.
+      more_arms: returns further arms, from the design and the runs of the first look.
       looks: when claims are judged.
       choice: the name, or other key, by which claims and figures know a run.
       claims: written before the runs.

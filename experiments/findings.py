@@ -20,9 +20,9 @@ LINES = (
     "that weights grow until the rate fits: effective rates of rates that are two "
     "decades apart end {scale_invariance.effective} decades apart. With weights held "
     "at their first norm, the accuracy at rate 10 changes by {scale_invariance.held}.",
-    "**Where it acts.** Norms stand in for each other: one alone takes "
-    "{which_layers.overlap} nats more off the loss than beside the three others. The "
-    "best single one takes {which_layers.one} of what all four take.",
+    "**Where it acts.** Most after the dense layers: with norms there alone the loss "
+    "is {which_layers.dense} nats above that with all four, with norms after the "
+    "convolutions alone {which_layers.convolutions} above that.",
     "**Which half acts.** To batch norm's loss, each at its best rate, only removing "
     "the mean is {center_scale.center_norm} nats, only dividing by the deviation "
     "{center_scale.scale_norm}; to that without norm they are "

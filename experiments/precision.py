@@ -18,7 +18,7 @@ the claim is undecided; the ResNet's is the same to .002. On a CPU bfloat16 is s
 
 from __future__ import annotations
 
-from experiments import scores, study
+from experiments import scores, sequential, study
 from experiments.claims import LOSS_DIFFERENCE, Claim
 from experiments.estimate import paired, spread
 from experiments.figures import figure
@@ -52,6 +52,7 @@ CLAIMS = (
 STUDY = study.Study(
     name="precision",
     place=11,
+    looks=sequential.once(5),
     design=study.design(epochs=2),
     arms={
         "lenet": [{}],

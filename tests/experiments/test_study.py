@@ -224,7 +224,7 @@ def test_listing_has_each_question_with_its_command_and_verdicts():
     listed = command.listing()
     for name in report.studies():
         assert f"{report.question(name)}\n  python -m experiments {name} " in listed
-    assert "\n  6 supported, 1 undecided, 1 of 1 checks hold\n" in listed
+    assert "\n  10 supported, 1 refuted, 1 of 1 checks hold; " in listed
     assert "conformance  " in listed
 
 
@@ -357,7 +357,7 @@ PARTS = {
         None,
     ),
     "scale_invariance": ([("batch_norm", 10.0), ("none", 10.0)], 0, None),
-    "which_layers": (("1111", "0011"), 1, {"which_layers.png", "by_number.png"}),
+    "which_layers": (("1111", "0011"), 1, {"which_layers.png"}),
     "dropout": (
         ("few-none", "few-dropout_30", "few-batch_norm"),
         2,

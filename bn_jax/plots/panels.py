@@ -86,11 +86,11 @@ def growth(
     grid = style.in_columns(figure, len(panels), columns, sharey=share_y)
     for axes, (x_label, series) in zip(grid.flat, panels.items(), strict=False):
         looks = zip(itertools.cycle(ARM_COLOURS), itertools.cycle(ARM_LINES))
-        for (title, by_size), (colour, (dashes, width)) in zip(
+        for (title, by_size), (colour, (dashes, thickness)) in zip(
             series.items(), looks, strict=False
         ):
             colour = COLOURS.get(title, colour)
-            look = {"color": colour, "lw": width, "label": title, "marker": "."}
+            look = {"color": colour, "lw": thickness, "label": title, "marker": "."}
             _line(axes, by_size, dashes, **look)
         axes.set_xscale("log")
         axes.set_yscale("log")

@@ -2,7 +2,7 @@ r"""How does the time of a training step grow with what one can make larger?
 
 With the batch (LeNet), the width (an MLP of four layers), the depth (MLPs of width 128,
 and ResNets of width 8 with up to 110 layers) and the members of a sweep (LeNet), each
-with batch norm and without. With the devices that share the batch and its statistics,
+with batch norm and without; ResNets without it have Fixup's blocks. With the devices that share the batch and its statistics,
 on a CPU host devices that share its cores, and with the images of an epoch: LeNet with
 batch norm. The slope is that on log-log axes: 1 is in proportion. How exact statistics
 grow with the number of examples is in experiments.benchmarks.population.
@@ -100,7 +100,11 @@ def make_model(axis: str, norm: str, size: int) -> Any:
     if axis == "batch":
         return lenet.LeNet(norm=constructor)
     if axis == "resnet_depth":
-        return resnet.ResNet(depth=size, width=RESNET_WIDTH, norm=constructor)
+        # Without norm each plain block doubles the variance: 110 layers overflow.
+        residual = "plain" if constructor else "fixup"
+        return resnet.ResNet(
+            depth=size, width=RESNET_WIDTH, norm=constructor, residual=residual
+        )
     widths = [MLP_WIDTH] * size if axis == "depth" else [size] * MLP_DEPTH
     return mlp.MLP(widths=tuple(widths), norm=constructor)
 

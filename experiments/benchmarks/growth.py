@@ -2,10 +2,11 @@ r"""How does the time of a training step grow with what one can make larger?
 
 With the batch (LeNet), the width (an MLP of four layers), the depth (MLPs of width 128,
 and ResNets of width 8 with up to 110 layers) and the members of a sweep (LeNet), each
-with batch norm and without; ResNets without it have Fixup's blocks. With the devices that share the batch and its statistics,
-on a CPU host devices that share its cores, and with the images of an epoch: LeNet with
-batch norm. The slope is that on log-log axes: 1 is in proportion. How exact statistics
-grow with the number of examples is in experiments.benchmarks.population.
+with batch norm and without; ResNets without it have Fixup's blocks. With the devices
+that share the batch and its statistics, on a CPU host devices that share its cores, and
+with the images of an epoch: LeNet with batch norm. The slope is that on log-log axes: 1
+is in proportion. How exact statistics grow with the number of examples is in
+experiments.benchmarks.population.
 
   python -m experiments.benchmarks.growth --workdir=runs/growth            20 minutes
   python -m experiments.benchmarks.growth --workdir=runs/growth-try --smoke  2 minutes

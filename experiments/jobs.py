@@ -178,7 +178,7 @@ class Job:
                 raise
 
     def checkpoint(self, arguments: Sequence[str]) -> Any:
-        """Return the job that goes on from the last checkpoint when time is up."""
+        """Return a job for when time is up: it resumes from the last checkpoint."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self, arguments)

@@ -73,7 +73,7 @@ class Pool:
         return [found[key] for key in keys]
 
     def _members(self) -> dict[str, Member]:
-        """Return what there is, by key."""
+        """Return all runs of the pool, by key."""
         found = {}
         for path in sorted(self.folder.glob(f"*/{results.RESULTS}")):
             found.update(_members_of(path.parent))
@@ -103,5 +103,5 @@ def _key(config: TrainConfig, data: ImageData) -> str:
 
 
 def _key_of(config: Row, source: str) -> str:
-    """Return what sets a run apart from all others."""
+    """Return the key of a run: its config and the source of its data."""
     return json.dumps([source, config], sort_keys=True)

@@ -170,7 +170,7 @@ def numbers(name: str, results: Mapping[str, Any]) -> dict[str, str]:
 
 
 def summary(found: Mapping[str, Any]) -> list[str]:
-    """Return what all studies together say, a line each, with its numbers."""
+    """Return the lines that open the index: the findings, with their numbers."""
     by_study = {
         name: types.SimpleNamespace(**numbers(name, results))
         for name, results in found.items()

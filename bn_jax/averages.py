@@ -48,6 +48,15 @@ def update_average(
     Raises:
       ValueError: if momentum is outside [0, 1], where that is known, or the state is
         narrower than float32.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from bn_jax import init, measure
+      >>> _, state = init(1)  # mean 0, variance 1
+      >>> batch = measure(jnp.array([[2.0], [8.0]]))  # mean 5, variance 9
+      >>> state = update_average(state, batch, momentum=0.75)
+      >>> state.mean.tolist(), state.var.tolist()
+      ([1.25], [3.0])
     """
     checks.check_momentum(momentum)
     checks.check_state(state)
@@ -71,6 +80,10 @@ def cumulative_momentum(num_batches: ArrayLike) -> Array:
 
     Raises:
       ValueError: if num_batches is negative or infinite, where that is known.
+
+    Examples:
+      >>> [cumulative_momentum(t).item() for t in (0, 1, 3)]
+      [0.0, 0.5, 0.75]
     """
     checks.check_num_batches(num_batches)
     t = jnp.asarray(num_batches, jnp.float32)
@@ -94,6 +107,10 @@ def debiased_momentum(momentum: ArrayLike, num_batches: ArrayLike) -> Array:
 
     References:
       Kingma and Ba, 2015, "Adam", arXiv:1412.6980, section 3.
+
+    Examples:
+      >>> [f"{debiased_momentum(0.5, t):.3f}" for t in (0, 1, 100)]
+      ['0.000', '0.333', '0.500']
     """
     checks.check_momentum(momentum)
     checks.check_num_batches(num_batches)
@@ -121,6 +138,13 @@ def merge_states(
 
     Raises:
       ValueError: if weights are negative, infinite, all 0, or not one for each state.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> states = BatchNormState(mean=jnp.array([[0.0], [2.0]]), var=jnp.ones((2, 1)))
+      >>> merged = merge_states(states)
+      >>> merged.mean.tolist(), merged.var.tolist()
+      ([1.0], [2.0])
     """
     num_states = len(states.mean)
     w = jnp.ones(num_states) if weights is None else jnp.asarray(weights)

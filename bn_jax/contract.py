@@ -58,7 +58,15 @@ class Transform(NamedTuple):
 def initializer(
     function: Callable[..., tuple[Any, Any]], **options: Any
 ) -> Callable[..., tuple[Any, Any]]:
-    """Bind options to a function that makes parameters and state."""
+    """Bind options to a function that makes parameters and state.
+
+    Examples:
+      >>> from bn_jax import init
+      >>> init_without_bias = initializer(init, bias=False)
+      >>> params, state = init_without_bias(2)
+      >>> params.scale.tolist(), params.bias
+      ([1.0, 1.0], None)
+    """
 
     def init(
         num_features: int | Sequence[int], dtype: Any = jnp.float32
@@ -71,7 +79,16 @@ def initializer(
 def with_options(
     function: Callable[..., tuple[Array, Any]], **options: Any
 ) -> Callable[..., tuple[Array, Any]]:
-    """Bind options to a function that is applied."""
+    """Bind options to a function that is applied.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from bn_jax import batch_norm, init
+      >>> apply = with_options(batch_norm, momentum=0.75)
+      >>> y, state = apply(jnp.array([[1.0], [3.0]]), *init(1), train=True)
+      >>> state.mean.tolist()
+      [0.5]
+    """
 
     def apply(x: Array, params: Any, state: Any, **call: Any) -> tuple[Array, Any]:
         return function(x, params, state, **options, **call)
@@ -82,7 +99,17 @@ def with_options(
 def without_batch_axis(
     function: Callable[..., tuple[Array, Any]], **options: Any
 ) -> Callable[..., tuple[Array, Any]]:
-    """Bind options to a function that takes no `batch_axis`, and accept one."""
+    """Bind options to a function that takes no `batch_axis`, and accept one.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from bn_jax.variants.one_moment import center, init_center
+      >>> apply = without_batch_axis(center, momentum=0.75)
+      >>> x = jnp.array([[1.0], [5.0]])
+      >>> y, state = apply(x, *init_center(1), train=True, batch_axis=0)
+      >>> y.ravel().tolist(), state.mean.tolist()
+      ([-2.0, 2.0], [0.75])
+    """
 
     def apply(
         x: Array, params: Any, state: Any, *, batch_axis: int = 0, **call: Any

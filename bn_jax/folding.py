@@ -86,6 +86,19 @@ def fold(model: Any, variables: Any, inputs: Array, *, without_norms: Any) -> An
     Raises:
       ValueError: if a norm cannot be folded; all such norms and reasons are named. If
         the model without norms leaves parameters out, or gives other outputs.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> from flax import linen as nn
+      >>> from bn_jax.linen import BatchNorm
+      >>> dense = nn.Dense(1, kernel_init=nn.initializers.constant(8.0))
+      >>> model = nn.Sequential([dense, BatchNorm(use_running_average=True)])
+      >>> x = jnp.array([[0.0], [1.0]])
+      >>> variables = model.init(jax.random.key(0), x)
+      >>> variables["batch_stats"]["layers_1"]["var"] = jnp.array([4.0])
+      >>> folded = fold(model, variables, x, without_norms=nn.Sequential([dense]))
+      >>> folded["layers_0"]["kernel"].round(3).tolist()  # 8 over the root of 4
+      [[4.0]]
     """
     with jax.default_matmul_precision("highest"):
         return _fold(model, variables, inputs, without_norms)

@@ -53,6 +53,13 @@ def init(
       scale: whether there is a gamma.
       bias: whether there is a beta.
       dtype: of the parameters. The state is in float32, or wider where dtype is.
+
+    Examples:
+      >>> params, state = init(2)
+      >>> params.scale.tolist(), params.bias.tolist()
+      ([1.0, 1.0], [0.0, 0.0])
+      >>> state.mean.tolist(), state.var.tolist()
+      ([0.0, 0.0], [1.0, 1.0])
     """
     try:
         shape: tuple[int, ...] = (operator.index(num_features),)  # type: ignore[arg-type]
@@ -96,6 +103,14 @@ def normalize(
       TypeError: if `x` is of neither a floating-point nor a complex dtype.
       ValueError: if a shape does not fit the features of `x`, or epsilon is not
         positive.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> x = jnp.array([[1.0], [5.0]])
+      >>> params = BatchNormParams(scale=jnp.array([10.0]), bias=jnp.array([1.0]))
+      >>> y = normalize(x, jnp.array([1.0]), jnp.array([4.0]), params)
+      >>> y.round().ravel().tolist()
+      [1.0, 21.0]
     """
     params = params or BatchNormParams(None, None)
     x = jnp.asarray(x)

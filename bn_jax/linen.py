@@ -50,6 +50,14 @@ def norm(
     Raises:
       ConfigError: if there is no such name or option, a value is out of range, or the
         norm takes no such axis names or ghost batches.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> layer = norm("group:num_groups=2")()
+      >>> x = jnp.array([[1.0, 3.0, 0.0, 0.0]])
+      >>> y, _ = layer.init_with_output(jax.random.key(0), x)
+      >>> y.round(3).tolist()
+      [[-1.0, 1.0, 0.0, 0.0]]
     """
     name, made, values, attributes = transforms.layer_of(spec, options, attributes)
     if made is None:
@@ -204,6 +212,16 @@ class BatchNorm(nn.Module):
         padding should be before it is summed; else it is normalised with the rest.
       scale_offset: added to the stored scale. With 1 the parameter is gamma - 1, which
         weight decay draws to a gamma of 1; `scale_init` is of gamma all the same.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> from bn_jax.linen import BatchNorm
+      >>> layer, x = BatchNorm(momentum=0.75), jnp.array([[1.0], [3.0]])
+      >>> variables = layer.init(jax.random.key(0), x, use_running_average=True)
+      >>> y, updates = layer.apply(
+      ...     variables, x, use_running_average=False, mutable=["batch_stats"])
+      >>> y.round(3).ravel().tolist(), updates["batch_stats"]["mean"].tolist()
+      ([-1.0, 1.0], [0.5])
     """
 
     use_running_average: bool | None = None

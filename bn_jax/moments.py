@@ -141,6 +141,13 @@ def measure(
     Raises:
       TypeError: if `x` is of neither a floating-point nor a complex dtype.
       ValueError: on a bad rank, feature axis, weights, axis name or groups.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> x = jnp.array([[1.0], [3.0], [99.0]])
+      >>> count, mean, var = measure(x, weights=jnp.array([True, True, False]))
+      >>> count.item(), mean.tolist(), var.tolist()
+      (2.0, [2.0], [1.0])
     """
     x = jnp.asarray(x)
     check_input(x, feature_axis)
@@ -237,7 +244,16 @@ def rough_mean(x: Array, axes: tuple[int, ...]) -> Array:
 
 
 def merge(a: Moments, b: Moments) -> Moments:
-    """Return the moments of the union of two disjoint sets of examples."""
+    """Return the moments of the union of two disjoint sets of examples.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> a = measure(jnp.array([[1.0], [3.0]]))
+      >>> b = measure(jnp.array([[5.0], [7.0]]))
+      >>> count, mean, var = merge(a, b)
+      >>> count.item(), mean.tolist(), var.tolist()
+      (4.0, [4.0], [5.0])
+    """
 
     def stack(*leaves: Array) -> Array:
         return jnp.stack(jnp.broadcast_arrays(*leaves))  # a count may be shared
@@ -257,6 +273,14 @@ def merge_stacked(moments: Moments) -> Moments:
 
     References:
       Chan, Golub and LeVeque, 1983, "Algorithms for computing the sample variance".
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> means = jnp.array([[0.0], [4.0]])
+      >>> sets = Moments(count=jnp.array([1.0, 3.0]), mean=means, var=jnp.zeros((2, 1)))
+      >>> count, mean, var = merge_stacked(sets)
+      >>> count.item(), mean.tolist(), var.tolist()
+      (4.0, [3.0], [3.0])
     """
     n, mean, var = moments
     n = n.reshape(n.shape + (1,) * (mean.ndim - n.ndim))
@@ -327,6 +351,15 @@ def merge_across(
     Raises:
       ValueError: if an axis name is not bound, or the groups are no such partition or
         not to be had under the transform.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> x = jnp.array([[[1.0], [3.0]], [[5.0], [7.0]]])  # of two instances
+      >>> def of_all(x):
+      ...     return merge_across(measure(x), "instances")
+      >>> _, mean, var = jax.vmap(of_all, axis_name="instances")(x)
+      >>> mean.tolist(), var.tolist()
+      ([[4.0], [4.0]], [[5.0], [5.0]])
     """
     num_rows = axis_size(axis_name)
     row = lax.axis_index(axis_name)

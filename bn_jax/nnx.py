@@ -51,6 +51,13 @@ def norm(
     Raises:
       ConfigError: if there is no such name or option, a value is out of range, or the
         norm takes no such axis names or ghost batches.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> layer = norm("group:num_groups=2")(4, rngs=nnx.Rngs(0))
+      >>> layer(jnp.array([[1.0, 3.0, 0.0, 0.0]])).round(3).tolist()
+      [[-1.0, 1.0, 0.0, 0.0]]
     """
     name, made, values, attributes = transforms.layer_of(spec, options, attributes)
     if made is None:

@@ -84,6 +84,15 @@ def batch_norm(
 
     Raises:
       ValueError: if the average is unknown.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> transform = batch_norm(momentum=0.75)
+      >>> params, state = transform.init(1)
+      >>> x = jnp.array([[1.0], [3.0]])
+      >>> y, state = transform.apply(x, params, state, train=True)
+      >>> y.round(3).ravel().tolist(), state.mean.tolist()
+      ([-1.0, 1.0], [0.5])
     """
     takes = MOMENTS | {"ghost_batch_size"}
     init = initializer(functional_lib.init, scale=use_scale, bias=use_bias)

@@ -32,7 +32,15 @@ Key = tuple[str, Path]
 
 
 def statistics_of(variables: Any) -> dict[Path, Statistics]:
-    """Return the statistics of each layer that holds a mean and a variance."""
+    """Return the statistics of each layer that holds a mean and a variance.
+
+    Examples:
+      >>> import numpy as np
+      >>> averages = {"mean": np.array([1.0]), "var": np.array([4.0])}
+      >>> statistics = statistics_of({"batch_stats": {"norm": averages}})
+      >>> statistics[("norm",)].mean.tolist(), statistics[("norm",)].var.tolist()
+      ([1.0], [4.0])
+    """
     found = collection(variables, "batch_stats")
     return {
         path[:-1]: Statistics(found[path], found[*path[:-1], "var"])
@@ -42,7 +50,16 @@ def statistics_of(variables: Any) -> dict[Path, Statistics]:
 
 
 def with_statistics(variables: Any, statistics: Mapping[Path, Statistics]) -> Any:
-    """Return variables of the same kind with layers' statistics in place."""
+    """Return variables of the same kind with layers' statistics in place.
+
+    Examples:
+      >>> import numpy as np
+      >>> averages = {"mean": np.zeros(1), "var": np.ones(1)}
+      >>> measured = {("norm",): Statistics(mean=np.array([1.0]), var=np.array([4.0]))}
+      >>> variables = with_statistics({"batch_stats": {"norm": averages}}, measured)
+      >>> variables["batch_stats"]["norm"]["var"].tolist()
+      [4.0]
+    """
     return replaced(
         variables,
         {
@@ -113,6 +130,14 @@ def norm_param_mask(variables: Any) -> Any:
 
     Raises:
       ValueError: as `check_variables` says.
+
+    Examples:
+      >>> import numpy as np
+      >>> one = np.ones(1)
+      >>> norm_param_mask({
+      ...     "params": {"dense": {"kernel": one}, "norm": {"scale": one, "bias": one}},
+      ...     "batch_stats": {"norm": {"mean": one, "var": one}}})
+      {'dense': {'kernel': False}, 'norm': {'bias': True, 'scale': True}}
     """
     variables = _state_of(variables)
     keys, _, _ = leaves_of(variables)
@@ -137,6 +162,12 @@ def moving_param_mask(variables: Any) -> Any:
 
     Raises:
       ValueError: as `check_variables` says.
+
+    Examples:
+      >>> import numpy as np
+      >>> of_norm = {"scale": np.ones(1), "moving_products": np.zeros((2, 1))}
+      >>> moving_param_mask({"params": {"norm": of_norm}})
+      {'norm': {'moving_products': True, 'scale': False}}
     """
     return _param_mask(_state_of(variables), lambda path: path[-1] == MOVING_PRODUCTS)
 
@@ -166,6 +197,12 @@ def batch_stats_of(variables: Any) -> Any:
 
     Of an NNX state these are its variables of type `nnx.BatchStat`, which `nnx.update`
     puts into a model.
+
+    Examples:
+      >>> import numpy as np
+      >>> averages = {"mean": np.array([1.0]), "var": np.array([4.0])}
+      >>> batch_stats_of({"params": {}, "batch_stats": {"norm": averages}})
+      {'norm': {'mean': array([1.]), 'var': array([4.])}}
     """
     if _is_nnx("State", variables):
         nnx = sys.modules["flax.nnx"]

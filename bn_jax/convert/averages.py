@@ -61,6 +61,10 @@ def momentum_to_torch(momentum: float) -> float:
 
     Raises:
       ValueError: if momentum is outside [0, 1].
+
+    Examples:
+      >>> round(momentum_to_torch(0.9), 3)
+      0.1
     """
     return _complement(momentum, "bn_jax's weight of the old average")
 
@@ -75,6 +79,13 @@ def unbiased(moments: Moments) -> Moments:
 
     Raises:
       ValueError: if n is known and below 2, and neither 0 nor 1.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from bn_jax import measure
+      >>> moments = measure(jnp.array([[1.0], [3.0]]))
+      >>> moments.var.tolist(), unbiased(moments).var.tolist()
+      ([1.0], [2.0])
     """
     check_fields(moments=(moments, Moments._fields))
     n = moments.count
@@ -97,6 +108,13 @@ def biased_average(state: BatchNormState, *, values_per_feature: int) -> BatchNo
 
     Raises:
       ValueError: if there are fewer than 2 values.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from bn_jax import BatchNormState
+      >>> state = BatchNormState(mean=jnp.array([0.0]), var=jnp.array([4.0]))
+      >>> biased_average(state, values_per_feature=4).var.tolist()
+      [3.0]
     """
     n = _check_values(state, values_per_feature)
     return state._replace(var=state.var * ((n - 1) / n))
@@ -113,6 +131,13 @@ def unbiased_average(
 
     Raises:
       ValueError: if there are fewer than 2 values.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from bn_jax import BatchNormState
+      >>> state = BatchNormState(mean=jnp.array([0.0]), var=jnp.array([3.0]))
+      >>> unbiased_average(state, values_per_feature=4).var.tolist()
+      [4.0]
     """
     n = _check_values(state, values_per_feature)
     return state._replace(var=state.var * (n / (n - 1)))
@@ -132,6 +157,16 @@ def without_equinox_excess(layer: BatchNormLayer, *, momentum: float) -> BatchNo
     Raises:
       ValueError: if the number of batches is not known or negative, momentum is outside
         [0, 1), or a variance would be negative: then the layer was not trained so.
+
+    Examples:
+      >>> from bn_jax.convert import from_equinox
+      >>> entries = {  # after a batch of mean 0 and variance 3
+      ...     "weight": [1.0], "bias": [0.0],
+      ...     "hidden_mean": [0.0], "hidden_var": [2.0], "counter": 1}
+      >>> layer = from_equinox(entries, mode="batch", momentum=0.5)
+      >>> meant = without_equinox_excess(layer, momentum=0.5)
+      >>> layer.state.var.tolist(), meant.state.var.tolist()
+      ([4.0], [3.0])
     """
     check_is_layer(layer)
     if layer.num_batches is None:

@@ -56,6 +56,14 @@ def to_torch(layer: BatchNormLayer) -> dict[str, np.ndarray]:
     Args:
       layer: to be written. Where `num_batches` is None, num_batches_tracked is 0: only
         PyTorch's momentum None reads it, and would then forget the averages.
+
+    Examples:
+      >>> layer = from_flax({
+      ...     "params": {"scale": [2.0], "bias": [3.0]},
+      ...     "batch_stats": {"mean": [1.0], "var": [4.0]}})
+      >>> state_dict = to_torch(layer)
+      >>> state_dict["weight"].tolist(), state_dict["running_var"].tolist()
+      ([2.0], [4.0])
     """
     return write_layer("torch", layer)
 
@@ -70,6 +78,13 @@ def from_keras(entries: Entries, *, like: Like | None = None) -> BatchNormLayer:
 
     Raises:
       ValueError: as `from_torch` says.
+
+    Examples:
+      >>> layer = from_keras({
+      ...     "gamma": [2.0], "beta": [3.0],
+      ...     "moving_mean": [1.0], "moving_variance": [4.0]})
+      >>> layer.params.scale.tolist(), layer.state.var.tolist()
+      ([2.0], [4.0])
     """
     return read_layer("keras", entries, like)
 
@@ -82,6 +97,13 @@ def to_keras(layer: BatchNormLayer) -> dict[str, np.ndarray]:
 
     Args:
       layer: to be written.
+
+    Examples:
+      >>> layer = from_torch({
+      ...     "weight": [2.0], "bias": [3.0], "running_mean": [1.0],
+      ...     "running_var": [4.0], "num_batches_tracked": 7})
+      >>> {name: value.item() for name, value in to_keras(layer).items()}
+      {'gamma': 2.0, 'beta': 3.0, 'moving_mean': 1.0, 'moving_variance': 4.0}
     """
     return write_layer("keras", layer)
 
@@ -96,6 +118,13 @@ def from_flax(entries: Entries, *, like: Like | None = None) -> BatchNormLayer:
 
     Raises:
       ValueError: as `from_torch` says.
+
+    Examples:
+      >>> layer = from_flax({
+      ...     "params": {"scale": [2.0], "bias": [3.0]},
+      ...     "batch_stats": {"mean": [1.0], "var": [4.0]}})
+      >>> layer.params.scale.tolist(), layer.state.var.tolist()
+      ([2.0], [4.0])
     """
     return read_layer("flax", entries, like)
 
@@ -112,6 +141,16 @@ def to_flax(
 
     Raises:
       ValueError: if a count is wanted and `num_batches` is None.
+
+    Examples:
+      >>> layer = from_torch({
+      ...     "weight": [2.0], "bias": [3.0], "running_mean": [1.0],
+      ...     "running_var": [4.0], "num_batches_tracked": 7})
+      >>> variables = to_flax(layer)
+      >>> {name: value.item() for name, value in variables["params"].items()}
+      {'scale': 2.0, 'bias': 3.0}
+      >>> {name: value.item() for name, value in variables["batch_stats"].items()}
+      {'mean': 1.0, 'var': 4.0}
     """
     return write_layer("flax", layer, optional=count)
 
@@ -125,6 +164,11 @@ def from_nnx(entries: Entries, *, like: Like | None = None) -> BatchNormLayer:
 
     Raises:
       ValueError: as `from_torch` says.
+
+    Examples:
+      >>> layer = from_nnx({"scale": [2.0], "bias": [3.0], "mean": [1.0], "var": [4.0]})
+      >>> layer.params.scale.tolist(), layer.state.var.tolist()
+      ([2.0], [4.0])
     """
     return read_layer("nnx", entries, like)
 
@@ -134,6 +178,13 @@ def to_nnx(layer: BatchNormLayer) -> dict[str, np.ndarray]:
 
     Args:
       layer: to be written.
+
+    Examples:
+      >>> layer = from_torch({
+      ...     "weight": [2.0], "bias": [3.0], "running_mean": [1.0],
+      ...     "running_var": [4.0], "num_batches_tracked": 7})
+      >>> {name: value.item() for name, value in to_nnx(layer).items()}
+      {'scale': 2.0, 'bias': 3.0, 'mean': 1.0, 'var': 4.0}
     """
     return write_layer("nnx", layer)
 
@@ -156,6 +207,15 @@ def from_haiku(
 
     Raises:
       ValueError: as `from_torch` says.
+
+    Examples:
+      >>> kept = {"counter": 7, "hidden": [[0.5]]}
+      >>> layer = from_haiku(
+      ...     {"batch_norm": {"scale": [[2.0]], "offset": [[3.0]]}},
+      ...     {"batch_norm/~/mean_ema": {**kept, "average": [[1.0]]},
+      ...      "batch_norm/~/var_ema": {**kept, "average": [[4.0]]}})
+      >>> layer.params.bias.tolist(), layer.state.var.tolist(), layer.num_batches
+      ([3.0], [4.0], 7)
     """
     entries = {"params": params, "state": state}
     return read_layer("haiku", entries, like, name)
@@ -182,6 +242,16 @@ def to_haiku(
 
     Raises:
       ValueError: if `num_batches` is None, or momentum or axis out of range.
+
+    Examples:
+      >>> layer = from_torch({
+      ...     "weight": [2.0], "bias": [3.0], "running_mean": [1.0],
+      ...     "running_var": [4.0], "num_batches_tracked": 7})
+      >>> params, state = to_haiku(layer, momentum=0.9, num_dims=2)
+      >>> params["batch_norm"]["offset"].tolist()
+      [[3.0]]
+      >>> state["batch_norm/~/var_ema"]["average"].tolist()
+      [[4.0]]
     """
     check_momentum("haiku", momentum, reading=False)
     if not isinstance(num_dims, int) or num_dims < 1:
@@ -236,6 +306,13 @@ def from_equinox(
     Raises:
       ValueError: if the mode is unknown, or its momentum missing; or as `from_torch`
         says.
+
+    Examples:
+      >>> layer = from_equinox({
+      ...     "weight": [2.0], "bias": [3.0], "first_time": False,
+      ...     "running_mean": [1.0], "running_var": [4.0]}, mode="ema")
+      >>> layer.params.scale.tolist(), layer.state.var.tolist()
+      ([2.0], [4.0])
     """
     return read_layer(_equinox(mode), entries, like, momentum=momentum)
 
@@ -260,6 +337,14 @@ def to_equinox(
 
     Raises:
       ValueError: if the mode is unknown, or its momentum or `num_batches` missing.
+
+    Examples:
+      >>> layer = from_torch({
+      ...     "weight": [2.0], "bias": [3.0], "running_mean": [1.0],
+      ...     "running_var": [4.0], "num_batches_tracked": 7})
+      >>> entries = to_equinox(layer, mode="ema")
+      >>> entries["running_var"].tolist(), entries["first_time"].item()
+      ([4.0], False)
     """
     return write_layer(_equinox(mode), layer, momentum=momentum)
 

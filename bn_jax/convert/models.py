@@ -111,6 +111,15 @@ def layers_into(
       ValueError: if entries of the layers are missing, extra, misshapen or no arrays of
         numbers in one or the other, which are all named; or if a layer has a NaN, a
         negative variance or number of batches.
+
+    Examples:
+      >>> from bn_jax.convert import from_nnx
+      >>> layer = from_nnx({"scale": [2.0], "bias": [3.0], "mean": [1.0], "var": [4.0]})
+      >>> state_dict = {"bn.weight": [1.0], "bn.bias": [0.0],
+      ...               "bn.running_mean": [0.0], "bn.running_var": [1.0]}
+      >>> filled = layers_into("torch", state_dict, {"norm": layer}, {"bn": "norm"})
+      >>> filled["bn.running_mean"].tolist(), filled["bn.running_var"].tolist()
+      ([1.0], [4.0])
     """
     check_momentum(library, momentum, reading=False)
     chosen = check_names(names)

@@ -121,6 +121,13 @@ def to_batch_renorm(
       ValueError: if `num_batches` is None, a limit is out of range, or the start is not
         the one that CrossQ or PureJaxQL has; or if the layer has a NaN, a negative
         variance or number of batches.
+
+    Examples:
+      >>> from bn_jax import init
+      >>> layer = BatchNormLayer(*init(1), num_batches=7)
+      >>> batch_stats = to_batch_renorm("crossq", layer)["batch_stats"]
+      >>> {name: value.item() for name, value in batch_stats.items()}
+      {'mean': 0.0, 'var': 1.0, 'steps': 7, 'r_max': 3, 'd_max': 5}
     """
     _check_library(library)
     options = options or RenormOptions(_STARTS[library])

@@ -149,6 +149,13 @@ def channel_statistics(split: Split) -> tuple[np.ndarray, np.ndarray]:
     Raises:
         DataError: If a channel is constant. No divisor is right for it: training would
             see zeros, and a test image that differs would be scaled by chance.
+
+    Examples:
+        >>> import numpy as np
+        >>> images = np.array([0, 2], np.uint8).reshape(2, 1, 1, 1)
+        >>> mean, deviation = channel_statistics(Split(images, labels=np.zeros(2)))
+        >>> mean.tolist(), deviation.tolist()
+        ([1.0], [1.0])
     """
     images = split.images
     height, width, channels = images.shape[1:]

@@ -50,6 +50,12 @@ def check_name(name: str) -> None:
 
     Raises:
         DataError: If it is none of `DATASETS`.
+
+    Examples:
+        >>> check_name("fashion_mnits")
+        Traceback (most recent call last):
+            ...
+        bn_jax.data.image_data.DataError: ... Did you mean fashion_mnist?
     """
     if name in ("auto", "sample", *SPECS) or name.startswith(npz.PREFIX):
         return
@@ -94,6 +100,12 @@ def load(
     Raises:
         DataError: If the name is unknown, or the data is missing or damaged.
         ConfigError: If a folder is no path of this machine.
+
+    Examples:
+        >>> from bn_jax import data
+        >>> images = data.load("sample")
+        >>> images.train.images.shape, images.test.labels[:3].tolist()
+        ((6000, 28, 28, 1), [0, 1, 2])
     """
     check_name(name)
     if name == "sample" or name.startswith(npz.PREFIX):

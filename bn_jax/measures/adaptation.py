@@ -57,6 +57,15 @@ def adapted_statistics(
       Li et al., 2017, "Revisiting Batch Normalization For Practical Domain Adaptation",
       arXiv:1603.04779. Schneider et al., 2020, "Improving robustness against common
       corruptions by covariate shift adaptation", arXiv:2006.16971.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> from bn_jax.linen import BatchNorm
+      >>> model, x = BatchNorm(), jnp.array([[2.0], [8.0]])
+      >>> old = model.init(jax.random.key(0), x, use_running_average=True)
+      >>> new = adapted_statistics(model, old, x, pseudo_count=2, batch_size=2)
+      >>> new["mean"].tolist(), new["var"].tolist()
+      ([2.5], [5.0])
     """
     if not 0 <= pseudo_count < math.inf:
         raise ValueError(

@@ -87,6 +87,15 @@ def gap(
     Raises:
       ValueError: if there is not one label for each input, labels are no classes, or as
         `exact_statistics` says.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> from bn_jax.linen import BatchNorm
+      >>> model, labels = BatchNorm(), jnp.array([0, 1])
+      >>> x = jnp.array([[3.0, 0.0], [2.0, 1.0]])
+      >>> variables = model.init(jax.random.key(0), x, use_running_average=True)
+      >>> gap(model, variables, x, labels, measure_on=x, batch_size=2).accuracy
+      {'training': 1.0, 'running': 0.5, 'exact': 1.0}
     """
     check_array("inputs", inputs)
     check_array("labels", labels if labels is None else np.asarray(labels))

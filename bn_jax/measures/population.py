@@ -84,6 +84,15 @@ def exact_statistics(
 
     References:
       Wu and Johnson, 2021, "Rethinking 'Batch' in BatchNorm", arXiv:2105.07576.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> from bn_jax.linen import BatchNorm
+      >>> model, x = BatchNorm(), jnp.array([[1.0], [3.0], [5.0], [7.0]])
+      >>> variables = model.init(jax.random.key(0), x, use_running_average=True)
+      >>> exact = exact_statistics(model, variables, x, batch_size=2)
+      >>> exact["mean"].tolist(), exact["var"].tolist()
+      ([4.0], [5.0])
     """
     measured = with_exact_statistics(
         model,
@@ -119,6 +128,15 @@ def with_exact_statistics(
       weights: see `model`.
       num_examples: see `model`.
       pseudo_count: see `bn_jax.measures.adaptation`.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> from bn_jax.linen import BatchNorm
+      >>> model, x = BatchNorm(), jnp.array([[1.0], [3.0]])
+      >>> variables = model.init(jax.random.key(0), x, use_running_average=True)
+      >>> variables = with_exact_statistics(model, variables, x, batch_size=1)
+      >>> model.apply(variables, x, use_running_average=True).round(3).ravel().tolist()
+      [-1.0, 1.0]
     """
     if mode not in ("layerwise", "one_pass"):
         raise ValueError(f"mode={mode!r}; expected layerwise or one_pass")
@@ -200,6 +218,16 @@ def batch_moments(
 
     Raises:
       ValueError: if a layer's calls cannot be seen.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> from flax import linen as nn
+      >>> from bn_jax.linen import BatchNorm
+      >>> model = nn.Sequential([BatchNorm(use_running_average=True)])
+      >>> x = jnp.array([[1.0], [3.0]])
+      >>> y, moments = batch_moments(model, model.init(jax.random.key(0), x), x)
+      >>> y.round(3).ravel().tolist(), moments[("layers_0",)].mean.tolist()
+      ([-1.0, 1.0], [2.0])
     """
     predict, variables = resolve(model, variables)
     outputs, measured = program(predict, variables, inputs, by_batch=True)(

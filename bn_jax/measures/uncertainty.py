@@ -49,6 +49,17 @@ def monte_carlo_batch_norm(
     References:
       Teye, Azizpour and Smith, 2018, "Bayesian Uncertainty Estimation for Batch
       Normalized Deep Networks", arXiv:1802.06455.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> from bn_jax.linen import BatchNorm
+      >>> model, key = BatchNorm(), jax.random.key(0)
+      >>> train, x = jnp.array([[0.0], [4.0], [8.0]]), jnp.array([[4.0]])
+      >>> variables = model.init(key, x, use_running_average=True)
+      >>> y = monte_carlo_batch_norm(
+      ...     model, variables, x, train, key, num_passes=16, batch_size=2)
+      >>> y.shape, sorted(set(y.round().ravel().tolist()))
+      ((16, 1, 1), [-1.0, 0.0, 1.0])
     """
     check_array("inputs", inputs)
     check_array("train_inputs", train_inputs)

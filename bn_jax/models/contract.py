@@ -35,6 +35,14 @@ def as_model(source: Any) -> Any:
 
     Raises:
       TypeError: if `source` is something else, or its call takes no `train`.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> from flax import nnx
+      >>> model = as_model(lambda rngs: nnx.Linear(3, 2, rngs=rngs))
+      >>> variables = model.init(jax.random.key(0), jnp.ones((1, 3)), train=False)
+      >>> model.apply(variables, jnp.ones((5, 3)), train=False).shape
+      (5, 2)
     """
     if isinstance(source, nn.Module):
         parameters = inspect.signature(type(source).__call__).parameters
@@ -65,7 +73,13 @@ def as_model(source: Any) -> Any:
 
 
 def name_of(model: Any) -> str:
-    """Return the name of a model's class."""
+    """Return the name of a model's class.
+
+    Examples:
+      >>> from bn_jax.models.mlp import MLP
+      >>> name_of(MLP())
+      'MLP'
+    """
     name: str = type(model).__name__ if isinstance(model, nn.Module) else model.name
     return name
 
@@ -89,6 +103,14 @@ def check_fits(
 
     Raises:
       ConfigError: in one line, naming the model, the shape, and what to do.
+
+    Examples:
+      >>> from bn_jax.models.mlp import MLP
+      >>> check_fits(MLP(), (28, 28, 1), num_classes=10)
+      >>> check_fits(MLP(), (28, 28, 1), num_classes=100)
+      Traceback (most recent call last):
+          ...
+      bn_jax.fields.ConfigError: MLP returns (2, 10) ... logits of shape (2, 100)
     """
 
     def trace(images: Array) -> tuple[Any, Any]:
@@ -176,6 +198,19 @@ def logits_by_batch(model: Any, variables: Any, images: Array) -> Array:
 
     Raises:
       ValueError: if the model draws random numbers by other means than dropout layers.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> from flax import linen as nn
+      >>> from bn_jax.linen import BatchNorm
+      >>> class Net(nn.Module):
+      ...     @nn.compact
+      ...     def __call__(self, images, train):
+      ...         return BatchNorm(not train)(images.reshape(len(images), -1))
+      >>> images = jnp.array([1.0, 3.0]).reshape(2, 1, 1, 1)
+      >>> variables = Net().init(jax.random.key(0), images, train=False)
+      >>> logits_by_batch(Net(), variables, images).round(3).ravel().tolist()
+      [-1.0, 1.0]
     """
     logits: Array
     if not isinstance(model, nn.Module):

@@ -34,6 +34,14 @@ def make_init(
     Returns:
       A function that returns `{"params": ..., "batch_stats": ...}`; `batch_stats` is
       empty in a model without statistics.
+
+    Examples:
+      >>> import jax
+      >>> from bn_jax.models.mlp import MLP
+      >>> init = make_init(MLP(widths=[3]), (2, 2, 1))
+      >>> dense = init(jax.random.key(0))["params"]["dense1"]
+      >>> dense["kernel"].shape, dense["bias"].tolist()
+      ((4, 3), [0.0, 0.0, 0.0])
     """
     if isinstance(model, ResNet):
         # The parameters are the same in all layouts. In this one no kernel is

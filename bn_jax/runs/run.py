@@ -76,6 +76,17 @@ def train(
       ConfigError: if the config does not fit the data, the model or the devices.
       FloatingPointError: if the loss is not finite; the last checkpoint is kept.
       Interrupted: on SIGTERM or Ctrl-C, after a checkpoint.
+
+    Examples:
+      >>> import tempfile
+      >>> from bn_jax import data, runs
+      >>> from bn_jax.training.config import TrainConfig
+      >>> config = TrainConfig(model="mlp", epochs=1, train_examples=256)
+      >>> with tempfile.TemporaryDirectory() as workdir:
+      ...     run = runs.train(config, data.load("sample"), workdir=workdir)
+      epoch 1/1  loss ...
+      >>> len(run.metrics), sorted(run.variables)
+      (1, ['batch_stats', 'params'])
     """
     workdir = paths.local(workdir, "workdir")
     options = options or RunOptions(devices="1")
@@ -159,6 +170,19 @@ def train_or_load(
 
     Raises:
       RunError: if `workdir` holds another run, or as `train` says.
+
+    Examples:
+      >>> import tempfile
+      >>> from bn_jax import data, runs
+      >>> from bn_jax.training.config import TrainConfig
+      >>> config = TrainConfig(model="mlp", epochs=1, train_examples=256)
+      >>> images = data.load("sample")
+      >>> with tempfile.TemporaryDirectory() as workdir:  # trains once
+      ...     first = runs.train_or_load(config, images, workdir=workdir)
+      ...     second = runs.train_or_load(config, images, workdir=workdir)
+      epoch 1/1  loss ...
+      >>> second.results == first.results
+      True
     """
     workdir = paths.local(workdir, "workdir")
     done = distributed.on_primary(
@@ -382,6 +406,18 @@ def load(workdir: str | Path, *, model: Any = None) -> Run:
       RunError: if the directory does not hold a finished run, or files are damaged.
       ConfigError: if its config is of another version of the program, or its model was
         passed in, and is not now.
+
+    Examples:
+      >>> import tempfile
+      >>> from bn_jax import data, runs
+      >>> from bn_jax.training.config import TrainConfig
+      >>> config = TrainConfig(model="mlp", epochs=1, train_examples=256)
+      >>> with tempfile.TemporaryDirectory() as workdir:
+      ...     trained = runs.train(config, data.load("sample"), workdir=workdir)
+      ...     loaded = runs.load(workdir)
+      epoch 1/1  loss ...
+      >>> loaded.results == trained.results
+      True
     """
     workdir = paths.local(workdir, "workdir")
     values = results.read_object(workdir / results.CONFIG)

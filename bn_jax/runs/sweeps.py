@@ -102,6 +102,18 @@ def sweep(
       RunError: if `workdir` cannot take this sweep; nothing is overwritten.
       ConfigError: if configs do not make a sweep, or options do not fit one.
       Interrupted: on SIGTERM or Ctrl-C, after a checkpoint.
+
+    Examples:
+      >>> import dataclasses, tempfile
+      >>> from bn_jax import data, runs
+      >>> from bn_jax.training.config import TrainConfig
+      >>> config = TrainConfig(model="mlp", epochs=1, train_examples=256)
+      >>> configs = [dataclasses.replace(config, seed=seed) for seed in (0, 1)]
+      >>> with tempfile.TemporaryDirectory() as workdir:
+      ...     rows = runs.sweep(configs, data.load("sample"), workdir=workdir)
+      epoch 1/1  2 of 2 members continue ...
+      >>> [row["config"]["seed"] for row in rows]
+      [0, 1]
     """
     options = options or RunOptions(devices="1")
     workdir = paths.local(workdir, "workdir")

@@ -86,6 +86,11 @@ def init(
       scale: whether there is a gamma.
       bias: whether there is a beta.
       dtype: of gamma and beta. All else is in float32, or wider where dtype is.
+
+    Examples:
+      >>> params, state = init(1, num_batches=2)
+      >>> params.moving_products.tolist(), state.var.tolist(), state.count.item()
+      ([[0.0], [0.0]], [1.0], 0.0)
     """
     num_features = checks.check_one_integer(num_features)
     params, (_, var) = functional_lib.init(

@@ -61,6 +61,11 @@ def init_center(
       scale: whether there is a gamma.
       bias: whether there is a beta.
       dtype: of the parameters. The state is in float32, or wider where dtype is.
+
+    Examples:
+      >>> params, state = init_center(2)
+      >>> params.scale.tolist(), params.bias.tolist(), state.mean.tolist()
+      ([1.0, 1.0], [0.0, 0.0], [0.0, 0.0])
     """
     params, averages = functional_lib.init(
         num_features, scale=scale, bias=bias, dtype=dtype
@@ -82,6 +87,11 @@ def init_scale(
       scale: whether there is a gamma.
       bias: whether there is a beta.
       dtype: of the parameters. The state is in float32, or wider where dtype is.
+
+    Examples:
+      >>> params, state = init_scale(2)
+      >>> params.scale.tolist(), params.bias.tolist(), state.var.tolist()
+      ([1.0, 1.0], [0.0, 0.0], [1.0, 1.0])
     """
     params, averages = functional_lib.init(
         num_features, scale=scale, bias=bias, dtype=dtype

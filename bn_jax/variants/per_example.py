@@ -154,6 +154,15 @@ def layer_norm(
 
     References:
       Ba, Kiros and Hinton, 2016, "Layer Normalization", arXiv:1607.06450.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from bn_jax import init
+      >>> params, _ = init(2)
+      >>> x = jnp.array([[1.0, 3.0], [10.0, 30.0]])
+      >>> y, _ = layer_norm(x, params, EmptyState(), train=True)
+      >>> y.round(3).tolist()
+      [[-1.0, 1.0], [-1.0, 1.0]]
     """
     return group_norm(
         x,
@@ -201,6 +210,15 @@ def instance_norm(
     References:
       Ulyanov, Vedaldi and Lempitsky, 2016, "Instance Normalization: The Missing
       Ingredient for Fast Stylization", arXiv:1607.08022.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from bn_jax import init
+      >>> params, _ = init(2)
+      >>> x = jnp.array([[[1.0, 30.0], [3.0, 10.0]]])  # one example of two positions
+      >>> y, _ = instance_norm(x, params, EmptyState(), train=True)
+      >>> y.round(3).tolist()
+      [[[-1.0, 1.0], [1.0, -1.0]]]
     """
     x = jnp.asarray(x)
     moments_lib.check_input(x, feature_axis)

@@ -59,6 +59,11 @@ def init_dyt(
       scale: whether there is a gamma.
       bias: whether there is a beta.
       dtype: of the parameters.
+
+    Examples:
+      >>> params, _ = init_dyt(2)
+      >>> params.scale.tolist(), params.bias.tolist(), params.alpha.item()
+      ([1.0, 1.0], [0.0, 0.0], 0.5)
     """
     params, _ = functional_lib.init(num_features, scale=scale, bias=bias, dtype=dtype)
     return DyTParams(*params, jnp.asarray(alpha, dtype)), EmptyState()
@@ -82,6 +87,11 @@ def init_derf(
       scale: whether there is a gamma.
       bias: whether there is a beta.
       dtype: of the parameters.
+
+    Examples:
+      >>> params, _ = init_derf(2)
+      >>> params.scale.tolist(), params.alpha.item(), params.shift.item()
+      ([1.0, 1.0], 0.5, 0.0)
     """
     params, _ = functional_lib.init(num_features, scale=scale, bias=bias, dtype=dtype)
     scalars = jnp.asarray(alpha, dtype), jnp.asarray(shift, dtype)
@@ -155,6 +165,13 @@ def derf(
     References:
       Chen, Lu, Zhu, Sun and Liu, 2025, "Stronger Normalization-Free Transformers",
       arXiv:2512.10938.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> params, state = init_derf(1)
+      >>> y, _ = derf(jnp.array([[0.0], [200.0]]), params, state, train=True)
+      >>> y.ravel().tolist()
+      [0.0, 1.0]
     """
     del train
     x, wide = _checked(x, params, feature_axis)

@@ -86,6 +86,11 @@ def init(
 
     Raises:
       ValueError: if the target is unknown or there are too few knots.
+
+    Examples:
+      >>> _, state = init(1, num_quantiles=4)
+      >>> (8 * (state.knots / 12**0.5 + 0.5)).round().ravel().tolist()  # of [0, 1]
+      [1.0, 3.0, 5.0, 7.0]
     """
     params, (mean, _) = functional_lib.init(
         num_features, scale=scale, bias=bias, dtype=dtype
@@ -214,6 +219,10 @@ def target_quantiles(target: Target, num_quantiles: int, dtype: Any) -> Array:
 
     Raises:
       ValueError: if the target is unknown or K below 2.
+
+    Examples:
+      >>> [f"{q:.2f}" for q in target_quantiles("gaussian", 3, "float32")]
+      ['-0.97', '0.00', '0.97']
     """
     if num_quantiles < 2:
         raise ValueError(f"num_quantiles={num_quantiles}; expected 2 or more")

@@ -62,6 +62,11 @@ def init(
       scale: whether there is a gamma.
       bias: whether there is a beta.
       dtype: of the parameters. The state is in float32, or wider where dtype is.
+
+    Examples:
+      >>> params, state = init(1)
+      >>> state.mean.tolist(), state.var.tolist(), state.count.item()
+      ([0.0], [1.0], 0.0)
     """
     params, averages = functional_lib.init(
         num_features, scale=scale, bias=bias, dtype=dtype
@@ -124,6 +129,17 @@ def batch_renorm(
 
     References:
       Ioffe, 2017, arXiv:1702.03275; Bhatt et al., 2024, arXiv:1902.05605.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> params, state = init(1)  # moving mean 0, variance 1
+      >>> x = jnp.array([[1.0], [3.0]])
+      >>> y, _ = batch_renorm(x, params, state, train=True)
+      >>> y.round().ravel().tolist()  # as in prediction
+      [1.0, 3.0]
+      >>> y, _ = batch_renorm(x, params, state, train=True, r_max=1.0, d_max=0.0)
+      >>> y.round(3).ravel().tolist()  # as batch norm
+      [-1.0, 1.0]
     """
     checks.check_static(train=train, update_state=update_state)
     checks.check_fields(
@@ -208,6 +224,10 @@ def limits(
     Raises:
       ValueError: if a limit is too small, reached before it begins to rise, or not
         within the 2^24 batches that a state can count.
+
+    Examples:
+      >>> [tuple(map(float, limits(step))) for step in (0, 40_000)]
+      [(1.0, 0.0), (3.0, 5.0)]
     """
     checks.check_known("r_max", r_max, AT_LEAST_1)
     checks.check_known("d_max", d_max, NOT_NEGATIVE)

@@ -75,6 +75,11 @@ def init(
 
     Raises:
       ValueError: if the group size does not divide C.
+
+    Examples:
+      >>> _, state = init(4, group_size=2)
+      >>> state.covariance.shape, state.covariance[0].tolist()
+      ((2, 2, 2), [[1.0, 0.0], [0.0, 1.0]])
     """
     params, (mean, _) = functional_lib.init(
         num_features, scale=scale, bias=bias, dtype=dtype

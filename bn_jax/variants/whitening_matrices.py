@@ -325,6 +325,13 @@ def inverse_square_root(covariance: Array, epsilon: float | Array) -> Array:
     References:
       Daleckii and Krein, 1965, "Integration and differentiation of functions of
       Hermitian operators". Higham, 2008, "Functions of Matrices", theorem 3.11.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> covariance = jnp.array([[5.0, 4.0], [4.0, 5.0]])
+      >>> w = inverse_square_root(covariance, 1e-5)
+      >>> bool(jnp.allclose(w @ covariance @ w, jnp.eye(2), atol=1e-3))
+      True
     """
     found = _principal(covariance, epsilon)
     return product(found.vectors, found.whitening)

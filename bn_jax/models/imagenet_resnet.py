@@ -7,7 +7,6 @@ and version 1, which halves the image in a bottleneck's first convolution.
 from __future__ import annotations
 
 import functools
-import inspect
 import math
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -78,16 +77,21 @@ def _check(
     """
     if not DEPTHS.holds(depth):
         raise fields.ConfigError(f"depth={depth}; expected {DEPTHS.words}")
-    if not zero_init_residual or not (norm is None or callable(norm)):
-        return  # what is no constructor is refused where it is called
-    parameters = {} if norm is None else inspect.signature(norm).parameters
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    if not takes_any and "scale_init" not in parameters:
-        raise fields.ConfigError(
-            "zero_init_residual=true starts the scale of each block's last norm from "
-            "0, and this norm's constructor takes no scale_init; give norm=batch_norm "
-            "or norm=flax, or zero_init_residual=false"
-        )
+    if zero_init_residual and (norm is None or callable(norm)):
+        _of_last(norm)  # what is no constructor is refused where it is called
+
+
+def _of_last(norm: layers.NormConstructor | None) -> layers.NormConstructor:
+    """Return the constructor of the last norm of each block, whose scale starts at 0.
+
+    Raises:
+      ConfigError: if it has none.
+    """
+    return layers.with_scale_init(
+        norm,
+        initializers.zeros,
+        "zero_init_residual=true starts the scale of each block's last norm from 0",
+    )
 
 
 def convolution(
@@ -303,8 +307,7 @@ class ImageNetResNet(nn.Module):
         )
         normalise_last = normalise
         if self.norm is not None and self.zero_init_residual:
-            norm = functools.partial(self.norm, scale_init=initializers.zeros)
-            normalise_last = functools.partial(normalise, norm=norm)
+            normalise_last = functools.partial(normalise, norm=_of_last(self.norm))
 
         x = layers.from_nhwc(x, layout)
         x = conv(self.width, 7, stride=2, name="stem")(x)

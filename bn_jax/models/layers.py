@@ -85,6 +85,29 @@ def norm_switches(
     return [norm_layers[i] for i in range(num_layers)]
 
 
+def with_scale_init(
+    norm: NormConstructor | None, initializer: initializers.Initializer, option: str
+) -> NormConstructor:
+    """Return a constructor of norms whose scale (gamma) starts from an initializer.
+
+    Args:
+      norm: their constructor.
+      initializer: of the scale.
+      option: that asks for it, with what it says of the scale, for the error.
+
+    Raises:
+      ConfigError: if the constructor takes no `scale_init`, or there is none.
+    """
+    known = {} if norm is None else inspect.signature(norm).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in known.values())
+    if norm is None or not (takes_any or "scale_init" in known):
+        raise ConfigError(
+            f"{option}, and this norm's constructor takes no scale_init; give "
+            f"norm=batch_norm or norm=flax, or leave out {option.partition('=')[0]}"
+        )
+    return functools.partial(norm, scale_init=initializer)
+
+
 def normalise(
     x: Array,
     norm: NormConstructor | None,

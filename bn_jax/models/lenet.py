@@ -37,6 +37,7 @@ def lenet(
     dropout_at: Literal["dense", "last"] = "dense",
     first_padding: Annotated[int, fields.NOT_NEGATIVE] = 0,
     centred_kernels: bool = False,
+    gamma: Literal["ones", "uniform"] = "ones",
 ) -> LeNet:
     """Return `LeNet` by options that can be written on a command line.
 
@@ -52,7 +53,17 @@ def lenet(
       dropout_at: as the attribute.
       first_padding: as the attribute.
       centred_kernels: as the attribute.
+      gamma: what the scale of the norms starts from: 1, or draws from [0, 1).
+
+    Raises:
+      ConfigError: if there is no norm whose scale could be drawn.
     """
+    if gamma == "uniform":
+        norm = layers.with_scale_init(
+            norm,
+            initializers.uniform(1.0),
+            "gamma=uniform draws the scale of the norms from [0, 1)",
+        )
     return LeNet(
         norm=norm,
         norm_layers=layers.switches_of(norm_layers),

@@ -10,11 +10,11 @@ parameter. A norm's gamma is its `scale`, its beta is its `bias`.
 
 from __future__ import annotations
 
+import collections
 import itertools
 import math
 import re
-from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, Any, NamedTuple
 
 import jax
@@ -30,7 +30,7 @@ from bn_jax.variables import MOVING_PRODUCTS
 def of_norms(params: Any) -> Any:
     """Return which parameters are a norm's: a tree of booleans like `params`."""
     with_paths, structure = jax.tree_util.tree_flatten_with_path(params)
-    modules: dict[Any, dict[str, Any]] = defaultdict(dict)
+    modules: dict[Any, dict[str, Any]] = collections.defaultdict(dict)
     parents: set[Any] = set()
     for path, leaf in with_paths:
         modules[path[:-1]][_path_text(path[-1:])] = leaf
@@ -138,31 +138,35 @@ def norms(
     return _freeze(gamma, beta, is_also, check)
 
 
-def at_random(*, seed: int | Array) -> optax.GradientTransformation:
-    """Train as many parameters as norms have, but others, chosen by the seed."""
+def at_random(
+    *, seed: int | Array, per_channel: bool = False
+) -> optax.GradientTransformation:
+    """Train as many parameters as norms have, but others, chosen by the seed.
+
+    Args:
+      seed: that chooses.
+      per_channel: whether as many are chosen of each output of a kernel as norms of so
+        many channels have of one channel, as Frankle et al. do. Otherwise they are
+        chosen of all, and the largest kernel has most of them.
+    """
+    choose = _of_each_channel if per_channel else _of_all
+    # Another key than that of the initial weights.
+    key = jax.random.fold_in(jax.random.key(seed), 1)
 
     def init(params: Any) -> _LearnsState:
         leaves, structure = jax.tree.flatten(params)
         is_norm = jax.tree.leaves(of_norms(params))
-        sizes = [
-            0 if of_norm else leaf.size
-            for leaf, of_norm in zip(leaves, is_norm, strict=True)
-        ]
-        count = sum(leaf.size for leaf in leaves) - sum(sizes)
-        if count == 0:
+        if not any(is_norm):
             raise ConfigError(
                 "trained='random' with a model whose norms have no parameters: nothing "
                 "would learn; expected a norm"
             )
-        # Another key than that of the initial weights.
-        key = jax.random.fold_in(jax.random.key(seed), 1)
-        chosen = jax.random.permutation(key, sum(sizes)) < count
-        ends = itertools.accumulate(sizes)
+        norms_have = [leaf for leaf, n in zip(leaves, is_norm, strict=True) if n]
+        others = [leaf for leaf, n in zip(leaves, is_norm, strict=True) if not n]
+        chosen = iter(choose(key, norms_have, others))
         learns = [
-            chosen[end - size : end].reshape(leaf.shape)
-            if size
-            else jnp.zeros(leaf.shape, bool)
-            for leaf, size, end in zip(leaves, sizes, ends, strict=True)
+            jnp.zeros(leaf.shape, bool) if of_norm else next(chosen)
+            for leaf, of_norm in zip(leaves, is_norm, strict=True)
         ]
         return _LearnsState(jax.tree.unflatten(structure, learns))
 
@@ -174,6 +178,61 @@ def at_random(*, seed: int | Array) -> optax.GradientTransformation:
         return frozen, state
 
     return optax.GradientTransformation(init, update)
+
+
+def _of_all(
+    key: Array, norms_have: Sequence[Array], others: Sequence[Array]
+) -> list[Array]:
+    """Return which parameters are chosen of all others, as arrays of booleans."""
+    count = sum(leaf.size for leaf in norms_have)
+    sizes = [leaf.size for leaf in others]
+    chosen = jax.random.permutation(key, sum(sizes)) < count
+    ends = itertools.accumulate(sizes)
+    return [
+        chosen[end - leaf.size : end].reshape(leaf.shape)
+        for leaf, end in zip(others, ends, strict=True)
+    ]
+
+
+def _of_each_channel(
+    key: Array, norms_have: Sequence[Array], others: Sequence[Array]
+) -> list[Array]:
+    """Return which parameters are chosen of each output of a kernel.
+
+    A kernel's outputs are its last axis.
+
+    Raises:
+      ConfigError: if norms have a number of channels that is no kernel's, or kernels
+        have too few parameters for as many to be chosen.
+    """
+    wanted = collections.Counter[int]()  # by number of channels, of one channel
+    for leaf in norms_have:
+        wanted[leaf.shape[-1]] += 1
+    kernels_with = collections.Counter(o.shape[-1] for o in others if o.ndim >= 2)
+
+    def of_one(number: int, leaf: Array) -> Array:
+        channels = leaf.shape[-1] if leaf.ndim >= 2 else 0
+        if not wanted[channels]:
+            return jnp.zeros(leaf.shape, bool)
+        each, rest = divmod(wanted[channels], kernels_with[channels])
+        inputs = leaf.size // channels
+        if rest or each > inputs:
+            raise ConfigError(_NOT_PER_CHANNEL.format(channels, wanted[channels]))
+        draws = jax.random.uniform(jax.random.fold_in(key, number), (inputs, channels))
+        ranks = jnp.argsort(jnp.argsort(draws, axis=0), axis=0)
+        return (ranks < each).reshape(leaf.shape)
+
+    for channels, parameters in wanted.items():
+        if not kernels_with[channels]:
+            raise ConfigError(_NOT_PER_CHANNEL.format(channels, parameters))
+    return [of_one(number, leaf) for number, leaf in enumerate(others)]
+
+
+_NOT_PER_CHANNEL = (
+    "trained='random:per_channel=true' with norms that have, of each of {0} channels, "
+    "{1} parameters, which cannot be shared out evenly to kernels with as many "
+    "outputs; expected a kernel for each norm, or per_channel=false"
+)
 
 
 TRAINED: Table[optax.GradientTransformation | None] = Table(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from bn_jax import models
+from bn_jax import linen, models
 from bn_jax.fields import ConfigError
 from bn_jax.folding import fold
 from bn_jax.linen import BatchNorm
@@ -186,6 +186,23 @@ def test_dropout_of_an_mlp_drops_in_training_alone():
     dropped, _ = train(model, variables, IMAGES, {"dropout": jax.random.key(0)})
     expected, _ = train(plain, variables, IMAGES)
     assert np.abs(np.subtract(dropped, expected)).max() > 1e-2
+
+
+def test_gammas_of_lenet_may_start_from_draws():
+    def gammas(name):
+        model = make(name, norm=linen.norm("batch_norm"))
+        variables = model.init(jax.random.key(0), IMAGES[:1], train=False)
+        return [variables["params"][f"norm{i}"]["scale"] for i in (1, 2, 3, 4)]
+
+    for gamma in gammas("lenet"):
+        np.testing.assert_array_equal(gamma, 1.0)
+    for gamma in gammas("lenet:gamma=uniform"):
+        assert 0 <= gamma.min() < gamma.max() < 1
+    # 120 draws have a mean of .5, with a deviation of .026.
+    assert gammas("lenet:gamma=uniform")[2].mean() == pytest.approx(0.5, abs=0.1)
+    for norm in (None, linen.norm("layer")):
+        with pytest.raises(ConfigError, match="gamma=uniform draws.*no scale_init"):
+            make("lenet:gamma=uniform", norm=norm)
 
 
 @pytest.mark.parametrize("name", layers.ACTIVATIONS)

@@ -194,6 +194,28 @@ def test_as_many_others_learn_as_norms_have():
             np.testing.assert_array_equal(chosen[1][f"{layer}/{name}"], leaf)
 
 
+def test_as_many_of_each_channel_learn_as_norms_have():
+    # One norm has 2 parameters of each of 2 channels; one kernel has 2 outputs.
+    chosen = [learning("random:per_channel=true", seed=seed) for seed in range(8)]
+    for updates in chosen:
+        assert {path for path, u in updates.items() if u.any()} == {"conv/kernel"}
+        np.testing.assert_array_equal(updates["conv/kernel"].sum(axis=0), [2, 2])
+    # Every weight has its turn, in each channel apart.
+    kernels = np.stack([updates["conv/kernel"] for updates in chosen])
+    assert kernels.any(axis=0).all()
+    assert (kernels[:, :, 0] != kernels[:, :, 1]).any()
+
+
+def test_parameters_of_each_channel_may_be_chosen_by_a_traced_seed():
+    def chosen(seed):
+        return learning("random:per_channel=true", seed=seed)["conv/kernel"]
+
+    seeds = jnp.arange(3)
+    together = jax.jit(jax.vmap(chosen))(seeds)
+    for seed in seeds:
+        np.testing.assert_array_equal(together[seed], chosen(int(seed)))
+
+
 def test_rates_are_scaled_by_the_first_match():
     factors = parse_rate_factors(r"^conv/bias=3;/(bias|scale)$=0.5;(?=head)=0")
     scale = scale_by(factors)
@@ -254,6 +276,19 @@ def test_bad_rate_factors_are_refused_in_one_line(text, words):
             TRAINED.make("random", seed=0),
             {"conv": PARAMS["conv"]},
             "no parameters: nothing would learn; expected a norm",
+        ),
+        *(
+            (
+                TRAINED.make("random:per_channel=true", seed=0),
+                {"block": PARAMS["block"], **layers},
+                "of each of 2 channels, 2 parameters, which cannot be shared out "
+                "evenly to kernels with as many outputs; expected a kernel for each",
+            )
+            for layers in (
+                {"head": PARAMS["head"]},  # 4 outputs
+                {f"conv{i}": PARAMS["conv"] for i in range(3)},  # for one norm
+                {"conv": {"kernel": np.ones((1, 2))}},  # 1 weight of each
+            )
         ),
     ],
 )

@@ -4,6 +4,7 @@ from bn_jax import extras
 
 extras.need("train", "matplotlib")
 
+from bn_jax.plots.judged import Judged, claims
 from bn_jax.plots.panels import (
     bar_panels,
     bars,
@@ -22,10 +23,12 @@ from bn_jax.plots.runs import (
 )
 
 __all__ = [
+    "Judged",
     "arms_by_epoch",
     "bar_panels",
     "bars",
     "by_choice",
+    "claims",
     "curves",
     "distributions",
     "estimates",

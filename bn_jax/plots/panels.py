@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
@@ -223,7 +224,7 @@ def distributions(
     note: str,
     path: Path,
 ) -> None:
-    """Draw each value as a dot, in order of size, a row an arm.
+    """Draw a histogram of the values of each arm.
 
     Args:
       panels: values by arm, for each panel's x label.
@@ -232,20 +233,23 @@ def distributions(
       note: a line above.
       path: of the image to write.
     """
-    rows = max(map(len, panels.values()))
-    figure = style.figure(8, 1.4 + 0.7 * rows, note)
+    figure = style.figure(8, 3.2, note)
     grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)
     for axes, (x_label, arms), (mean, sd) in zip(
         grid[0], panels.items(), references, strict=True
     ):
         axes.axvspan(mean - sd, mean + sd, color=GREY, alpha=0.15, lw=0)
         axes.axvline(mean, color=GREY, linewidth=1)
-        for position, (arm, values) in enumerate(arms.items()):
-            places = style.spread_out(values, position, 0.6)
-            axes.plot(sorted(values), places, ".", color=COLOURS[arm], markersize=4)
-        style.rows(axes, [titles[arm] for arm in arms])
-        axes.set_xlabel(x_label)
-    grid[0][0].invert_yaxis()  # of all: they share it
+        everything = [value for values in arms.values() for value in values]
+        bins = np.histogram_bin_edges(everything, bins=20)
+        for arm, values in arms.items():
+            (dashes, thickness), colour = style.LINES[arm], COLOURS[arm]
+            look: dict[str, Any] = {"color": colour, "ls": dashes, "lw": thickness}
+            shares = np.full(len(values), 1 / len(values))
+            look["label"] = titles[arm]
+            axes.hist(values, bins, weights=shares, histtype="step", **look)
+        style.finish(axes, x_label, "share")
+    style.legend_below(figure, columns=2)
     style.save(figure, path)
 
 

@@ -81,7 +81,7 @@ STUDY = study.Study(
     place=10,
     design=study.design(epochs=3),
     arms={arm: [{"norm": arm}] for arm in TITLES},
-    rates=(0.1, 0.3, 1.0, 3.0),
+    rates=dict.fromkeys(TITLES, (0.1, 0.3, 1.0, 3.0)),
     looks=sequential.AFTER_CHOOSING,
     claims=CLAIMS,
     figures={

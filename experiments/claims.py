@@ -35,14 +35,24 @@ class Verdict(NamedTuple):
     claim: str
     statistic: str  # what `interval` is of, with its unit
     interval: Interval
-    threshold: str  # what is claimed of the statistic, such as "> 0"
-    reason: str  # for the threshold
+    above: float  # it is claimed that the statistic lies between these
+    below: float
+    reason: str  # for the bounds
     verdict: Outcome
     level: float | None = None  # confidence of the interval; None of a check
     # How often a decision as clear as this one is wrong, over all looks; None of a
     # check, and where nothing could be computed.
     p: float | None = None
     used: frozenset[Any] = frozenset()  # choices whose runs were used
+
+    @property
+    def threshold(self) -> str:
+        """What is claimed of the statistic, such as "> 0"."""
+        if math.isinf(self.below):
+            return f"> {self.above:.4g}"
+        if math.isinf(self.above):
+            return f"< {self.below:.4g}"
+        return f"in ({self.above:.4g}, {self.below:.4g})"
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as a dict that JSON can hold; what is not finite is None."""
@@ -102,15 +112,6 @@ class Claim:
                 "order"
             )
 
-    @property
-    def threshold(self) -> str:
-        """What is claimed of the statistic, such as "> 0"."""
-        if math.isinf(self.below):
-            return f"> {self.above:.4g}"
-        if math.isinf(self.above):
-            return f"< {self.below:.4g}"
-        return f"in ({self.above:.4g}, {self.below:.4g})"
-
     def judge(self, runs: Runs, looks: Looks) -> Verdict:
         """Return the verdict of the first look that decides, or of the last one.
 
@@ -140,7 +141,7 @@ class Claim:
         found = self.value(runs, level=looks.level)
         words = {name: word(runs) for name, word in self.words.items()}
         texts = [text.format(**words) for text in (self.text, self.statistic)]
-        about = (*texts, found, self.threshold, self.reason)
+        about = (*texts, found, self.above, self.below, self.reason)
         used = frozenset(runs.used)
         if isinstance(found, Exact):
             holds = self.outcome(found) == "supported"

@@ -6,6 +6,7 @@ level, to an interval. Claims are judged by statistics and figures draw them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -66,7 +67,8 @@ def of_seeds(
 
     Args:
       score: of a run.
-      combine: called with the scores of one seed, in the order of the choices.
+      combine: called with the scores of one seed, in the order of the choices. Where it
+        returns NaN for a seed, the statistic is unknown.
       *choices: two or more.
       scale: see `intervals.of_mean`.
     """
@@ -74,6 +76,8 @@ def of_seeds(
     def statistic(runs: Runs, *, level: float = LEVEL) -> Interval:
         of_choices = _together(runs, score, *choices)
         values = [combine(*values) for values in zip(*of_choices, strict=True)]
+        if any(map(math.isnan, values)):
+            return intervals.UNKNOWN
         return intervals.of_mean(values, level=level, scale=scale)
 
     return statistic
@@ -164,55 +168,33 @@ def largest_difference(
     return statistic
 
 
-def magnitude(statistic: Statistic) -> Statistic:
-    """Return a statistic with the sign that makes it positive."""
-
-    def positive(runs: Runs, *, level: float = LEVEL) -> Interval:
-        found = statistic(runs, level=level)
-        value, low, high, n = found
-        return type(found)(-value, -high, -low, n) if value < 0 else found
-
-    return positive
-
-
 def chosen(
     score: Score, among: Callable[[Any], bool], *, lowest: bool = False
 ) -> Callable[[Runs], Choice]:
-    """Return a function that finds the choice with the highest mean score.
+    """Return a function that finds the choice with the best mean score.
 
-    It is chosen on runs of their own, see `Study.choosing`, and judged on others.
-
-    Args:
-      score: that counts.
-      among: whether a choice takes part.
-      lowest: whether the lowest mean is the best, as of a loss.
-    """
-    find = best(score, among, lowest=lowest)
-    return lambda runs: find(Runs(runs.choosing))
-
-
-def best(
-    score: Score, among: Callable[[Any], bool], *, lowest: bool = False
-) -> Callable[[Runs], Choice]:
-    """Return a function that finds the trained choice with the highest mean score.
-
-    It is chosen on the same runs that it is then judged by, which favours it.
+    It is chosen on runs of their own, see `Study.choosing` and `Study.rates`, and
+    judged on others. A choice that was tried at several learning rates counts by the
+    best of them.
 
     Args:
       score: that counts.
       among: whether a choice takes part.
       lowest: whether the lowest mean is the best, as of a loss.
     """
+    best = min if lowest else max
 
     def find(runs: Runs) -> Choice:
-        sums = {
-            choice: sum(_scores(runs, score, choice))
-            for choice in runs
-            if among(choice)
-        }
-        if not sums:
+        means = {}
+        for choice in filter(among, runs.choosing):
+            by_rate: dict[Any, list[float]] = {}
+            for row in runs.choosing[choice]:
+                rate = row.get("config", {}).get("learning_rate")
+                by_rate.setdefault(rate, []).append(score(row))
+            means[choice] = best(sum(of) / len(of) for of in by_rate.values())
+        if not means:
             raise NotTrained("none of the choices")
-        return (min if lowest else max)(sums, key=sums.__getitem__)
+        return best(means, key=means.__getitem__)
 
     return find
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from experiments.claims import Verdict
 from experiments.estimate import Choice, spread
 from experiments.scores import NotTrained, Runs, Score
 
@@ -89,6 +91,22 @@ def _evaluate(part: Any, runs: Runs) -> Any:
             name: inner for name, inner in found.items() if inner is not None
         } or None
     return part
+
+
+def draw_verdicts(verdicts: Sequence[Verdict], path: Path) -> None:
+    """Draw the intervals of verdicts against what is claimed; checks have none."""
+    from bn_jax import plots  # Matplotlib takes a second to import.
+
+    drawn = [
+        plots.Judged(v.claim, *v.interval[:3], v.above, v.below, v.verdict)
+        for v in verdicts
+        if v.level is not None and math.isfinite(v.interval.value)
+    ]
+    if not drawn:
+        return
+    levels = {v.level for v in verdicts if v.level is not None}
+    note = f"value, and its interval of {max(levels):.0%}; shaded: what is claimed"
+    plots.claims(drawn, note, path)
 
 
 def spreads(scores: Mapping[str, Score], titled: Mapping[str, Choice]) -> Any:

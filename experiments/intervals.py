@@ -34,6 +34,9 @@ class Exact(Interval):
     """An interval of no length, of a number that is what it is even at n = 1."""
 
 
+UNKNOWN = Interval(math.nan, math.nan, math.nan, 0)  # it could not be computed
+
+
 class Scale(NamedTuple):
     """A scale on which values are closer to normal than on their own."""
 

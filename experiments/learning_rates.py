@@ -107,9 +107,6 @@ def workable(runs: Runs, norm: str, least: float) -> list[list[float]]:
     ]
 
 
-UNKNOWN = intervals.Interval(math.nan, math.nan, math.nan, 0)
-
-
 def largest_rates(runs: Runs, least: float, level: float = LEVEL) -> intervals.Interval:
     """Return log10 of the largest workable rate with norm to that without, by seed.
 
@@ -118,7 +115,7 @@ def largest_rates(runs: Runs, least: float, level: float = LEVEL) -> intervals.I
     seeds = zip(*(workable(runs, norm, least) for norm in NORMS), strict=True)
     largest = [(math.log10(a[-1]), math.log10(b[-1])) for a, b in seeds if a and b]
     if not largest:
-        return UNKNOWN
+        return intervals.UNKNOWN
     return intervals.of_difference(*zip(*largest, strict=True), level=level)
 
 
@@ -126,7 +123,7 @@ def wider_bands(runs: Runs, least: float, level: float = LEVEL) -> intervals.Int
     """Return by how many decades the band of workable rates is wider with norm."""
     found = [workable(runs, norm, least) for norm in NORMS]
     if not any(map(any, found)):  # nothing to compare
-        return UNKNOWN
+        return intervals.UNKNOWN
     with_norm, without = (
         [math.log10(rates[-1] / rates[0]) + 0.5 if rates else 0.0 for rates in of_seeds]
         for of_seeds in found

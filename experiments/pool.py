@@ -34,13 +34,18 @@ class Member(NamedTuple):
 
 
 class Pool:
-    """A folder of finished sweeps, each scored in every way."""
+    """A folder of finished sweeps, each scored by exact statistics, too."""
 
     def __init__(self, folder: Path, options: RunOptions) -> None:
         self.folder, self.options = folder, options
 
     def train(
-        self, configs: Sequence[TrainConfig], data: ImageData, *, name: str
+        self,
+        configs: Sequence[TrainConfig],
+        data: ImageData,
+        *,
+        name: str,
+        score_training: bool = False,
     ) -> list[Member]:
         """Return the runs of configs, of which those that are missing are trained.
 
@@ -48,18 +53,23 @@ class Pool:
           configs: of one sweep.
           data: the images.
           name: of the sweep, in its folder's name.
+          score_training: whether runs are scored on the training images, too; those
+            that were not are missing.
 
         Raises:
           RunError: if a sweep there is damaged.
           Interrupted: as `sweeps.sweep`.
         """
         found = self._members()
+        if score_training:
+            found = {k: m for k, m in found.items() if "train_loss_average" in m.row}
         keys = [_key(config, data) for config in configs]
         missing = [c for c, k in zip(configs, keys, strict=True) if k not in found]
         if missing:
             text = json.dumps([_key(config, data) for config in missing])
             digest = hashlib.sha256(text.encode()).hexdigest()[:12]
-            folder = self.folder / f"{name}-{digest}"
+            how = "-on-training" if score_training else ""
+            folder = self.folder / f"{name}{how}-{digest}"
             folder.parent.mkdir(parents=True, exist_ok=True)
             sweeps.sweep(
                 missing,
@@ -67,7 +77,7 @@ class Pool:
                 workdir=folder,
                 options=self.options,
                 exact=True,
-                train=True,
+                train=score_training,
             )
             found.update(_members_of(folder))
         return [found[key] for key in keys]

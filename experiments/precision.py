@@ -5,7 +5,7 @@ moving averages stay in float32; activations and the factors of products are rou
 This trains LeNet, and a ResNet of 8 layers and width 8 on 5,120 images, in both, from
 the same seeds and in the same orders.
 
-  python -m experiments.precision --workdir=runs/precision --devices=2       4 minutes
+  python -m experiments.precision --workdir=runs/precision --devices=2      10 minutes
   python -m experiments.precision --workdir=runs/precision-try --smoke
 
 What would refute it: a loss that differs by more than the bounds, of which LeNet's is
@@ -18,7 +18,7 @@ the claim is undecided; the ResNet's is the same to .002. On a CPU bfloat16 is s
 
 from __future__ import annotations
 
-from experiments import scores, sequential, study
+from experiments import scores, study
 from experiments.claims import LOSS_DIFFERENCE, Claim
 from experiments.estimate import paired, spread
 from experiments.figures import figure
@@ -52,7 +52,6 @@ CLAIMS = (
 STUDY = study.Study(
     name="precision",
     place=11,
-    looks=sequential.once(5),
     design=study.design(epochs=2),
     arms={
         "lenet": [{}],

@@ -5,7 +5,8 @@ r"""Which claims hold? The index of the studies and their verdicts, in Markdown.
   python -m experiments.report --check --repeat=bias,headline
 
 Reads the committed results, experiments/results/NAME/results.json, and writes them
-between two marks of experiments/README.md. With --check it writes nothing: it judges
+between two marks of experiments/README.md, and what was found in three lines between
+those of README.md. With --check it writes nothing: it judges
 every claim again from the committed rows, NAME/runs.jsonl, and says where a verdict, a
 number or the index is another; a test does the same. --repeat trains the first recorded
 run of studies again, on the full data, and compares it bit for bit, where versions and
@@ -21,6 +22,7 @@ import tempfile
 import types
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from string import Formatter
 from types import ModuleType
 from typing import Any
 
@@ -32,11 +34,12 @@ from bn_jax.runs import sweeps
 from bn_jax.training.config import TrainConfig
 from experiments import findings, launch, sequential
 from experiments.claims import CHECKED
+from experiments.study import CLAIMS
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 README = HERE / "README.md"
-START, END = "<!-- verdicts: by experiments.report -->", "<!-- end of verdicts -->"
+FRONT = HERE.parent / "README.md"
 
 
 def studies() -> dict[str, ModuleType]:
@@ -169,27 +172,35 @@ def numbers(name: str, results: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def summary(found: Mapping[str, Any]) -> list[str]:
-    """Return the lines that open the index: the findings, with their numbers."""
+def filled(lines: Iterable[str], found: Mapping[str, Any]) -> list[str]:
+    """Return findings with their numbers, as a list in Markdown.
+
+    A line on a study that is not recorded yet is left out.
+    """
     by_study = {
         name: types.SimpleNamespace(**numbers(name, results))
         for name, results in found.items()
     }
+    return [
+        f"- {line.format(**by_study)}"
+        for line in lines
+        if {name.partition(".")[0] for _, name, *_ in Formatter().parse(line) if name}
+        <= by_study.keys()
+    ]
+
+
+def summary(found: Mapping[str, Any]) -> list[str]:
+    """Return the lines that open the index: the findings, and what is undecided."""
     undecided = [
         f"{verdict['claim']} ({verdict['statistic']}: {number(verdict)})"
         for results in found.values()
         for verdict in verdicts_of(results)
         if verdict["verdict"] == "undecided"
     ]
-    lines = []
-    for line in findings.LINES:
-        try:
-            lines.append(line.format(**by_study))
-        except KeyError:  # of a study that is not recorded yet
-            continue
+    lines = filled(findings.LINES, found)
     if undecided:
-        lines.append(f"**What is not known.** Whether {'; '.join(undecided)}.")
-    return [f"- {line}" for line in lines]
+        lines.append(f"- **What is not known.** Whether {'; '.join(undecided)}.")
+    return lines
 
 
 def section(name: str, results: Mapping[str, Any]) -> list[str]:
@@ -218,6 +229,9 @@ def section(name: str, results: Mapping[str, Any]) -> list[str]:
         f"{environment['device_count']} x {environment['device_kind']}.",
         "",
     ]
+    if (RESULTS / name / CLAIMS).exists():
+        alt = "The interval of each claim's statistic, on an axis with what is claimed."
+        lines += [f"![{alt}](results/{name}/{CLAIMS})", ""]
     for file, figure in studies()[name].STUDY.figures.items():
         if not (RESULTS / name / file).exists():
             continue
@@ -236,11 +250,18 @@ def page() -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def updated(readme: str) -> str:
-    """Return the text of the README with the page between its marks."""
-    before, _, rest = readme.partition(START)
-    _, _, after = rest.partition(END)
-    return f"{before}{START}\n\n{page()}\n{END}{after}"
+def updated(path: Path) -> str:
+    """Return the text of one of the two READMEs, with what comes from results."""
+    if path == README:
+        mark, made = "verdicts", page()
+    else:
+        mark, made = "findings", "\n".join(filled(findings.SHORT, recorded())) + "\n"
+    start, end = f"<!-- {mark}: by experiments.report -->", f"<!-- end of {mark} -->"
+    before, found_start, rest = path.read_text().partition(start)
+    _, found_end, after = rest.partition(end)
+    if not (found_start and found_end):
+        raise ConfigError(f"{path} lacks the marks {start} and {end}")
+    return f"{before}{start}\n\n{made}\n{end}{after}"
 
 
 def _line(verdict: Mapping[str, Any]) -> str:
@@ -314,10 +335,10 @@ def _same(a: Any, b: Any) -> bool:
 
 def main(argv: Sequence[str]) -> None:
     launch.check_no_arguments(argv)
-    readme = README.read_text()
     if not flags.FLAGS.check:
-        README.write_text(updated(readme))
-        print(f"written: {README}")
+        for path in (README, FRONT):
+            path.write_text(updated(path))
+            print(f"written: {path}")
         return
     unknown = set(flags.FLAGS.repeat) - recorded().keys()
     if unknown:
@@ -328,8 +349,11 @@ def main(argv: Sequence[str]) -> None:
     wrong = [line for name in recorded() for line in differences(name)]
     for name in flags.FLAGS.repeat:
         wrong += repeated(name)
-    if updated(readme) != readme:
-        wrong.append("the index is not made of the results: run without --check")
+    wrong += [
+        f"{path} is not made of the results: run without --check"
+        for path in (README, FRONT)
+        if updated(path) != path.read_text()
+    ]
     if wrong:
         raise ConfigError("\n".join(wrong))
     print(f"{len(recorded())} studies: verdicts, numbers and index are as committed")

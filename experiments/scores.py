@@ -134,6 +134,5 @@ moving_test_accuracy = final("test_accuracy")
 # Free of that noise: by exact statistics where they were measured, otherwise by those
 # of batches of 500 test images; without norm there is only one accuracy.
 test_accuracy = final("test_accuracy_exact", "test_accuracy_batch", "test_accuracy")
-# Of the part of the training images that is left out, to choose by.
-validation_accuracy = final("validation_accuracy")
-validation_loss = final("validation_loss")
+# Of the part of the training images that is left out, to choose by: likewise.
+validation_accuracy = final("validation_accuracy_exact", "validation_accuracy")

@@ -21,7 +21,7 @@ from bn_jax import fields
 from bn_jax.data import ImageData
 from bn_jax.runs import results
 from bn_jax.training.config import RunOptions, TrainConfig
-from experiments import claims, flag_fields, launch, sequential
+from experiments import claims, figures, flag_fields, launch, sequential
 from experiments.claims import Claim, Verdict
 from experiments.figures import Figure
 from experiments.pool import Pool
@@ -34,11 +34,13 @@ Fields = Mapping[str, Any]  # of `TrainConfig`
 # By name, the runs of an arm: the fields that are not the design's, for each choice.
 Arms = Mapping[str, Sequence[Fields]]
 Setting = tuple[str, int]  # an arm, and the number of one of its choices
+Rates = Mapping[str, Sequence[float]]  # that an arm is tried at
 Measure = Callable[
     [str, Path, Sequence[TrainConfig], ImageData], tuple[list[Row], float]
 ]
 
 ROWS = results.ROWS
+CLAIMS = "claims.png"  # the figure of the verdicts
 # A choice between arms is made on seeds of its own, by images that none trains on.
 CHOOSING_SEEDS, CHOOSING_IMAGES = range(5), 5000
 SMOKE = {"epochs": 1, "seeds": 2, "dataset": "sample"}
@@ -126,13 +128,15 @@ class Study:
         it. An arm is one sweep: its runs may differ only in what a sweep can vary.
       choosing: arms among which claims, or `more_arms`, choose. They are trained on
         seeds of their own, with a part of the training images left out to choose by.
-      rates: learning rates that each arm is tried at in that way; it is then trained at
-        the one of the highest validation accuracy.
+      rates: by arm, learning rates that it is tried at in that way; or a function of
+        the design that returns them. The arm is then trained at the one of the highest
+        validation accuracy. Other arms have the rate that their fields say.
       more_arms: returns further arms, from the design and the runs of the first look.
       looks: when claims are judged.
       choice: the name, or other key, by which claims and figures know a run.
       claims: written before the runs.
       figures: by file name.
+      score_training: whether runs are scored on the training images, too, as they end.
       probe: measures a trained network, and returns what to add to its row; called with
         the row, the network's variables and the data.
       measure: trains an arm in place of a sweep; called with the arm, a folder, the
@@ -146,12 +150,13 @@ class Study:
     design: type[Design] = Design
     arms: Arms | Callable[[Any], Arms]
     choosing: Arms = dataclasses.field(default_factory=dict)
-    rates: Sequence[float] = ()
+    rates: Rates | Callable[[Any], Rates] = dataclasses.field(default_factory=dict)
     more_arms: Callable[[Any, Runs], Arms] = lambda design, runs: {}
     looks: Looks = sequential.LOOKS
     choice: Callable[[Row], Any] = arm_of
     claims: Sequence[Claim]
     figures: Mapping[str, Figure]
+    score_training: bool = False
     probe: Callable[[Row, Any, ImageData], Row] | None = None
     measure: Measure | None = None
     summary: Callable[[Runs], Row] = lambda runs: {}
@@ -184,7 +189,8 @@ class Study:
         return claims.judge(self.claims, runs, self.looks.until(seeds))
 
     def draw(self, rows: Sequence[Row], folder: Path) -> None:
-        """Write the figures whose runs are among the rows."""
+        """Write the figures whose runs are among the rows, and one of the verdicts."""
+        figures.draw_verdicts(self.verdicts(rows), folder / CLAIMS)
         for name, figure in self.figures.items():
             figure.draw(self.runs(rows), folder / name)
 
@@ -324,11 +330,14 @@ class _Trainer:
 
     def tuned(self, arms: Arms) -> tuple[list[Row], dict[str, Sequence[Fields]]]:
         """Return the runs that tried the study's rates, and arms at the best ones."""
-        rates = self._study.rates
-        if not rates:
-            return [], dict(arms)
-        rows, tuned = [], {}
+        of_study = self._study.rates
+        of_arms = of_study(self._design) if callable(of_study) else of_study
+        rows: list[Row] = []
+        tuned = dict(arms)
         for arm, choices in arms.items():
+            rates = of_arms.get(arm, ())
+            if not rates:
+                continue
             tried = [{**of, "learning_rate": rate} for of in choices for rate in rates]
             found = self._choosing(arm, tried)
             rows += found
@@ -371,7 +380,12 @@ class _Trainer:
             folder = self._folder / f"{arm}-{seeds[0]}-{seeds[-1]}"
             rows, seconds = self._study.measure(arm, folder, configs, self._data)
             return [{"arm": arm, "seconds": seconds / len(rows), **row} for row in rows]
-        members = self._pool.train(configs, self._data, name=arm)
+        members = self._pool.train(
+            configs,
+            self._data,
+            name=arm,
+            score_training=self._study.score_training,
+        )
         rows = [{"arm": arm, **member.row} for member in members]
         if self._study.probe is not None:
             for row, member in zip(rows, members, strict=True):

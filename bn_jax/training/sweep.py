@@ -272,14 +272,15 @@ class Sweep:
     def _final_scores(
         self, mode: population.Mode | None, *, train: bool
     ) -> dict[str, np.ndarray]:
-        """Return the members' scores at the end, but that on the test set by averages.
+        """Return the members' scores at the end, but those that each epoch has.
 
         Returns:
           `SPLIT_loss_STATISTICS` and `SPLIT_accuracy_STATISTICS`, each of shape
-          [members]; statistics are the moving averages, exact ones, or those of each
-          batch (of at most 500 images) itself. With exact ones, also the ratio of the
-          moving variance to the exact one, `LAYER_variance_ratio`, as the median over
-          its features: dropout before a norm moves it from 1 (Li et al., 2018,
+          [members]. Splits are the test set, and the validation set where there is one.
+          Statistics are the moving averages, exact ones, or those of each batch (of at
+          most 500 images) itself. With exact ones, also the ratio of the moving
+          variance to the exact one, `LAYER_variance_ratio`, as the median over its
+          features: dropout before a norm moves it from 1 (Li et al., 2018,
           arXiv:1801.05134). An average of the weights is "averaged", with exact
           statistics of its own.
         """
@@ -300,7 +301,12 @@ class Sweep:
                 found = self._exact_statistics(averaged, mode)
                 states["averaged"] = {**averaged, "batch_stats": found}
         of_train = self._batched(self.data.train) if train else None
-        wanted = [("test", self._test, name) for name in states if name != "average"]
+        wanted = [
+            (split, batches, name)
+            for split, batches in self._scored.items()
+            for name in states
+            if name != "average"
+        ]
         wanted += [("train", of_train, name) for name in states if train]
         for split, batches, name in wanted:
             sums = self._sums(self._evaluate, states[name], batches)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -9,35 +10,44 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bn_jax import linen
+from bn_jax import linen, transforms
 from bn_jax.data import ImageData
-from bn_jax.training.config import TrainConfig
+from bn_jax.training.config import TrainConfig, value_of
 from bn_jax.training.task import Task, make_network
 from experiments.scores import Row
 
 GROUP = 15  # of the 120 features: the largest divisor up to 16
 SHOWN = 24  # features of the covariances that are kept
+BATCH = 256
 
 
 def covariances(row: Row, variables: Any, data: ImageData) -> Row:
-    """Measure what a run's norm makes of an untrained layer's output; for seed 0 alone.
+    """Measure what a run's norm makes of the output of an untrained layer.
+
+    Seeds differ in the network's weights and in the images: one batch, whose statistics
+    the norm takes, and another one that is normalised by these.
 
     Returns:
-      `covariance` and `covariance_before`, the latter as a correlation, of the first
-      features; and the distance of the former, of all features, to the identity.
+      The distance to the identity of the covariance of all features, and that within
+      groups of `GROUP`; both on the `batch` and on `other` images. For seed 0 also the
+      covariance of the first features on other images, and before the norm, as a
+      correlation. Nothing, of a run without a norm after that layer.
     """
     del variables
-    if row["config"]["seed"]:
+    seed = row["config"]["seed"]
+    if value_of(row["config"], "model.norm_layers")[2] == "0":
         return {}
-    x = dense_features(data)
-    y = transformed(row["config"]["norm"], x)
-    covariance = np.cov(y, rowvar=False, bias=True)
-    return {
-        "covariance_distance": distance(covariance),
-        "distance_within_groups": distance_within(covariance, GROUP),
-        "covariance": _shown(covariance),
-        "covariance_before": _shown(np.corrcoef(x, rowvar=False)),
-    }
+    x, others = dense_features(data, seed)
+    on_batch, on_others = normalised(row["config"]["norm"], x, others)
+    found: Row = {}
+    for where, y in (("batch", on_batch), ("other", on_others)):
+        covariance = np.cov(y, rowvar=False, bias=True)
+        found[f"distance_on_{where}"] = distance(covariance)
+        found[f"distance_within_groups_on_{where}"] = distance_within(covariance, GROUP)
+    if seed == 0:
+        found["covariance"] = _shown(covariance)
+        found["covariance_before"] = _shown(np.corrcoef(others, rowvar=False))
+    return found
 
 
 def _shown(covariance: np.ndarray) -> list[list[float]]:
@@ -58,25 +68,46 @@ def distance_within(covariance: np.ndarray, size: int) -> float:
     return sum(map(distance, blocks)) / len(blocks)
 
 
-def dense_features(data: ImageData) -> np.ndarray:
-    """Return the first dense layer's output, in an untrained LeNet, for 256 images."""
+@functools.lru_cache(maxsize=32)  # all norms of a seed have the same
+def dense_features(data: ImageData, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the first dense layer's output for two batches, in an untrained LeNet.
+
+    The batches are `BATCH` images each, `[N, C]`, at another place for each seed.
+    """
     network = make_network(TrainConfig(), Task.of(TrainConfig(), data))
+    start = 2 * BATCH * seed % (len(data.train.images) - 2 * BATCH)
     _, state = network.apply(
-        network.init(jax.random.key(0)),
-        jnp.asarray(data.train.images[:256]),
+        network.init(jax.random.key(seed)),
+        jnp.asarray(data.train.images[start : start + 2 * BATCH]),
         train=True,
         mutable=["batch_stats", "intermediates"],
         capture_intermediates=lambda module, _: module.name == "dense1",
     )
-    return np.asarray(state["intermediates"]["dense1"]["__call__"][0], np.float64)
+    found = np.asarray(state["intermediates"]["dense1"]["__call__"][0], np.float64)
+    return found[:BATCH], found[BATCH:]
 
 
-def transformed(norm: str, x: np.ndarray) -> np.ndarray:
-    """Return the output of an untrained norm, by name, for a batch `[N, C]`."""
-    constructor = linen.norm(norm)
+def normalised(
+    norm: str, x: np.ndarray, others: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Normalise a batch by an untrained norm, and others by the batch's statistics.
+
+    Args:
+      norm: by name.
+      x: batch `[N, C]`.
+      others: examples `[M, C]`.
+    """
+    name = transforms.NORMS.parse(norm).name
+    takes_momentum = "momentum" in transforms.NORMS.options(name)
+    # With a momentum of 0 the moving statistics are those of the batch.
+    options = {"momentum": 0.0} if takes_momentum else {}
+    constructor = linen.norm(norm, options=options)
     assert constructor is not None
-    layer = constructor(use_running_average=False)
-    features = jnp.asarray(x, jnp.float32)
-    variables = layer.init(jax.random.key(0), features)
-    y, _ = layer.apply(variables, features, mutable=["batch_stats"])
-    return np.asarray(y, np.float64)
+    layer = constructor(use_running_average=None)
+    x, others = (jnp.asarray(batch, jnp.float32) for batch in (x, others))
+    variables = layer.init(jax.random.key(0), x, use_running_average=False)
+    y, state = layer.apply(
+        variables, x, use_running_average=False, mutable=["batch_stats"]
+    )
+    on_others = layer.apply({**variables, **state}, others, use_running_average=True)
+    return np.asarray(y, np.float64), np.asarray(on_others, np.float64)

@@ -82,7 +82,7 @@ def test_statistic_of_what_was_not_trained_is_refused():
         estimate.largest(scores.loss, "b"),
         estimate.largest_difference(lambda row: row["loss"], "a", "b"),
         estimate.paired(
-            scores.loss, "a", estimate.best(scores.loss, lambda arm: arm == "b")
+            scores.loss, "a", estimate.chosen(scores.loss, lambda arm: arm == "b")
         ),
     ):
         with pytest.raises(NotTrained):
@@ -107,18 +107,32 @@ def test_largest_difference_is_over_choices_of_one_seed_and_all_values():
     assert statistic(found).value == 2.0
 
 
-def test_magnitude_turns_a_negative_interval_round():
-    negative = estimate.magnitude(lambda runs, level: Interval(-2.0, -3.0, 1.0, 4))
-    assert negative({}) == (2.0, -1.0, 3.0, 4)
-    positive = estimate.magnitude(lambda runs, level: Interval(2.0, -1.0, 3.0, 4))
-    assert positive({}) == (2.0, -1.0, 3.0, 4)
-
-
 def test_best_is_the_choice_with_the_highest_or_lowest_mean_among_some():
-    found = runs(a=[1.0, 2.0], b=[5.0, 0.0], c=[9.0, 9.0])
+    found = runs(a=[0.0], b=[0.0])
+    found.choosing = runs(a=[1.0, 2.0], b=[5.0, 0.0], c=[9.0, 9.0])
     among = "ab".__contains__
-    assert estimate.best(scores.loss, among)(found) == "b"
-    assert estimate.best(scores.loss, among, lowest=True)(found) == "a"
+    assert estimate.chosen(scores.loss, among)(found) == "b"
+    assert estimate.chosen(scores.loss, among, lowest=True)(found) == "a"
+
+
+def test_choice_that_was_tried_at_several_rates_counts_by_its_best():
+    found = runs(a=[0.0], b=[0.0])
+    found.choosing = Runs(
+        {
+            arm: [
+                {"loss": [loss], "config": {"seed": seed, "learning_rate": rate}}
+                for rate, losses in by_rate.items()
+                for seed, loss in enumerate(losses)
+            ]
+            for arm, by_rate in {
+                "a": {0.1: [9.0, 8.0], 1.0: [1.0, 2.0]},
+                "b": {0.1: [2.0, 3.0], 1.0: [3.0, 2.0]},
+            }.items()
+        }
+    )
+    everyone = lambda arm: True  # noqa: E731
+    assert estimate.chosen(scores.loss, everyone, lowest=True)(found) == "a"
+    assert estimate.chosen(scores.loss, everyone)(found) == "a"
 
 
 def test_mean_effect_is_a_mean_over_pairs_for_each_seed():
@@ -185,9 +199,7 @@ def test_one_run_decides_only_what_is_exact():
         (lambda runs, level: Interval(1.0, 1.0, 1.0, 1), "undecided"),
         (estimate.mean(scores.loss, "a"), "undecided"),
         (estimate.spread(scores.loss, "a"), "undecided"),
-        (estimate.magnitude(estimate.spread(scores.loss, "a")), "undecided"),
         (estimate.exactly(lambda runs: 1.0), "holds"),
-        (estimate.magnitude(estimate.exactly(lambda runs: -1.0)), "holds"),
         (estimate.largest(scores.loss, "a"), "holds"),
     ):
         one = sequential.once(1)
@@ -273,8 +285,13 @@ def test_verdict_is_written_as_json_holds_it():
         "reason": "why",
         "verdict": "undecided",
     }
-    assert claim(None, below=0.25).threshold == "< 0.25"
-    assert claim(None, above=0.0, below=0.25).threshold == "in (0, 0.25)"
+    half = estimate.mean(scores.loss, "a")
+    for bounds, words in (
+        ({"below": 0.25}, "< 0.25"),
+        ({"above": 0.0, "below": 0.25}, "in (0, 0.25)"),
+    ):
+        verdict = claim(half, **bounds).judge(runs(a=[0.5]), sequential.once(1))
+        assert verdict.threshold == words
 
 
 @pytest.mark.parametrize("bounds", [{}, {"above": 1.0, "below": 0.0}])
@@ -301,7 +318,7 @@ def test_words_of_a_claim_come_from_the_runs():
         value=estimate.mean(scores.loss, "a"),
         above=0.0,
         reason="",
-        words={"best": estimate.best(scores.loss, lambda arm: True)},
+        words={"best": lambda runs: max(runs, key=lambda arm: runs[arm][0]["loss"])},
     )
     found = given.judge(runs(a=[1.0, 1.0], b=[2.0, 2.0]), ONCE)
     assert (found.claim, found.statistic) == ("b is best", "loss of b")

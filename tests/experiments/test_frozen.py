@@ -6,8 +6,9 @@ from bn_jax.training.config import value_of
 from experiments import estimate, frozen, scores
 
 DESIGN = frozen.STUDY.design(epochs=4, seeds=3, dataset="sample")
+SEEDS = range(5, 8)
 ARMS = {
-    arm: DESIGN.configs(choices)
+    arm: DESIGN.configs(choices, SEEDS)
     for arm, choices in frozen.STUDY.arms_of(DESIGN).items()
 }
 # By what learns: the loss above that of all, and the accuracy.
@@ -18,12 +19,14 @@ MADE_UP = {
     "all but both": (-0.5, 0.875),
     "gamma, beta and the last layer": (1.0, 0.75),
     "gamma and beta alone": (1.5, 0.625),
-    "as many others, at random": (1.5, 0.5),
+    "as many others a channel": (1.5, 0.5),
+    "gamma and beta, gamma drawn": (1.5, 0.5),
+    "the same, five times as long": (1.5, 0.5),
 }
 
 
 def row(arm, config):
-    activation, choice = frozen.choice_of({"config": config.to_dict()})
+    activation, choice = frozen.choice_of({"arm": arm, "config": config.to_dict()})
     above, accuracy = MADE_UP[choice]
     if activation == "relu":
         above, accuracy = -above, 1 - accuracy
@@ -49,20 +52,21 @@ def test_arm_is_a_sweep(arm):
 
 
 def test_arms_differ_in_activation_with_its_rate_and_in_what_learns():
-    assert len(ARMS) == 8
+    assert len(ARMS) == 12
     for arm, configs in ARMS.items():
         activation, _, kind = arm.partition("-")
-        rate = {"sigmoid": 1.0, "relu": 0.1}[activation]
-        assert {c.learning_rate for c in configs} == {rate}
+        assert {c.learning_rate for c in configs} == {frozen.RATES[activation]}
         found = {value_of(c.to_dict(), "model.activation") for c in configs}
         assert found == {activation}
         trained = {c.trained for c in configs}
-        assert trained == set(frozen.LEARNING[kind])
-        assert len(configs) == len(trained) * DESIGN.seeds
+        assert trained == {of["trained"] for of in frozen.LEARNING[kind].values()}
+        gammas = {value_of(c.to_dict(), "model.gamma") for c in configs}
+        assert gammas == {"uniform" if "drawn" in kind else "ones"}
+        assert {c.epochs for c in configs} == {20 if kind == "drawn_long" else 4}
         others = [
-            c.to_dict() | dict.fromkeys(("model", "learning_rate", "trained"))
+            c.to_dict() | dict.fromkeys(("model", "learning_rate", "trained", "epochs"))
             for c in configs
-            if c.seed == 0
+            if c.seed == SEEDS[0]
         ]
         assert all(other == others[0] for other in others)
 
@@ -71,7 +75,7 @@ def test_runs_are_known_by_activation_and_what_learns_in_order_of_seeds():
     runs = frozen.STUDY.runs(made_up()).where(lambda choice: choice[0] == "relu")
     assert {title for _, title in runs} == set(MADE_UP)
     for of_choice in runs.values():
-        assert [row["config"]["seed"] for row in of_choice] == [0, 1, 2]
+        assert [row["config"]["seed"] for row in of_choice] == list(SEEDS)
 
 
 def test_change_is_paired_by_seed():
@@ -84,18 +88,17 @@ def test_change_is_paired_by_seed():
 @pytest.mark.parametrize(
     "words, value, outcome",
     [
-        ("sigmoid: fixing gamma and beta", 0.5, "supported"),
-        ("it is lower", 0.5, "supported"),  # the sigmoid's
-        ("relu: fixing gamma and beta", 0.5, "supported"),
-        ("it is higher", 0.5, "supported"),  # ReLU's
+        ("sigmoid: fixing gamma and beta costs", -0.5, "refuted"),
+        ("relu: fixing gamma and beta costs", 0.5, "supported"),
         ("sigmoid: gamma and beta alone", 0.125, "supported"),
         ("relu: gamma and beta alone", -0.125, "refuted"),
-        ("sigmoid: trained alone", 0.0, "refuted"),
-        ("relu: trained alone", 0.25, "supported"),
+        # (0 + .5) / (226 + 1) and (.25 * 226 + .5) / (226 + 1)
+        ("sigmoid: trained alone, gammas switch features off", 0.5 / 227, "refuted"),
+        ("relu: trained alone, gammas switch features off", 57 / 227, "supported"),
     ],
 )
 def test_verdict_is_on_the_difference_that_it_names(words, value, outcome):
-    (found,) = (v for v in frozen.STUDY.verdicts(made_up()) if words in v.claim)
+    found = next(v for v in frozen.STUDY.verdicts(made_up()) if words in v.claim)
     assert found.interval.value == pytest.approx(value)
     assert found.interval.low <= found.interval.high
     assert found.verdict == outcome
@@ -117,6 +120,7 @@ def test_small_gammas_are_a_share_over_all_norms():
 def test_figures_are_drawn_of_made_up_rows(tmp_path):
     frozen.STUDY.draw(made_up(), tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {
+        "claims.png",
         "sigmoid.png",
         "relu.png",
         "changes.png",

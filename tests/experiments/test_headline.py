@@ -141,5 +141,9 @@ def test_figures_are_drawn(tmp_path):
         for r in rows(**of_epochs)
     ]
     headline.STUDY.draw(given, tmp_path)
-    assert {p.name for p in tmp_path.iterdir()} == {"curves.png", "gamma_beta.png"}
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "claims.png",
+        "curves.png",
+        "gamma_beta.png",
+    }
     assert np.array([p.stat().st_size > 10_000 for p in tmp_path.iterdir()]).all()

@@ -124,4 +124,8 @@ def test_verdict_is_on_the_difference_that_it_names(words, value, outcome):
 
 def test_figures_are_drawn_of_made_up_rows(tmp_path):
     options.STUDY.draw(made_up(), tmp_path)
-    assert {p.name for p in tmp_path.iterdir()} == {"options.png", "momentum.png"}
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "claims.png",
+        "options.png",
+        "momentum.png",
+    }

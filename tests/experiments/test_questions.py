@@ -141,41 +141,90 @@ def test_figures_of_rates_leave_out_what_diverged(tmp_path):
     rows = rate_rows(lambda norm, rate, seed: None if rate > 30 else 0.5)
     learning_rates.STUDY.draw(rows, tmp_path)
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"learning_rates.png", "curves.png"}
+    assert names == {"claims.png", "learning_rates.png", "curves.png"}
 
 
 # Which layers.
 
 
-def subset_rows(loss_of):
+def subset_rows(loss_of, chosen_by=None):
+    """Rows that judge and, at other seeds, rows to choose by."""
     return [
         {
             "arm": "subsets",
             "config": {"model": f"lenet:norm_layers={subset}", "seed": seed},
             "loss": [loss_of(subset, seed)],
             "test_accuracy": [0.5],
+            **choosing,
         }
-        for subset, seed in itertools.product(which_layers.SUBSETS, (0, 1))
+        for subset in which_layers.SUBSETS
+        for seeds, choosing in (
+            ((5, 6), {}),
+            (
+                (0, 1),
+                {
+                    "choosing": True,
+                    "loss": [(chosen_by or loss_of)(subset, 0)],
+                },
+            ),
+        )
+        for seed in seeds
     ]
 
 
-def test_effect_of_a_layer_is_what_its_norm_changes_over_all_settings_of_others():
-    # Effects that add up, and seeds that differ in all subsets alike.
-    gains = (0.1, 0.2, 0.4, 0.8)
+GAINS = (0.1, 0.2, 0.4, 0.8)
 
-    def loss(subset, seed):
-        return 2 - sum(g for g, d in zip(gains, subset, strict=True) if d == "1") + seed
 
-    rows = subset_rows(loss)
+def sum_of_gains(subset, seed):
+    """Effects that add up, and seeds that differ in all subsets alike."""
+    return 2 - sum(g for g, d in zip(GAINS, subset, strict=True) if d == "1") + seed
+
+
+def test_effect_of_a_layer_is_what_its_norm_changes():
+    rows = subset_rows(sum_of_gains)
     runs = which_layers.STUDY.runs(rows)
-    for i, gain in enumerate(gains):
-        assert which_layers.effect(i)(runs) == pytest.approx((-gain, -gain, -gain, 2))
+    for i, gain in enumerate(GAINS):
+        for others in range(4):
+            found = which_layers.effect(i, others)(runs)
+            assert found == pytest.approx((-gain, -gain, -gain, 2))
     # All to dense alone: .3; dense to conv: 1.2 - .3 = .9; conv to none: .3.
     values = [v.interval.value for v in which_layers.STUDY.verdicts(rows)[:3]]
     np.testing.assert_allclose(values, [0.3, 0.9, 0.3])
     needed = outcome(which_layers, rows, "not needed in every layer")
+    assert needed.claim.endswith("(the best is 0111)")
     assert needed.interval.value == pytest.approx(0.1)  # without that of conv 1
     assert needed.verdict == "refuted"
+    one = outcome(which_layers, rows, "one norm nearly suffices")
+    assert one.interval.value == pytest.approx(0.8 / 1.5)
+    # What adds up does not stand in for each other.
+    overlap = outcome(which_layers, rows, "stand in for each other")
+    assert overlap.interval.value == pytest.approx(0.0, abs=1e-12)
+
+
+def test_best_subset_is_chosen_by_other_runs_than_those_that_judge():
+    def other(subset, seed):
+        return {"1011": 0.0, "1000": 0.1}.get(subset, 5.0)
+
+    rows = subset_rows(sum_of_gains, chosen_by=other)
+    needed = outcome(which_layers, rows, "not needed in every layer")
+    assert needed.claim.endswith("(the best is 1011)")
+    assert needed.interval.value == pytest.approx(0.2)
+    one = outcome(which_layers, rows, "one norm nearly suffices")
+    assert one.interval.value == pytest.approx(0.1 / 1.5)
+
+
+def test_norms_that_do_the_same_stand_in_for_each_other():
+    # Any norm takes 1 off the loss, more of them nothing.
+    rows = subset_rows(lambda subset, seed: 2.0 - ("1" in subset) + seed)
+    overlap = outcome(which_layers, rows, "stand in for each other")
+    assert overlap.interval.value == pytest.approx(1.0)
+    assert overlap.verdict == "supported"
+
+
+def test_share_of_nothing_is_unknown():
+    rows = subset_rows(lambda subset, seed: 1.0)
+    one = outcome(which_layers, rows, "one norm nearly suffices")
+    assert (one.interval.n, one.verdict, one.p) == (0, "undecided", None)
 
 
 def test_run_that_diverged_has_the_loss_of_guessing():
@@ -187,7 +236,7 @@ def test_run_that_diverged_has_the_loss_of_guessing():
 def test_figures_of_layers_are_drawn(tmp_path):
     which_layers.STUDY.draw(subset_rows(lambda subset, seed: 1.0), tmp_path)
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"which_layers.png", "effects.png"}
+    assert names == {"claims.png", "which_layers.png", "by_number.png", "effects.png"}
 
 
 # Bias.
@@ -309,21 +358,32 @@ def test_covariances_of_transforms_are_as_their_names_say():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(256, 48)) @ rng.normal(size=(48, 48))
 
-    def covariance_of(arm):
-        y = covariance.transformed(transforms.NORMS[arm][0], x)
-        return np.cov(y, rowvar=False, bias=True)
+    def normalised(arm, others=x):
+        return covariance.normalised(transforms.NORMS[arm][0], x, others)
 
-    def distance(arm):
-        return covariance.distance(covariance_of(arm))
+    def distance(y):
+        return covariance.distance(np.cov(y, rowvar=False, bias=True))
 
-    assert distance("zca-all") < 0.01 < 0.5 < distance("batch_norm")
-    within = {
-        arm: covariance.distance_within(covariance_of(arm), 16)
+    def within(y):
+        covariances = np.cov(y, rowvar=False, bias=True)
+        return covariance.distance_within(covariances, 16)
+
+    assert distance(normalised("zca-all")[0]) < 0.01
+    assert distance(normalised("batch_norm")[0]) > 0.5
+    found = {
+        arm: within(normalised(arm)[0])
         for arm in ("zca-16", "zca-8", *(f"iternorm-16-{t}" for t in (1, 3, 5, 7)))
     }
-    assert within.pop("zca-16") < 0.01 < within.pop("zca-8")
-    steps = list(within.values())
+    assert found.pop("zca-16") < 0.01 < found.pop("zca-8")
+    steps = list(found.values())
     assert steps == sorted(steps, reverse=True)
+    # Others are normalised by the batch's statistics: the batch itself comes out as it
+    # did, and examples of another mean keep theirs.
+    for arm in ("batch_norm", "zca-16"):
+        on_batch, on_others = normalised(arm)
+        np.testing.assert_allclose(on_others, on_batch, atol=1e-3)
+        shifted = normalised(arm, x + 10 * x.std(axis=0))[1]
+        assert np.abs(shifted.mean(axis=0)).max() > 5
 
 
 def test_distance_to_the_identity_is_by_the_number_of_features():
@@ -334,19 +394,26 @@ def test_distance_to_the_identity_is_by_the_number_of_features():
 @pytest.mark.slow
 def test_features_are_those_before_the_norm_of_the_first_dense_layer():
     data = data_lib.load("sample")
-    x = covariance.dense_features(data)
-    assert x.shape == (256, 120)
-    untrained = network(TrainConfig())
-    _, updates = untrained.apply(
-        untrained.init(jax.random.key(0)),
-        jnp.asarray(data.train.images[:256]),
-        train=True,
-        mutable=["batch_stats"],
-    )
-    # At momentum .9 the moving mean has a tenth of the batch's.
-    np.testing.assert_allclose(
-        updates["batch_stats"]["norm3"]["mean"], 0.1 * x.mean(0), atol=1e-6
-    )
+    for seed in (0, 3):
+        first, others = covariance.dense_features(data, seed)
+        assert first.shape == others.shape == (256, 120)
+        untrained = network(TrainConfig())
+        _, updates = untrained.apply(
+            untrained.init(jax.random.key(seed)),
+            jnp.asarray(data.train.images[512 * seed : 512 * (seed + 1)]),
+            train=True,
+            mutable=["batch_stats"],
+        )
+        # At momentum .9 the moving mean has a tenth of the batch's.
+        mean = np.concatenate([first, others]).mean(0)
+        np.testing.assert_allclose(
+            updates["batch_stats"]["norm3"]["mean"], 0.1 * mean, atol=1e-6
+        )
+
+
+def test_layer_without_a_norm_has_no_covariance():
+    config = TrainConfig(model="lenet:norm_layers=1100").to_dict()
+    assert covariance.covariances({"config": config}, None, None) == {}
 
 
 # Designs: each choice that has a flag reaches the runs.

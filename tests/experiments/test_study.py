@@ -252,11 +252,16 @@ def test_experiment_is_run_by_name(monkeypatch):
 # What is committed.
 
 
-def test_index_is_made_of_the_committed_results():
-    readme = report.README.read_text()
-    assert report.updated(readme) == readme
-    assert report.START in readme
-    assert report.END in readme
+@pytest.mark.parametrize("path", [report.README, report.FRONT])
+def test_index_and_front_page_are_made_of_the_committed_results(path):
+    assert report.updated(path) == path.read_text()
+
+
+def test_page_without_marks_is_refused(tmp_path):
+    path = tmp_path / "README.md"
+    path.write_text("<!-- findings: by experiments.report -->")
+    with pytest.raises(ConfigError, match="lacks the marks"):
+        report.updated(path)
 
 
 @pytest.mark.parametrize("name", list(report.recorded()))
@@ -270,7 +275,7 @@ def test_committed_verdicts_are_those_of_the_committed_runs(name):
     assert judged == near(results["verdicts"])
     assert "60,000 + 10,000 images" in results["data_source"]
     figures = {path.name for path in folder.glob("*.png")}
-    assert figures == {*question.figures}
+    assert figures == {*question.figures, study.CLAIMS}
     summary = json.loads(json.dumps(question.summary(question.runs(rows))))
     assert summary == near({name: results[name] for name in summary})
 
@@ -330,7 +335,8 @@ def test_figures_of_committed_runs_are_drawn(name, tmp_path):
     question = report.studies()[name].STUDY
     rows = results_lib.read_rows(report.RESULTS / name / "runs.jsonl")
     question.draw(rows, tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {*question.figures}
+    drawn = {path.name for path in tmp_path.iterdir()}
+    assert drawn == {*question.figures, study.CLAIMS}
 
 
 @pytest.mark.parametrize("name", slow_but(["transforms"], report.recorded()))
@@ -340,7 +346,7 @@ def test_figures_can_be_read_at_the_width_of_a_page(name, tmp_path, monkeypatch)
     question = report.studies()[name].STUDY
     rows = results_lib.read_rows(report.RESULTS / name / "runs.jsonl")
     question.draw(rows, tmp_path)
-    assert len(drawn) == len(question.figures)
+    assert len(drawn) == len(question.figures) + 1
     for figure in drawn:
         width = figure.get_size_inches()[0]
         texts = [t for t in figure.findobj(Text) if t.get_text() and t.get_visible()]
@@ -359,7 +365,7 @@ PARTS = {
         None,
     ),
     "scale_invariance": ([("batch_norm", 10.0), ("none", 10.0)], 0, None),
-    "which_layers": (("1111", "0011"), 1, {"which_layers.png"}),
+    "which_layers": (("1111", "0011"), 1, {"which_layers.png", "by_number.png"}),
     "dropout": (
         ("few-none", "few-dropout_30", "few-batch_norm"),
         2,
@@ -398,8 +404,10 @@ def test_part_of_a_design_is_judged_and_drawn(name, tmp_path):
     assert len(question.verdicts(rows)) == claims
     json.dumps(question.summary(question.runs(rows)))
     question.draw(rows, tmp_path)
-    drawn = {path.name for path in tmp_path.iterdir()}
-    assert drawn == (figures or {path.name for path in folder.glob("*.png")})
+    drawn = {path.name for path in tmp_path.iterdir()} - {study.CLAIMS}
+    everyone = {path.name for path in folder.glob("*.png")} - {study.CLAIMS}
+    assert drawn == (figures or everyone)
+    assert (tmp_path / study.CLAIMS).exists() == (claims > 0)
 
 
 @pytest.mark.parametrize("name", list(report.studies()))

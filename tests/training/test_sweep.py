@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from bn_jax.fields import ConfigError
+from bn_jax.measures import population
 from bn_jax.runs import interrupt, sweeps
 from bn_jax.runs.results import RunError
-from bn_jax.training import loop, mapped, members
+from bn_jax.training import loop, mapped, members, task
 from bn_jax.training.config import RunOptions, TrainConfig
 from bn_jax.training.members import parse
 from bn_jax.training.sweep import Sweep
@@ -201,6 +202,26 @@ def test_members_are_scored_on_the_images_set_aside(validated, tiny_data):
         [report.validation_loss for report in history], rel=1e-4
     )
     assert diverged["validation_accuracy"] == [None, None]
+
+
+@pytest.mark.slow
+def test_images_set_aside_are_scored_by_exact_statistics_of_the_others(
+    validated, tiny_data
+):
+    row, diverged = validated.rows()
+    network = trained(validated.configs[0], tiny_data).network
+    chosen = task.select(validated.configs[0], tiny_data)
+    variables = jax.tree.map(lambda leaf: leaf[0], validated.progress().state.variables)
+    exact = population.exact_statistics(
+        network.predict, variables, chosen.train.images, batch_size=30
+    )
+    logits = network.predict(
+        {**variables, "batch_stats": exact}, chosen.validation.images
+    )
+    right = (logits.argmax(-1) == chosen.validation.labels).mean()
+    assert row["validation_accuracy_exact"] == pytest.approx(float(right))
+    assert row["validation_accuracy_exact"] != row["validation_accuracy"][-1]
+    assert diverged["validation_accuracy_exact"] is None
 
 
 def test_members_without_images_set_aside_have_no_score_of_them(three):

@@ -40,7 +40,7 @@ def listing() -> str:
         verdicts = "not recorded yet"
         if name in recorded:
             minutes = recorded[name]["seconds"] / 60
-            verdicts = f"{report.counts(recorded[name])}; {minutes:.0f} minutes"
+            verdicts = f"{report.counts(recorded[name])}; {minutes:.0f} min"
         lines += [
             report.question(name),
             f"  python -m experiments {name} --workdir=runs/{name}",

@@ -201,8 +201,7 @@ STUDY = study.Study(
         "by_number.png": figure(
             "by_choice",
             by_number,
-            "of all subsets with as many norms, by their mean loss; n = {n} seeds; "
-            "band: least to greatest",
+            "by mean loss; n = {n} seeds; band: least to greatest",
             titles={"best": "best subset", "worst": "worst subset"},
             x_label="number of norms",
             x_scale="linear",
@@ -214,10 +213,10 @@ STUDY = study.Study(
         "effects.png": figure(
             "estimates",
             {
-                f"change of the training loss by its norm, {words}, nats": {
+                f"change of the loss, nats, {words}": {
                     layer: effect(i, others) for i, layer in enumerate(LAYERS)
                 }
-                for others, words in ((0, "no other"), (3, "beside the three others"))
+                for others, words in ((0, "with no other norm"), (3, "beside three"))
             },
             "n = {n} seeds; line: 95% interval",
             reference=0.0,

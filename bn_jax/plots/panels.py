@@ -130,6 +130,8 @@ def by_choice(
             colour = COLOURS.get(arm, ARM_COLOURS[i % len(ARM_COLOURS)])
             _line(axes, by_value, ".-", color=colour, label=titles[arm])
         axes.set_xscale(x_scale)
+        if x_scale == "linear":
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         style.finish(axes, x_label, y_label)
     grid[0][0].legend(fontsize=8, frameon=False)
     style.save(figure, path)

@@ -250,17 +250,20 @@ def page() -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+def short_page() -> str:
+    """Return the part of the front page that comes from results."""
+    return "\n".join(filled(findings.SHORT, recorded())) + "\n"
+
+
 def updated(path: Path) -> str:
     """Return the text of one of the two READMEs, with what comes from results."""
-    if path == README:
-        mark, made = "verdicts", page()
-    else:
-        mark, made = "findings", "\n".join(filled(findings.SHORT, recorded())) + "\n"
+    mark = "verdicts" if path == README else "findings"
     start, end = f"<!-- {mark}: by experiments.report -->", f"<!-- end of {mark} -->"
     before, found_start, rest = path.read_text().partition(start)
     _, found_end, after = rest.partition(end)
     if not (found_start and found_end):
         raise ConfigError(f"{path} lacks the marks {start} and {end}")
+    made = page() if path == README else short_page()
     return f"{before}{start}\n\n{made}\n{end}{after}"
 
 

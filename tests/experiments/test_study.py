@@ -365,7 +365,7 @@ PARTS = {
         None,
     ),
     "scale_invariance": ([("batch_norm", 10.0), ("none", 10.0)], 0, None),
-    "which_layers": (("1111", "0011"), 1, {"which_layers.png", "by_number.png"}),
+    "which_layers": (("1111", "0011"), 2, {"which_layers.png", "by_number.png"}),
     "dropout": (
         ("few-none", "few-dropout_30", "few-batch_norm"),
         2,
@@ -375,7 +375,7 @@ PARTS = {
         [
             (activation, title)
             for activation in ("sigmoid", "relu")
-            for title in ("gamma and beta alone", "as many others, at random")
+            for title in ("gamma and beta alone", "as many others a channel")
         ],
         4,
         {"sigmoid.png", "relu.png"},

@@ -136,7 +136,7 @@ class Study:
       choice: the name, or other key, by which claims and figures know a run.
       claims: written before the runs.
       figures: by file name.
-      score_training: whether runs are scored on the training images, too, as they end.
+      score_training: whether runs that judge are scored on the training images, too.
       probe: measures a trained network, and returns what to add to its row; called with
         the row, the network's variables and the data.
       measure: trains an arm in place of a sweep; called with the arm, a folder, the
@@ -355,7 +355,8 @@ class _Trainer:
     def _choosing(self, arm: str, choices: Sequence[Fields]) -> list[Row]:
         """Return the rows of runs to choose by."""
         with_validation = [{**of, "validation": CHOOSING_IMAGES} for of in choices]
-        rows = self._train(f"{arm}-choosing", with_validation, self._choosing_seeds)
+        name = f"{arm}-choosing"
+        rows = self._train(name, with_validation, self._choosing_seeds, choosing=True)
         return [{**row, "arm": arm, CHOOSING: True} for row in rows]
 
     def reach(self, arms: Arms, wanted: Collection[Setting], seeds: range) -> None:
@@ -371,7 +372,12 @@ class _Trainer:
                 self.trained[arm, numbers[place // len(missing)]].append(row)
 
     def _train(
-        self, arm: str, choices: Sequence[Fields], seeds: Sequence[int]
+        self,
+        arm: str,
+        choices: Sequence[Fields],
+        seeds: Sequence[int],
+        *,
+        choosing: bool = False,
     ) -> list[Row]:
         """Return a row for each choice and seed."""
         configs = self._design.configs(choices, seeds)
@@ -384,7 +390,7 @@ class _Trainer:
             configs,
             self._data,
             name=arm,
-            score_training=self._study.score_training,
+            score_training=self._study.score_training and not choosing,
         )
         rows = [{"arm": arm, **member.row} for member in members]
         if self._study.probe is not None:

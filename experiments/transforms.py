@@ -20,8 +20,8 @@ layer, 120 features of untrained networks, as the distance of the covariance to 
 identity; on the 256 images whose statistics are taken, where whitening reaches 0 by
 construction, and on 256 others, normalised by the same statistics. There even
 independent features are at .7, and at .25 within groups of 15; features that hardly
-vary, as layer norm leaves those of an untrained network, are at 1. Figures: transforms.png,
-loss and accuracies; distances.png and covariance.png, of those features.
+vary, as layer norm leaves those of an untrained network, are at 1. Figures:
+transforms.png, loss and accuracies; distances.png and covariance.png, of those features.
 
 What would refute the claims: losses beside batch norm's; whitening that holds on other
 images than those it was measured on, or predicts by moving averages as it does by the
@@ -183,7 +183,8 @@ CLAIMS = (
         reason="epsilon, 1e-5 beside the least variances, keeps it from 0",
     ),
     Claim(
-        "ZCA of all features, by the same statistics, leaves hardly any on other images",
+        "ZCA of all features, by the same statistics, leaves hardly any on other "
+        "images",
         f"{DISTANCE}, on other images",
         key="all_other",
         value=mean(scores.final(ON_OTHER), "zca-all", scale=LOG),

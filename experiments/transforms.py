@@ -21,7 +21,7 @@ identity; on the 256 images whose statistics are taken, where whitening reaches 
 construction, and on 256 others, normalised by the same statistics. There even
 independent features are at .7, and at .25 within groups of 15; features that hardly
 vary, as layer norm leaves those of an untrained network, are at 1. Figures:
-transforms.png, loss and accuracies; distances.png and covariance.png, of those features.
+transforms.png, losses, accuracies; distances.png and covariance.png, of these features.
 
 What would refute the claims: losses beside batch norm's; whitening that holds on other
 images than those it was measured on, or predicts by moving averages as it does by the

@@ -38,7 +38,7 @@ def test_benchmark_is_described(name):
     assert module.__name__ == f"experiments.benchmarks.{name}"
     assert module.__doc__.splitlines()[0].endswith("?")
     assert f"{command} --workdir=" in module.__doc__
-    assert command in (ROOT / "README.md").read_text()
+    assert command in (ROOT / "SPEED.md").read_text()
     smoke = described.design(**described.smoke)
     assert smoke.rounds < described.design().rounds
     assert set(described.needed) <= set(described.arms)

@@ -250,7 +250,7 @@ def test_option_of_a_name_out_of_range_is_named(field, name, option, expected):
         ("model", "lenet:norm=none", "lenet takes norm_layers=1111"),
         ("optimizer", "sgd:learning_rate=1", "sgd takes momentum=0"),
         ("schedule", "constant:end=1", "constant takes warmup_epochs=0"),
-        ("trained", "random:seed=1", "random takes no options"),
+        ("trained", "random:seed=1", "random takes per_channel=false"),
         ("augment", "none:flip=true", "none takes no options"),
         ("inputs", "unit:by=2", "unit takes no options"),
     ],

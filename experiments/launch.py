@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
@@ -265,9 +265,10 @@ def experiment(
         yield folder
 
 
-def numbers(values: Iterable[float]) -> str:
-    """Return numbers in a row of equal widths."""
-    return " ".join(f"{value:7.3f}" for value in values)
+def numbers(values: Sequence[float], most: int = 16) -> str:
+    """Return numbers in a row of equal widths, the first of them where they are many."""
+    row = " ".join(f"{value:7.3f}" for value in values[:most])
+    return row if len(values) <= most else f"{row} ... of {len(values)}"
 
 
 def fail(message: str) -> NoReturn:

@@ -27,6 +27,12 @@ def command(in_process):
     )
 
 
+def test_of_many_numbers_the_first_are_printed():
+    assert launch.numbers([0.5, -1.25]) == "  0.500  -1.250"
+    words = launch.numbers([1.0] * 40).split()
+    assert words == ["1.000"] * 16 + ["...", "of", "40"]
+
+
 def colour_images(num_examples, seed):
     """Images of 8 x 8 pixels, whose class is their brightest channel."""
     rng = np.random.default_rng(seed)

@@ -266,7 +266,7 @@ def experiment(
 
 
 def numbers(values: Sequence[float], most: int = 16) -> str:
-    """Return numbers in a row of equal widths, the first of them where they are many."""
+    """Return numbers in a row of equal widths; of many, the first."""
     row = " ".join(f"{value:7.3f}" for value in values[:most])
     return row if len(values) <= most else f"{row} ... of {len(values)}"
 

@@ -338,6 +338,11 @@ def _same(a: Any, b: Any) -> bool:
 
 def main(argv: Sequence[str]) -> None:
     launch.check_no_arguments(argv)
+    if not README.exists():
+        raise ConfigError(
+            f"{README} is not there, nor are the recorded results, which are not "
+            "installed with the package; run this in a checkout"
+        )
     if not flags.FLAGS.check:
         for path in (README, FRONT):
             path.write_text(updated(path))

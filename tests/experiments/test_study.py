@@ -257,6 +257,12 @@ def test_index_and_front_page_are_made_of_the_committed_results(path):
     assert report.updated(path) == path.read_text()
 
 
+def test_report_outside_of_a_checkout_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "README", tmp_path / "README.md")
+    with pytest.raises(ConfigError, match="README.md is not there.*in a checkout"):
+        report.main(["report"])
+
+
 def test_page_without_marks_is_refused(tmp_path):
     path = tmp_path / "README.md"
     path.write_text("<!-- findings: by experiments.report -->")

@@ -22,6 +22,17 @@ MODULES = [
         "nnx",
         "variables",
     )
+] + [
+    f"bn_jax.variants.{name}"
+    for name in (
+        "mabn",
+        "one_moment",
+        "per_example",
+        "pointwise",
+        "quantile",
+        "renorm",
+        "whitening",
+    )
 ]
 WITHOUT = {
     # Needs the files that a set's authors publish, or a download.
@@ -33,6 +44,7 @@ WITHOUT = {
     "bn_jax.variables.collection",
     "bn_jax.variables.leaves_of",
     "bn_jax.variables.replaced",
+    "bn_jax.variants.per_example.single_axis",
 }
 
 

@@ -315,6 +315,13 @@ def mabn_transform(
 
     Raises:
       ConfigError: if the warm-up is too short.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> transform, x = mabn_transform(), jnp.array([[3.0], [-3.0]])
+      >>> y, _ = transform.apply(x, *transform.init(1), train=True)
+      >>> y.round(3).ravel().tolist()
+      [1.0, -1.0]
     """
     try:
         _check_warm_up(warm_up, num_batches=num_batches)

@@ -332,6 +332,13 @@ def center_transform(
       momentum: weight of the OLD average, in [0, 1].
       use_scale: whether there is a scale (gamma).
       use_bias: whether there is a bias (beta).
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> transform, x = center_transform(), jnp.array([[1.0], [5.0]])
+      >>> y, _ = transform.apply(x, *transform.init(1), train=True)
+      >>> y.ravel().tolist()
+      [-2.0, 2.0]
     """
     return Transform(
         initializer(init_center, scale=use_scale, bias=use_bias),
@@ -355,6 +362,13 @@ def scale_transform(
       epsilon: added to the variance, greater than 0.
       use_scale: whether there is a scale (gamma).
       use_bias: whether there is a bias (beta).
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> transform, x = scale_transform(), jnp.array([[1.0], [5.0]])
+      >>> y, _ = transform.apply(x, *transform.init(1), train=True)
+      >>> y.round(3).ravel().tolist()
+      [0.5, 2.5]
     """
     return Transform(
         initializer(init_scale, scale=use_scale, bias=use_bias),

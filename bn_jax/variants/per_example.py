@@ -263,6 +263,13 @@ def layer_transform(
       epsilon: added to the variance, greater than 0.
       use_scale: whether there is a scale (gamma), one for each feature.
       use_bias: whether there is a bias (beta), one for each feature.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> transform, x = layer_transform(), jnp.array([[1.0, 3.0]])
+      >>> y, _ = transform.apply(x, *transform.init(2), train=True)
+      >>> y.round(3).tolist()
+      [[-1.0, 1.0]]
     """
     apply = with_options(layer_norm, epsilon=epsilon)
     return _stateless("layer", apply, use_scale, use_bias)
@@ -282,6 +289,14 @@ def group_transform(
       epsilon: added to the variance, greater than 0.
       use_scale: whether there is a scale (gamma), one for each feature.
       use_bias: whether there is a bias (beta), one for each feature.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> transform = group_transform(num_groups=2)
+      >>> x = jnp.array([[1.0, 3.0, 5.0, 5.0]])
+      >>> y, _ = transform.apply(x, *transform.init(4), train=True)
+      >>> y.round(3).tolist()
+      [[-1.0, 1.0, 0.0, 0.0]]
     """
     apply = with_options(group_norm, num_groups=num_groups, epsilon=epsilon)
     return _stateless("group", apply, use_scale, use_bias)
@@ -296,6 +311,14 @@ def instance_transform(
       epsilon: added to the variance, greater than 0.
       use_scale: whether there is a scale (gamma), one for each feature.
       use_bias: whether there is a bias (beta), one for each feature.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> transform = instance_transform()
+      >>> x = jnp.array([[[1.0], [3.0]]])  # one example of two positions
+      >>> y, _ = transform.apply(x, *transform.init(1), train=True)
+      >>> y.round(3).tolist()
+      [[[-1.0], [1.0]]]
     """
     apply = with_options(instance_norm, epsilon=epsilon)
     return _stateless("instance", apply, use_scale, use_bias)

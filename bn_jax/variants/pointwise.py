@@ -221,6 +221,13 @@ def dyt_transform(
       alpha: initial value of the learned slope.
       use_scale: whether there is a scale (gamma).
       use_bias: whether there is a bias (beta).
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> transform, x = dyt_transform(), jnp.array([[0.0], [200.0]])
+      >>> y, _ = transform.apply(x, *transform.init(1), train=True)
+      >>> y.ravel().tolist()
+      [0.0, 1.0]
     """
     return Transform(
         initializer(init_dyt, alpha=alpha, scale=use_scale, bias=use_bias),
@@ -244,6 +251,13 @@ def derf_transform(
       shift: initial value of the learned number that is added to alpha x.
       use_scale: whether there is a scale (gamma).
       use_bias: whether there is a bias (beta).
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> transform, x = derf_transform(), jnp.array([[0.0], [-200.0]])
+      >>> y, _ = transform.apply(x, *transform.init(1), train=True)
+      >>> y.ravel().tolist()
+      [0.0, -1.0]
     """
     return Transform(
         initializer(

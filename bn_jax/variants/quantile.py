@@ -371,6 +371,13 @@ def quantile_transform(
         the outer knots.
       use_scale: whether there is a scale (gamma).
       use_bias: whether there is a bias (beta).
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> transform, x = quantile_transform(), jnp.array([[1.0], [9.0], [2.0]])
+      >>> y, _ = transform.apply(x, *transform.init(1), train=True)
+      >>> y.argsort(axis=0).ravel().tolist(), bool(abs(y).max() < 3**0.5)
+      ([0, 2, 1], True)
     """
     shape: dict[str, Any] = {"target": target, "num_quantiles": num_quantiles}
     return Transform(

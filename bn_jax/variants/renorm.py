@@ -290,6 +290,14 @@ def renorm_transform(
     Raises:
       ConfigError: if a limit is too small, reached before it begins to rise, or not
         within 2^24 batches.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> transform = renorm_transform(start=1)  # the first batch is batch norm's
+      >>> x = jnp.array([[5.0], [9.0]])
+      >>> y, state = transform.apply(x, *transform.init(1), train=True)
+      >>> y.round(3).ravel().tolist(), state.count.item()
+      ([-1.0, 1.0], 1.0)
     """
     schedule: dict[str, Any] = {
         "r_max": r_max,

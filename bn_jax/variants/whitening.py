@@ -273,6 +273,14 @@ def whitening_transform(
 
     Raises:
       ConfigError: if both group sizes are given.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> x = jnp.array([[3.0, 2.0], [-3.0, -2.0], [1.0, -2.0], [-1.0, 2.0]])
+      >>> transform = whitening_transform()
+      >>> y, _ = transform.apply(x, *transform.init(2), train=True)
+      >>> abs(y.T @ y / 4).round(3).tolist()  # its covariance
+      [[1.0, 0.0], [0.0, 1.0]]
     """
     if group_size is not None and max_group_size is not None:
         raise ConfigError(

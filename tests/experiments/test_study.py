@@ -364,7 +364,7 @@ def test_figures_can_be_read_at_the_width_of_a_page(name, tmp_path, monkeypatch)
 # Parts of the designs, in the committed rows: by what they are known, which, how many
 # claims they decide, and which figures they fill.
 PARTS = {
-    "headline": (("flax", "none_padded"), 1, {"curves.png", "gamma_beta.png"}),
+    "headline": (("flax", "none_padded"), 3, {"curves.png", "gamma_beta.png"}),
     "learning_rates": (
         [(n, r) for n in ("batch_norm", "none") for r in (0.1, 1)],
         4,
@@ -392,10 +392,10 @@ PARTS = {
             "momentum 0.99, epsilon 1e-05 (Flax)",
             "Flax's layer, fast variance",
         ),
-        2,
+        3,
         None,
     ),
-    "transforms": (("layer", "zca-all", "pca-16"), 1, None),
+    "transforms": (("layer", "zca-all", "pca-16"), 3, None),
 }
 
 

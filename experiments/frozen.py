@@ -79,7 +79,7 @@ TITLES = [title for of_arm in LEARNING.values() for title in of_arm]
 
 
 def arms(design: study.Design) -> study.Arms:
-    """Return what learns, by activation and kind."""
+    """Return the arms: one for each activation and each set of trained parameters."""
 
     def fields(activation: str, of: study.Fields) -> study.Fields:
         options = [f"activation={activation}", *filter(None, [of.get("model")])]
@@ -162,7 +162,7 @@ def claims_on(activation: str) -> tuple[Claim, ...]:
 
 
 def titled(runs: Runs, activation: str) -> dict[str, tuple[str, str]]:
-    """Return what learns by title, with the rates that were chosen."""
+    """Return choices by title, with the learning rate where one was chosen."""
     found = {}
     for title in TITLES:
         choice = (activation, title)

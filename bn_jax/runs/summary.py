@@ -73,8 +73,8 @@ def gamma_beta(
 ) -> dict[str, dict[str, list[float]]]:
     """Return gamma and beta of each normalisation layer, by the layer's name.
 
-    A layer that keeps statistics counts as one. So does a layer that has no kernel, but
-    a scale or a bias for each feature, such as layer norm.
+    A layer counts if it keeps statistics, or if it has a scale or a bias for each
+    feature and no kernel, as layer norm does.
 
     Args:
       variables: of a model.

@@ -15,20 +15,20 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from bn_jax import checks
-from bn_jax.moments import Moments, merge_stacked
+from bn_jax.moments import Moments, check_same_features, merge_stacked
 
 
 class BatchNormState(NamedTuple):
     """The moving averages that prediction normalises by."""
 
-    mean: Array  # shape [C], float32 or wider
+    mean: Array  # shape [C], float32 or wider (complex where the data are)
     var: Array  # average of biased variances, shape [C], float32 or wider
 
 
 class CountedState(NamedTuple):
     """The moving averages, and the number of batches in them."""
 
-    mean: Array  # shape [C], float32 or wider
+    mean: Array  # shape [C], float32 or wider (complex where the data are)
     var: Array  # average of biased variances, shape [C], float32 or wider
     # Shape [], float32. (Shadows tuple.count.)
     count: Array  # type: ignore[assignment]
@@ -42,12 +42,18 @@ def update_average(
     Args:
       state: the averages so far.
       moments: of the batch. A batch of total weight 0 leaves the averages as they are.
-      momentum: weight of the OLD average, in [0, 1]; the batch has 1 - momentum. It
-        may change from step to step: see `cumulative_momentum`, `debiased_momentum`.
+      momentum: weight of the OLD average, in [0, 1], shape `[]` or `[C]`; the batch has
+        1 - momentum. It may change from step to step: see `cumulative_momentum`,
+        `debiased_momentum`.
+
+    Returns:
+      Averages of the shapes and dtypes of `state`; the mean is complex where that of
+      the batch is.
 
     Raises:
-      ValueError: if momentum is outside [0, 1], where that is known, or the state is
-        narrower than float32.
+      TypeError: if `state` or `moments` is no NamedTuple with its fields.
+      ValueError: if momentum is outside [0, 1], where that is known, the state is
+        narrower than float32, or the moments are of other features.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -59,7 +65,11 @@ def update_average(
       ([1.25], [3.0])
     """
     checks.check_momentum(momentum)
+    checks.check_fields(
+        state=(state, checks.AVERAGES), moments=(moments, Moments._fields)
+    )
     checks.check_state(state)
+    check_same_features(state=state.mean, moments=moments.mean)
 
     def moved(old: Array, new: Array) -> Array:
         average = momentum * old + (1 - momentum) * new
@@ -76,10 +86,13 @@ def cumulative_momentum(num_batches: ArrayLike) -> Array:
     """Return the momentum that makes the moving average that of all batches so far.
 
     Args:
-      num_batches: number of batches in the old average, 0 at the first.
+      num_batches: t, number of batches in the old average, 0 at the first.
+
+    Returns:
+      t / (t + 1) in float32, of t's shape.
 
     Raises:
-      ValueError: if num_batches is negative or infinite, where that is known.
+      ValueError: if num_batches is negative or not finite, where that is known.
 
     Examples:
       >>> [cumulative_momentum(t).item() for t in (0, 1, 3)]
@@ -101,8 +114,11 @@ def debiased_momentum(momentum: ArrayLike, num_batches: ArrayLike) -> Array:
       momentum: m, weight of the OLD average in the long run, in [0, 1].
       num_batches: t, number of batches in the old average, 0 at the first.
 
+    Returns:
+      The weight in float32, of the shape that both arguments broadcast to.
+
     Raises:
-      ValueError: if momentum is outside [0, 1], or num_batches negative or infinite,
+      ValueError: if momentum is outside [0, 1], or num_batches negative or not finite,
         where that is known.
 
     References:
@@ -136,8 +152,14 @@ def merge_states(
         At least one must be positive: traced weights, which cannot be checked, give
         mean 0 and variance 0 where all are 0.
 
+    Returns:
+      Averages of shape `[C]`, in float32 or wider.
+
     Raises:
-      ValueError: if weights are negative, infinite, all 0, or not one for each state.
+      TypeError: if `states` are no NamedTuple with mean and var, or the means are of
+        neither a floating-point nor a complex dtype.
+      ValueError: if the states are not stacked, or weights are negative, not finite,
+        complex, all 0, or not one for each state.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -146,7 +168,15 @@ def merge_states(
       >>> merged.mean.tolist(), merged.var.tolist()
       ([1.0], [2.0])
     """
-    num_states = len(states.mean)
+    checks.check_fields(states=(states, checks.AVERAGES))
+    mean, var = states.mean, states.var
+    if jnp.ndim(mean) < 2 or jnp.shape(mean) != jnp.shape(var):
+        raise ValueError(
+            f"states have means of shape {list(jnp.shape(mean))} and variances of "
+            f"{list(jnp.shape(var))}; expected both stacked, [D, C]: put D states "
+            "together by jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)"
+        )
+    num_states = len(mean)
     w = jnp.ones(num_states) if weights is None else jnp.asarray(weights)
     if w.shape != (num_states,):
         raise ValueError(
@@ -161,5 +191,5 @@ def merge_states(
                 f"the weights of all {num_states} states are 0, which leaves nothing "
                 "to merge; give at least one a positive weight, or leave weights out"
             )
-    _, mean, var = merge_stacked(Moments(w, *states))
+    _, mean, var = merge_stacked(Moments(w, mean, var))
     return BatchNormState(mean, var)

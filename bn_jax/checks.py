@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import operator
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +29,17 @@ _NUMBER_OF_BATCHES = Range(
     lambda v: 0 <= v < math.inf,
 )
 
-# Fields of parameters with gamma and beta.
+# Fields of parameters with gamma and beta, and of statistics.
 AFFINE = ("scale", "bias")
+AVERAGES = ("mean", "var")
+
+# How to come by what no init returns.
+_MADE_BY = {
+    "states": "pass a bn_jax.BatchNormState of stacked arrays",
+    "options": "pass a bn_jax.convert.RenormOptions",
+    "moments": "pass those that bn_jax.measure returns",
+    "statistics": "pass a bn_jax.BatchNormState or what bn_jax.measure returns",
+}
 
 
 def check_batch_norm(
@@ -74,11 +84,12 @@ def check_batch_norm(
     """
     check_static(train=train, update_state=update_state)
     check_epsilon(epsilon)
-    check_fields(params=(params, AFFINE), state=(state, ("mean", "var")))
+    check_fields(params=(params, AFFINE), state=(state, AVERAGES))
     moments_lib.check_input(x, feature_axis)
     check_features(x, feature_axis, **params._asdict(), **state._asdict())
     check_state(state)
     if statistics is not None:
+        check_fields(statistics=(statistics, AVERAGES))
         check_features(x, feature_axis, mean=statistics.mean, var=statistics.var)
     by_batch = train and statistics is None
     if not by_batch and not (train if update_state is None else update_state):
@@ -110,7 +121,7 @@ def check_known(name: str, value: Any, valid: Range) -> None:
       valid: the range.
 
     Raises:
-      ValueError: if a number is complex or out of range.
+      ValueError: if a number is complex or out of range, or the value is no number.
     """
     if isinstance(value, jax.core.Tracer):
         return
@@ -144,7 +155,7 @@ def check_fields(**given: tuple[Any, Sequence[str]]) -> None:
         # A plain tuple has methods named count and index, an array mean and var.
         if set(getattr(value, "_fields", ())) >= set(fields):
             continue
-        mend = f"pass the {name} that the norm's init returns"
+        mend = _MADE_BY.get(name, f"pass the {name} that the norm's init returns")
         if isinstance(value, Mapping):
             mend += f", with the values of a dict put in by {name}._replace(**values)"
         elif hasattr(value, "_fields"):
@@ -156,12 +167,20 @@ def check_fields(**given: tuple[Any, Sequence[str]]) -> None:
 
 
 def check_epsilon(epsilon: float | Array) -> None:
-    """Refuse a known number that is not positive and finite."""
+    """Refuse a known number that is not positive and finite.
+
+    Raises:
+      ValueError: naming it.
+    """
     check_known("epsilon", epsilon, POSITIVE)
 
 
 def check_static(**choices: bool | None) -> None:
-    """Refuse a choice that only the running program would know."""
+    """Refuse a choice that only the running program would know.
+
+    Raises:
+      TypeError: if one is a JAX array.
+    """
     for name, choice in choices.items():
         if isinstance(choice, jax.Array):
             raise TypeError(
@@ -171,7 +190,11 @@ def check_static(**choices: bool | None) -> None:
 
 
 def check_not_empty(x: Array) -> None:
-    """Refuse a batch that has no moments."""
+    """Refuse a batch that has no moments.
+
+    Raises:
+      ValueError: if it is empty.
+    """
     if x.size == 0:
         raise ValueError(
             f"x of shape {list(x.shape)} is empty; training mode needs at least one "
@@ -182,7 +205,12 @@ def check_not_empty(x: Array) -> None:
 def check_features(
     x: Array, feature_axis: int | Sequence[int], **per_feature: Array | None
 ) -> None:
-    """Refuse parameters or statistics that do not fit the features of `x`."""
+    """Refuse parameters or statistics that do not fit the features of `x`.
+
+    Raises:
+      ValueError: if one has another shape than the feature axes, or as
+        `bn_jax.moments.feature_axes` says.
+    """
     axes = moments_lib.feature_axes(x.ndim, feature_axis)
     expected = tuple(x.shape[a] for a in axes)
     for name, value in per_feature.items():
@@ -197,18 +225,36 @@ def check_features(
 
 
 def check_momentum(momentum: Any) -> None:
-    """Refuse a number that weighs no average, where it is known."""
+    """Refuse a momentum outside [0, 1], where it is known.
+
+    Raises:
+      ValueError: naming it.
+    """
     check_known("momentum", momentum, _WEIGHT_OF_THE_OLD)
 
 
 def check_num_batches(num_batches: Any) -> None:
-    """Refuse a number of batches that is negative or infinite, where it is known."""
+    """Refuse a number of batches that is negative or not finite, where it is known.
+
+    Raises:
+      ValueError: naming it.
+    """
     check_known("num_batches", num_batches, _NUMBER_OF_BATCHES)
 
 
 def check_state(state: Any) -> None:
-    """Refuse a NamedTuple of averages in a dtype that momentum near 1 would freeze."""
+    """Refuse a NamedTuple of averages in a dtype that momentum near 1 would freeze.
+
+    Raises:
+      TypeError: if one is no array.
+      ValueError: if one is not in float32 or wider.
+    """
     for name, value in state._asdict().items():
+        if not hasattr(value, "dtype"):
+            raise TypeError(
+                f"state.{name} is a {type(value).__name__}; expected an array: give "
+                f"jnp.asarray(state.{name}, jnp.float32)"
+            )
         if value.dtype != moments_lib.statistics_dtype(value.dtype):
             raise ValueError(
                 f"state.{name} has dtype {value.dtype}, too narrow to average in; keep "
@@ -219,17 +265,29 @@ def check_state(state: Any) -> None:
 def check_ghosts(
     x: Array, size: int, batch_axis: int, feature_axis: int | Sequence[int]
 ) -> None:
-    """Refuse ghost batches that are not parts of the batch."""
+    """Refuse ghost batches that are not parts of the batch.
+
+    Raises:
+      ValueError: if `batch_axis` is no axis or a feature axis, or `size` is no divisor
+        of x's size along it.
+    """
     axis = batch_axis + x.ndim if batch_axis < 0 else batch_axis
     if axis not in moments_lib.reduction_axes(x.ndim, feature_axis):
         raise ValueError(
             f"batch_axis={batch_axis} of x of shape {list(x.shape)} is no axis, or a "
             f"feature axis (feature_axis={feature_axis!r}); name the axis of examples"
         )
-    if size < 1 or x.shape[axis] % size:
+    examples = x.shape[axis]
+    if not isinstance(size, SupportsIndex) or size < 1:
         raise ValueError(
-            f"ghost_batch_size={size} does not divide the batch of {x.shape[axis]} "
-            f"examples; give a divisor, or drop the last {x.shape[axis] % max(size, 1)}"
+            f"ghost_batch_size={size!r}; expected a positive integer that divides the "
+            f"batch of {examples} examples"
+        )
+    if examples % size:
+        mend = f", or drop the last {examples % size}" if size < examples else ""
+        raise ValueError(
+            f"ghost_batch_size={size} does not divide the batch of {examples} "
+            f"examples; give a divisor{mend}"
         )
 
 
@@ -244,7 +302,7 @@ def warn_of_one_value(
 ) -> None:
     """Warn, when traced, of a batch (or ghost) whose deviation is 0.
 
-    What counts is the batch over all instances along the axis.
+    It has one value a feature, over all instances along the axis.
 
     Args:
       shape: of the batch or ghost.
@@ -253,6 +311,9 @@ def warn_of_one_value(
       axis_index_groups: partition of them, or None.
       outcome: what y is then, in words.
       stacklevel: of the user's call, counted as `warnings.warn` does from here.
+
+    Raises:
+      ValueError: if an axis name is not bound, or the groups are no partition.
     """
     axes = moments_lib.reduction_axes(len(shape), feature_axis)
     n = math.prod(shape[a] for a in axes)
@@ -267,6 +328,27 @@ def warn_of_one_value(
             "train=False",
             stacklevel=stacklevel,
         )
+
+
+def check_num_features(num_features: Any) -> tuple[int, ...]:
+    """Return the sizes of the feature axes, of which one may be given as an integer.
+
+    Raises:
+      ValueError: if it is neither an integer nor a sequence of them, or one is
+        negative.
+    """
+    shape: tuple[int, ...] = ()
+    try:
+        shape = (operator.index(num_features),)
+    except TypeError:
+        with contextlib.suppress(TypeError):
+            shape = tuple(map(operator.index, num_features))
+    if min(shape, default=-1) < 0:
+        raise ValueError(
+            f"num_features={num_features!r}; expected the number of features, or the "
+            "sizes of the feature axes where there are several"
+        )
+    return shape
 
 
 def check_one_integer(num_features: Any) -> int:

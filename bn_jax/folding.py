@@ -74,18 +74,21 @@ def fold(model: Any, variables: Any, inputs: Array, *, without_norms: Any) -> An
       model: function of `(variables, inputs)` that applies the model in prediction
         mode, a Linen or an NNX module: see `bn_jax.measures.models.resolve`.
       variables: of the model, with the statistics to fold; see there.
-      inputs: a few examples, on which the folding is checked.
+      inputs: a few examples, shape `[N, ...]` or a tree of such arrays, on which the
+        folding is checked.
       without_norms: the model without norms: of Linen, a module or a function as
         `model`, which is given `{"params": folded}` and what other collections there
         are; of NNX, a module with the same names.
 
     Returns:
       The new `params` of a Linen model; of NNX, a state that `nnx.update` puts into
-      `without_norms`.
+      `without_norms`. New biases are in the dtype of their kernels.
 
     Raises:
       ValueError: if a norm cannot be folded; all such norms and reasons are named. If
-        the model without norms leaves parameters out, or gives other outputs.
+        the model without norms cannot be run, leaves parameters out, or gives other
+        outputs. If outputs are not finite, or model, variables or inputs are something
+        else.
 
     Examples:
       >>> import jax, jax.numpy as jnp

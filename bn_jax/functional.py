@@ -12,7 +12,6 @@ $$y = \gamma \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta$$
 from __future__ import annotations
 
 import functools
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -52,7 +51,12 @@ def init(
         several.
       scale: whether there is a gamma.
       bias: whether there is a beta.
-      dtype: of the parameters. The state is in float32, or wider where dtype is.
+      dtype: of the parameters. The state is in float32, or wider where dtype is; with
+        a complex dtype the moving mean is complex.
+
+    Raises:
+      ValueError: if `num_features` is neither an integer nor a sequence of them, or
+        one is negative.
 
     Examples:
       >>> params, state = init(2)
@@ -61,10 +65,7 @@ def init(
       >>> state.mean.tolist(), state.var.tolist()
       ([0.0, 0.0], [1.0, 1.0])
     """
-    try:
-        shape: tuple[int, ...] = (operator.index(num_features),)  # type: ignore[arg-type]
-    except TypeError:
-        shape = tuple(num_features)  # type: ignore[arg-type]
+    shape = checks.check_num_features(num_features)
     params = BatchNormParams(
         scale=jnp.ones(shape, dtype) if scale else None,
         bias=jnp.zeros(shape, dtype) if bias else None,
@@ -89,7 +90,7 @@ def normalize(
     """Standardise `x` by given statistics, then scale and shift.
 
     Args:
-      x: array with the features on `feature_axis`.
+      x: array of rank 2 or more with the features on `feature_axis`.
       mean: per feature, shape `[C]`.
       var: per feature, shape `[C]`.
       params: gamma and beta of shape `[C]`, each or both None.
@@ -100,9 +101,10 @@ def normalize(
       Array of x's shape and dtype; the arithmetic is in float32 or wider.
 
     Raises:
-      TypeError: if `x` is of neither a floating-point nor a complex dtype.
-      ValueError: if a shape does not fit the features of `x`, or epsilon is not
-        positive.
+      TypeError: if `x` is of neither a floating-point nor a complex dtype, or `params`
+        is no NamedTuple with its fields.
+      ValueError: if a shape does not fit the features of `x`; on a wrong rank or
+        feature axis; or if epsilon is not positive and finite, where it is known.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -112,7 +114,8 @@ def normalize(
       >>> y.round().ravel().tolist()
       [1.0, 21.0]
     """
-    params = params or BatchNormParams(None, None)
+    params = BatchNormParams(None, None) if params is None else params
+    checks.check_fields(params=(params, checks.AFFINE))
     x = jnp.asarray(x)
     moments_lib.check_input(x, feature_axis)
     checks.check_features(x, feature_axis, mean=mean, var=var, **params._asdict())
@@ -226,27 +229,30 @@ def batch_norm(
       params: gamma and beta, each of shape `[C]` or None.
       state: moving mean and variance, each of shape `[C]`.
       train: static. True normalises by the moments of `x` and returns updated
-        averages; False normalises by `state` and returns it as it was.
+        averages; False normalises by `state` and returns it as it was. Training on one
+        value a feature warns, if there are no weights: y is beta then.
       momentum: weight of the OLD average, in [0, 1]: a constant, or the number that
         `cumulative_momentum` or `debiased_momentum` gives for the step.
       epsilon: added to the variance, greater than 0.
       feature_axis: axis (or axes) of the features; all others are normalised over.
       weights: of the examples or positions in the statistics; see `measure`. A batch
         of total weight 0 is normalised by `state`, and a value of weight 0 that is not
-        finite as if it were the mean, since NaN in y would spoil every gradient.
+        finite as if it were the mean, since NaN in y would spoil every gradient. They
+        are not read where `x` is not measured, as in prediction.
       axis_name: name (or tuple of names) of the mapped axes whose instances share
         their statistics; None uses those of `x` alone. In `jax.shard_map` with
         `check_vma=True` a gradient of replicated parameters is already the sum over
         devices; with `check_vma=False`, and in `jax.pmap`, it is the device's own
         share, to be summed (or averaged) by the caller.
-      axis_index_groups: partition of that axis into groups that share statistics.
+      axis_index_groups: partition of that axis into groups of one size that share
+        statistics; see `merge_across`.
       ghost_batch_size: number of examples, a divisor of N, that share statistics:
         contiguous parts of the batch are normalised each by its own (and along a mapped
         axis with the same part of the other instances). The averages move by the
         moments of the whole batch.
       batch_axis: axis of the examples; ghost batches are cut along it, and under jit
         over a mesh that is set (`jax.set_mesh`) the parts that its devices measure.
-      statistics: normalise by these instead.
+      statistics: normalise by the mean and var in these, each of shape `[C]`, instead.
       update_state: static. Whether the averages move by the moments of `x`; by
         default in training.
 
@@ -255,10 +261,12 @@ def batch_norm(
       both normalises and is averaged.
 
     Raises:
-      TypeError: if `x` is of neither a floating-point nor a complex dtype, or `train`
-        is traced.
-      ValueError: on a wrong rank, feature count, empty batch, weights, momentum,
-        epsilon, axis name or ghost batch size; the message says which.
+      TypeError: if `x` is of neither a floating-point nor a complex dtype, `train` or
+        `update_state` is a JAX array, or `params`, `state` or `statistics` is no
+        NamedTuple with its fields.
+      ValueError: on a wrong rank, feature axis, feature count, dtype of the state,
+        empty batch, weights, momentum, epsilon, axis name, groups, batch axis or ghost
+        batch size; the message says which. What a call does not use is not checked.
 
     References:
       Ioffe and Szegedy, 2015, "Batch Normalization: Accelerating Deep Network Training

@@ -49,6 +49,16 @@ def find_pairs(
 
     The traced program is computed with nothing known. A value that is handed on as it
     is stays the same object; one that an operation takes is said to be used.
+
+    Args:
+      predict: applies the model, as `bn_jax.measures.models.resolve` returns it.
+      variables: of the model, as returned there.
+      inputs: examples, shape `[N, ...]`, or a tree of such arrays.
+
+    Raises:
+      ValueError: if a layer is inside something else than `jax.jit`, `jax.checkpoint`,
+        `lax.scan` or `jax.vmap`, or a `Norm` predicts by other statistics than a mean
+        and a variance.
     """
     traced, sites = _mark_layers(predict, variables, inputs)
     arguments = [tracing.Unknown() for _ in traced.jaxpr.invars]
@@ -152,7 +162,16 @@ def misfits(pairs: list[Pair], params: Flat, stats: Flat) -> list[str]:
 def outputs_of_norms(
     predict: Predict, variables: Any, inputs: Array
 ) -> dict[Path, Array]:
-    """Return the outputs of the norms by path."""
+    """Return the outputs of the norms by path.
+
+    Args:
+      predict: see `find_pairs`, and so are the others.
+      variables: see `predict`.
+      inputs: see `predict`.
+
+    Raises:
+      ValueError: as `find_pairs` says.
+    """
     traced, sites = _mark_layers(predict, variables, inputs)
     arguments = [tracing.Unknown() for _ in traced.jaxpr.invars]
     variable = functools.partial(_layer_of, _paths(variables, arguments))

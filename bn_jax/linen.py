@@ -22,6 +22,7 @@ from jax import Array
 from bn_jax import moments as moments_lib
 from bn_jax import transforms
 from bn_jax.averages import BatchNormState
+from bn_jax.checks import check_static
 from bn_jax.contract import Transform
 from bn_jax.moments import Moments
 from bn_jax.transforms import Average
@@ -41,15 +42,16 @@ def norm(
     Args:
       spec: a name of `bn_jax.transforms.NORMS` with its options, or a transform.
         "batch_norm" makes `BatchNorm`, "flax" Flax's own layer, "none" is None, and all
-        others make `Norm`.
+        others make `Norm`. Options that are not given have the defaults of `NORMS`: the
+        momentum of the first two is 0.9, not Flax's 0.99.
       options: values of options that go before those in `spec`, such as a traced
         `{"momentum": ...}`.
       **attributes: further attributes of the layer, such as `axis_name`. None is the
         same as none given.
 
     Raises:
-      ConfigError: if there is no such name or option, a value is out of range, or the
-        norm takes no such axis names or ghost batches.
+      ConfigError: if there is no such name or option, a value is out of range, the norm
+        takes no such axis names or ghost batches, or options are given for a transform.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -144,8 +146,11 @@ class Norm(nn.Module):
           Array of x's shape, in `dtype`.
 
         Raises:
-          ValueError: if both mask and weights are given, the transform does not take
-            what is given, or as its function says.
+          TypeError: if `use_running_average`, where there is a state, or
+            `update_average` is traced, or as the transform's function says.
+          ValueError: if `use_running_average` is given nowhere or twice, both mask and
+            weights are given, `batch_stats` lack a part of the state, the transform
+            does not take what is given, or as its function says.
         """
         return _apply(
             self,
@@ -187,8 +192,8 @@ class BatchNorm(nn.Module):
       use_running_average: True normalises by the running averages (prediction), False
         by the batch (training). Given here or in the call.
       axis: the feature axis, or several; all others are normalised over.
-      momentum: weight of the OLD average in the running averages.
-      epsilon: added to the variance.
+      momentum: weight of the OLD average in the running averages, in [0, 1].
+      epsilon: added to the variance, greater than 0.
       dtype: of the result (default: that of input and parameters, promoted).
       param_dtype: of scale and bias.
       use_bias: whether a bias (beta) is added.
@@ -267,14 +272,18 @@ class BatchNorm(nn.Module):
             them; given instead of `mask`.
           update_average: whether the running averages move; by default where the batch
             normalises.
-          statistics: normalise by these instead.
+          statistics: normalise by the mean and var in these, each of shape `[C]`,
+            instead.
 
         Returns:
           Array of x's shape, in `dtype`.
 
         Raises:
-          ValueError: if both mask and weights are given, `average` is unknown, or as
-            `bn_jax.batch_norm` says.
+          TypeError: if `use_running_average` is traced, or `update_average` is a JAX
+            array.
+          ValueError: if `use_running_average` is given nowhere or twice, both mask and
+            weights are given, `average` is unknown, `batch_stats` lack `count` or
+            another part of the state, or as `bn_jax.batch_norm` says.
         """
         transform = transforms.batch_norm(
             momentum=self.momentum,
@@ -354,9 +363,12 @@ def _apply(
 
     train = False
     if variables:
-        train = not nn.merge_param(
+        predict = nn.merge_param(
             "use_running_average", module.use_running_average, use_running_average
         )
+        check_static(use_running_average=predict)
+        train = not predict
+    check_static(update_average=update_average)
     moves = train if update_average is None else update_average
     options = {
         "weights": weights,

@@ -46,7 +46,7 @@ class Moments(NamedTuple):
     A set of total weight 0 has mean and variance 0 and weighs nothing in a merge.
     """
 
-    # Total weight; shape [] or [C], dtype of mean. (Shadows tuple.count.)
+    # Total weight; shape [] or [C], real, float32 or wider. (Shadows tuple.count.)
     count: Array  # type: ignore[assignment]
     mean: Array  # shape [C], float32 or wider (complex where the data are)
     var: Array  # divided by count, not count - 1; shape [C], float32 or wider, real
@@ -65,12 +65,15 @@ def feature_axes(rank: int, feature_axis: int | Sequence[int]) -> tuple[int, ...
       feature_axis: one axis or several, negative ones counted from the end.
 
     Raises:
-      ValueError: if an axis is out of range or given twice.
+      ValueError: if an axis is no integer, out of range or given twice.
     """
-    if isinstance(feature_axis, Iterable):
+    given: tuple[Any, ...] = (feature_axis,)
+    if isinstance(feature_axis, Iterable) and not isinstance(feature_axis, str):
         given = tuple(feature_axis)
-    else:
-        given = (operator.index(feature_axis),)
+    try:
+        given = tuple(map(operator.index, given))
+    except TypeError:
+        given = ()
     axes = tuple(sorted(a + rank if a < 0 else a for a in given))
     if not axes or len(set(axes)) < len(axes) or axes[0] < 0 or axes[-1] >= rank:
         raise ValueError(
@@ -81,7 +84,11 @@ def feature_axes(rank: int, feature_axis: int | Sequence[int]) -> tuple[int, ...
 
 
 def reduction_axes(rank: int, feature_axis: int | Sequence[int]) -> tuple[int, ...]:
-    """Return the axes that statistics are taken over: all but the feature axes."""
+    """Return the axes that statistics are taken over: all but the feature axes.
+
+    Raises:
+      ValueError: as `feature_axes` says.
+    """
     kept = feature_axes(rank, feature_axis)
     return tuple(a for a in range(rank) if a not in kept)
 
@@ -124,7 +131,8 @@ def measure(
 
     Args:
       x: array of rank 2 or more, such as `[N, C]`, `[N, H, W, C]` or `[N, C, H, W]`, of
-        a floating-point dtype. bfloat16 and float16 are widened to float32 first.
+        a floating-point or complex dtype. bfloat16 and float16 are widened to float32
+        first.
       feature_axis: axis (or axes) of the features; all others are reduced.
       weights: non-negative, finite weights, or booleans as a mask. Of x's rank with
         some axes of size 1, or of x's rank less its feature axes: `[N]` for x of
@@ -136,11 +144,16 @@ def measure(
       axis_index_groups: partition of that axis, to measure over each group.
 
     Returns:
-      The moments; mean and variance have the shape of the feature axes.
+      The moments; mean and biased variance have the shape of the feature axes. Without
+      weights the count is the number of values a feature.
 
     Raises:
       TypeError: if `x` is of neither a floating-point nor a complex dtype.
       ValueError: on a bad rank, feature axis, weights, axis name or groups.
+
+    References:
+      Chan, Golub and LeVeque, 1983, "Algorithms for computing the sample variance"
+      (shifted data).
 
     Examples:
       >>> import jax.numpy as jnp
@@ -246,6 +259,14 @@ def rough_mean(x: Array, axes: tuple[int, ...]) -> Array:
 def merge(a: Moments, b: Moments) -> Moments:
     """Return the moments of the union of two disjoint sets of examples.
 
+    Args:
+      a: as `measure` returns them.
+      b: of the other set, of the same features.
+
+    Raises:
+      ValueError: if they are of different features, or a count is negative or not
+        finite, where it is known.
+
     Examples:
       >>> import jax.numpy as jnp
       >>> a = measure(jnp.array([[1.0], [3.0]]))
@@ -254,6 +275,7 @@ def merge(a: Moments, b: Moments) -> Moments:
       >>> count.item(), mean.tolist(), var.tolist()
       (4.0, [4.0], [5.0])
     """
+    check_same_features(a=a.mean, b=b.mean)
 
     def stack(*leaves: Array) -> Array:
         return jnp.stack(jnp.broadcast_arrays(*leaves))  # a count may be shared
@@ -270,6 +292,14 @@ def merge_stacked(moments: Moments) -> Moments:
     Args:
       moments: of D sets, stacked along a leading axis: mean and var of shape `[D, C]`,
         count of shape `[D]` or `[D, C]`.
+
+    Returns:
+      Moments with mean and var of shape `[C]`, count of shape `[]` or `[C]`.
+
+    Raises:
+      TypeError: if the means are of neither a floating-point nor a complex dtype.
+      ValueError: if they are not stacked, or counts do not fit or, where they are
+        known, are negative or not finite.
 
     References:
       Chan, Golub and LeVeque, 1983, "Algorithms for computing the sample variance".
@@ -342,11 +372,14 @@ def merge_across(
     `jax.shard_map` knows that its result is the same on all devices.
 
     Args:
-      moments: of this instance's examples.
+      moments: of this instance's examples, as `measure` returns them.
       axis_name: name, or tuple of names, of axes bound by `jax.pmap`, `jax.vmap` or
         `jax.shard_map`.
       axis_index_groups: partition of the axis into groups of one size, of which each
         merges its own moments; under `jax.pmap` and `jax.shard_map(check_vma=False)`.
+
+    Returns:
+      Moments of the same shapes, the same on all instances that were merged.
 
     Raises:
       ValueError: if an axis name is not bound, or the groups are no such partition or
@@ -388,7 +421,8 @@ def align_weights(weights: Array, x: Array, feature_axis: int | Sequence[int]) -
     """Return `weights` with x's rank, each axis of x's size or 1.
 
     Raises:
-      ValueError: if their shape does not fit, or as `check_non_negative` says.
+      ValueError: if their shape does not fit, or as `check_non_negative` and
+        `feature_axes` say.
     """
     axes = reduction_axes(x.ndim, feature_axis)
     w = jnp.asarray(weights)
@@ -405,6 +439,21 @@ def align_weights(weights: Array, x: Array, feature_axis: int | Sequence[int]) -
         )
     check_non_negative(weights)
     return w
+
+
+def check_same_features(**means: Array) -> None:
+    """Refuse means of different features, which would broadcast.
+
+    Raises:
+      ValueError: naming their shapes.
+    """
+    shapes = {name: list(jnp.shape(mean)) for name, mean in means.items()}
+    if len(set(map(tuple, shapes.values()))) > 1:
+        given = ", those of ".join(f"{name} {of}" for name, of in shapes.items())
+        raise ValueError(
+            f"the means of {given} have different shapes; give statistics of the same "
+            "features"
+        )
 
 
 def check_non_negative(weights: ArrayLike) -> None:

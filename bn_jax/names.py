@@ -46,7 +46,7 @@ class Option:
         """Return the value that a text writes.
 
         Raises:
-          ConfigError: if it writes none.
+          ConfigError: if it writes none, or one that `check` refuses.
         """
         text = text.strip()
         if self.may_be_none and text.lower() == "none":
@@ -204,7 +204,8 @@ class Table(Generic[T]):
         """Return the one text of a name and its options: in order, defaults left out.
 
         Raises:
-          ConfigError: if there is no such option, or a value is out of range.
+          ConfigError: if there is no such option, or a value is of another type or out
+            of range.
         """
         known = self.options(name)
         for key, value in options.items():
@@ -221,12 +222,20 @@ class Table(Generic[T]):
         return name + (":" + ",".join(parts) if parts else "")
 
     def canonical(self, text: str) -> str:
-        """Return the one text that means the same as `text`."""
+        """Return the one text that means the same as `text`.
+
+        Raises:
+          ConfigError: as `parse` says.
+        """
         named = self.parse(text)
         return self.written(named.name, named.options)
 
     def value(self, text: str, option: str) -> Any:
-        """Return an option's value in a text: as given there, or its default."""
+        """Return an option's value in a text: as given there, or its default.
+
+        Raises:
+          ConfigError: if there is no such option, or as `parse` says.
+        """
         named = self.parse(text)
         known = self.options(named.name)
         if option not in known:
@@ -237,7 +246,11 @@ class Table(Generic[T]):
         return named.options.get(option, known[option].default)
 
     def replaced(self, text: str, **options: Any) -> str:
-        """Return a text with some options replaced."""
+        """Return a text with some options replaced, as `written` writes it.
+
+        Raises:
+          ConfigError: as `parse` and `written` say.
+        """
         named = self.parse(text)
         return self.written(named.name, {**named.options, **options})
 

@@ -24,6 +24,7 @@ from jax import Array, lax
 from bn_jax import moments as moments_lib
 from bn_jax import transforms
 from bn_jax.averages import BatchNormState
+from bn_jax.checks import check_one_integer, check_static
 from bn_jax.contract import Transform
 from bn_jax.moments import Moments
 from bn_jax.transforms import Average
@@ -43,14 +44,15 @@ def norm(
     Args:
       spec: a name of `bn_jax.transforms.NORMS` with its options, or a transform.
         "batch_norm" makes `BatchNorm`, "flax" Flax's own layer, "none" is None, and all
-        others make `Norm`.
+        others make `Norm`. Options that are not given have the defaults of `NORMS`: the
+        momentum of the first two is 0.9, not Flax's 0.99.
       options: values of options that go before those in `spec`.
       **attributes: further attributes of the layer, such as `axis_name`. None is the
         same as none given.
 
     Raises:
-      ConfigError: if there is no such name or option, a value is out of range, or the
-        norm takes no such axis names or ghost batches.
+      ConfigError: if there is no such name or option, a value is out of range, the norm
+        takes no such axis names or ghost batches, or options are given for a transform.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -104,6 +106,9 @@ class Norm(nnx.Module):
       batch_axis: axis of the examples.
       zero_masked: see `bn_jax.linen.BatchNorm`.
       rngs: accepted because other layers take it; no initial value is random.
+
+    Raises:
+      ValueError: if there are several sizes, and the transform takes one feature axis.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -173,6 +178,8 @@ class Norm(nnx.Module):
           Array of x's shape, in `dtype`.
 
         Raises:
+          TypeError: if `use_running_average`, where there is a state, or
+            `update_average` is traced, or as the transform's function says.
           ValueError: if `use_running_average` is given nowhere, both mask and weights
             are given, the transform does not take what is given, or as its function
             says.
@@ -229,8 +236,8 @@ class BatchNorm(nnx.Module):
       use_running_average: True normalises by the running averages (prediction), False
         by the batch (training). What is given in the call goes before it.
       axis: the feature axis; all others are normalised over.
-      momentum: weight of the OLD average in the running averages.
-      epsilon: added to the variance.
+      momentum: weight of the OLD average in the running averages, in [0, 1].
+      epsilon: added to the variance, greater than 0.
       dtype: of the result (default: that of input, parameters and running averages,
         promoted, so float32 or wider). Input and parameters are cast to it first.
       param_dtype: of scale and bias.
@@ -258,6 +265,9 @@ class BatchNorm(nnx.Module):
         restore it together with mean and var, or the first batch replaces them.
       zero_masked: see `bn_jax.linen.BatchNorm`.
       scale_offset: see there.
+
+    Raises:
+      ValueError: if `average` is unknown, or `num_features` is no integer.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -300,7 +310,7 @@ class BatchNorm(nnx.Module):
         zero_masked: bool = False,
         scale_offset: float = 0.0,
     ) -> None:
-        shape = (num_features,)
+        shape = (check_one_integer(num_features),)
 
         def param(
             used: bool, initializer: nnx.Initializer, metadata: Mapping[str, Any]
@@ -348,7 +358,8 @@ class BatchNorm(nnx.Module):
         """Normalise `x`.
 
         Args:
-          x: array with the features on `axis`; of rank 1 it is one example.
+          x: array of rank 2 or more with the features on `axis`; or of rank 1, one
+            example. Integers are promoted to float32.
           use_running_average: goes before the attribute.
           mask: booleans that broadcast to `x`; False leaves a value out of the
             statistics (it is normalised all the same, or see `zero_masked`).
@@ -356,12 +367,15 @@ class BatchNorm(nnx.Module):
             them; given instead of `mask`.
           update_average: whether the running averages move; by default where the batch
             normalises.
-          statistics: normalise by these instead.
+          statistics: normalise by the mean and var in these, each of shape `[C]`,
+            instead.
 
         Returns:
           Array of x's shape, in `dtype`.
 
         Raises:
+          TypeError: if `use_running_average` is traced, or `update_average` is a JAX
+            array.
           ValueError: if `use_running_average` is given nowhere, both mask and weights
             are given, or as `bn_jax.batch_norm` says.
         """
@@ -446,7 +460,9 @@ def _apply(
                 "use_running_average is given nowhere; pass it to the layer or to the "
                 "call, or set it with train(), eval() or nnx.view"
             )
+        check_static(use_running_average=use_running_average)
         train = not use_running_average
+    check_static(update_average=update_average)
     moves = train if update_average is None else update_average
 
     x, *promoted = promote_dtype((x, *state, *params), dtype=module.dtype)

@@ -259,12 +259,18 @@ def layer_of(
       attributes: of the layer. None leaves one out.
 
     Raises:
-      ConfigError: if there is no such name or option, a value is out of range, or the
-        norm does not take an attribute that is given.
+      ConfigError: if there is no such name or option, a value is out of range, the norm
+        takes no such axis names or ghost batches, options are given for a transform, or
+        what is given is neither a name nor a transform.
     """
     attributes = {k: v for k, v in attributes.items() if v is not None}
     sharing = {k: v for k, v in attributes.items() if k in _ABOUT_THE_BATCH}
     others = {k: v for k, v in attributes.items() if k not in _ABOUT_THE_BATCH}
+    if not isinstance(spec, str | Transform):
+        raise ConfigError(
+            f"a norm is given as {spec!r}; expected a name of bn_jax.transforms.NORMS, "
+            'such as "batch_norm", or a transform'
+        )
     if not isinstance(spec, str):
         if options:
             raise ConfigError(
@@ -291,6 +297,9 @@ def is_batch_norm(spec: str) -> bool:
     """Return whether a norm, by name, predicts by a moving mean and variance.
 
     Of such a norm there are exact statistics, and it can be folded.
+
+    Raises:
+      ConfigError: if there is no such name or option, or a value is out of range.
     """
     transform = NORMS.make(spec)
     if isinstance(transform, Transform):
@@ -333,7 +342,11 @@ def as_batch(
 def kept(
     x: Array, feature_axis: int | Sequence[int], weights: Array | None
 ) -> Array | None:
-    """Return where values weigh anything, broadcasting to x; None for everywhere."""
+    """Return where values weigh anything, broadcasting to x; None for everywhere.
+
+    Raises:
+      ValueError: as `bn_jax.moments.align_weights` says.
+    """
     if weights is None:
         return None
     return moments_lib.align_weights(weights, x, feature_axis) != 0
@@ -371,7 +384,7 @@ def taken(transform: Transform, **options: Any) -> dict[str, Any]:
       **options: by name; None means that one is not given.
 
     Raises:
-      ValueError: if the transform does not take one that is given.
+      ConfigError: if the transform does not take one that is given.
     """
     given = {key: value for key, value in options.items() if value is not None}
     if not transform.uses_batch:

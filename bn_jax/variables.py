@@ -52,6 +52,8 @@ def statistics_of(variables: Any) -> dict[Path, Statistics]:
 def with_statistics(variables: Any, statistics: Mapping[Path, Statistics]) -> Any:
     """Return variables of the same kind with layers' statistics in place.
 
+    Statistics of a layer that the variables lack are ignored.
+
     Examples:
       >>> import numpy as np
       >>> averages = {"mean": np.zeros(1), "var": np.ones(1)}
@@ -81,7 +83,10 @@ def collection(variables: Any, name: str) -> dict[Path, Any]:
 
 
 def replaced(variables: Any, values: Mapping[Key, Any]) -> Any:
-    """Return variables of the same kind with some arrays replaced."""
+    """Return variables of the same kind with some arrays replaced.
+
+    Keys that they lack are ignored.
+    """
     keys, leaves, structure = leaves_of(variables)
 
     def new(key: Key, leaf: Any) -> Any:
@@ -121,7 +126,7 @@ def norm_param_mask(variables: Any) -> Any:
     `optax.chain(optax.sgd(1.0), optax.masked(optax.set_to_zero(), mask))`.
 
     Args:
-      variables: of a Linen model, a TrainState, or an NNX module or its state; layers
+      variables: of a Linen model, a TrainState, or an NNX module or its state. Layers
         that hold batch statistics count as normalisation.
 
     Returns:
@@ -129,7 +134,8 @@ def norm_param_mask(variables: Any) -> Any:
       `nnx.as_pure(nnx.state(model, nnx.Param))`.
 
     Raises:
-      ValueError: as `check_variables` says.
+      ValueError: if there are no parameters or no batch statistics, or as
+        `check_variables` says.
 
     Examples:
       >>> import numpy as np
@@ -142,6 +148,11 @@ def norm_param_mask(variables: Any) -> Any:
     variables = _state_of(variables)
     keys, _, _ = leaves_of(variables)
     layers = {path[:-1] for name, path in keys if name == "batch_stats"}
+    if not layers:
+        raise ValueError(
+            "variables have no batch_stats, by which normalisation layers are known; "
+            "give those that the model's init returns, with params and batch_stats"
+        )
     return _param_mask(
         variables, lambda path: path[:-1] in layers and path[-1] != MOVING_PRODUCTS
     )
@@ -161,7 +172,7 @@ def moving_param_mask(variables: Any) -> Any:
       A tree as `norm_param_mask` returns it.
 
     Raises:
-      ValueError: as `check_variables` says.
+      ValueError: if there are no parameters, or as `check_variables` says.
 
     Examples:
       >>> import numpy as np
@@ -183,6 +194,11 @@ def _state_of(variables: Any) -> Any:
 def _param_mask(variables: Any, is_true: Callable[[Path], bool]) -> Any:
     """Return booleans by the path of each parameter."""
     keys, _, _ = leaves_of(variables)
+    if all(name != "params" for name, _ in keys):
+        raise ValueError(
+            "variables have no params, which a mask is made of; give those that the "
+            "model's init returns, with params and batch_stats"
+        )
     mask = replaced(
         variables, {key: is_true(key[1]) for key in keys if key[0] == "params"}
     )
@@ -196,7 +212,10 @@ def batch_stats_of(variables: Any) -> Any:
     """Return the collection of statistics in variables, as the model's user knows it.
 
     Of an NNX state these are its variables of type `nnx.BatchStat`, which `nnx.update`
-    puts into a model.
+    puts into a model; of a mapping that has none, an empty one.
+
+    Raises:
+      ValueError: as `check_variables` says.
 
     Examples:
       >>> import numpy as np
@@ -204,6 +223,7 @@ def batch_stats_of(variables: Any) -> Any:
       >>> batch_stats_of({"params": {}, "batch_stats": {"norm": averages}})
       {'norm': {'mean': array([1.]), 'var': array([4.])}}
     """
+    variables = _state_of(variables)
     if _is_nnx("State", variables):
         nnx = sys.modules["flax.nnx"]
         return nnx.filter_state(variables, nnx.BatchStat)

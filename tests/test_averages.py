@@ -20,6 +20,7 @@ from bn_jax import (
     merge_states,
     update_average,
 )
+from bn_jax.averages import CountedState
 from bn_jax.linen import BatchNorm
 from reference import normal
 
@@ -163,6 +164,19 @@ def test_weights_of_states_are_one_a_state(weights):
     states = BatchNormState(jnp.zeros((2, 3)), jnp.ones((2, 3)))
     with pytest.raises(ValueError, match=r"expected one for each of the 2 states"):
         merge_states(states, jnp.array(weights))
+
+
+def test_states_that_are_not_stacked_are_refused():
+    with pytest.raises(ValueError, match=r"means of shape \[2\] .*expected both stack"):
+        merge_states(BatchNormState(jnp.zeros(2), jnp.ones(2)))
+    with pytest.raises(TypeError, match="states is of type tuple; expected"):
+        merge_states((jnp.zeros((2, 1)), jnp.ones((2, 1))))
+
+
+def test_counted_states_are_merged_as_others():
+    mean, var = jnp.array([[0.0], [2.0]]), jnp.ones((2, 1))
+    merged = merge_states(CountedState(mean, var, jnp.array([7.0, 7.0])))
+    chex.assert_trees_all_equal(merged, merge_states(BatchNormState(mean, var)))
 
 
 def test_states_that_all_weigh_nothing_are_refused_where_that_is_known():

@@ -73,7 +73,8 @@ def test_init_takes_any_integer_and_any_shape_of_them():
     for number in (np.int64(3), np.uint8(3), np.array(3)):
         chex.assert_trees_all_equal(init(number), init(3))
     chex.assert_trees_all_equal(init([2, np.int64(3)]), init((2, 3)))
-    with pytest.raises(TypeError):
+    chex.assert_trees_all_equal(init(np.array([2, 3])), init((2, 3)))
+    with pytest.raises(ValueError, match="expected the number of features"):
         init(3.0)
 
 

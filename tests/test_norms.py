@@ -386,6 +386,35 @@ def test_layers_refuse_what_their_transform_does_not_take():
         nnx_lib.norm("center")(6, use_running_average=None)(X)
 
 
+@pytest.mark.parametrize("norm", [linen_lib.norm, nnx_lib.norm])
+@pytest.mark.parametrize("spec", [None, linen_lib.BatchNorm, 3])
+def test_what_is_neither_a_name_nor_a_transform_is_refused(norm, spec):
+    with pytest.raises(ConfigError, match="a norm is given as .*NORMS, such as"):
+        norm(spec)
+
+
+@pytest.mark.parametrize("choice", ["use_running_average", "update_average"])
+def test_traced_choices_are_refused(choice):
+    linen, nnx_layer = linen_lib.BatchNorm(), nnx_lib.BatchNorm(6, rngs=nnx.Rngs(0))
+    variables = linen.init(KEY, X, True)
+    given = {"use_running_average": True}
+
+    def in_linen(value):
+        return linen.apply(variables, X, **given | {choice: value})
+
+    def in_nnx(value):
+        return nnx_layer(X, **given | {choice: value})
+
+    for call in (in_linen, in_nnx):
+        with pytest.raises(TypeError, match=f"{choice} must be a Python bool"):
+            jax.jit(call)(True)
+
+
+def test_nnx_layer_of_several_feature_axes_is_refused():
+    with pytest.raises(ValueError, match=r"num_features=\(2, 3\).*one integer"):
+        nnx_lib.BatchNorm((2, 3), rngs=nnx.Rngs(0))
+
+
 def test_weights_reach_the_transforms_that_take_them():
     weights = np.arange(8) % 3
     rows = np.repeat(np.asarray(X), weights, axis=0)

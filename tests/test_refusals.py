@@ -4,7 +4,17 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from bn_jax import BatchNormParams, BatchNormState, batch_norm, init, measure, normalize
+from bn_jax import (
+    BatchNormParams,
+    BatchNormState,
+    Moments,
+    batch_norm,
+    init,
+    measure,
+    merge,
+    normalize,
+    update_average,
+)
 
 X = [8, 3]  # shape of a good batch
 
@@ -27,6 +37,12 @@ def call(x=None, features=3, state_dtype=jnp.float32, **options):
         ({"feature_axis": 2}, ["feature_axis=2", "rank 2", r"\[-2, 1\]"]),
         ({"feature_axis": -3}, ["feature_axis=-3", r"\[-2, 1\]"]),
         ({"feature_axis": (1, -1)}, [r"\(1, -1\)", "distinct"]),
+        ({"feature_axis": 1.0}, ["feature_axis=1.0", "integers", r"\[-2, 1\]"]),
+        ({"feature_axis": "C"}, ["feature_axis='C'", "integers"]),
+        ({"ghost_batch_size": 2.0}, ["ghost_batch_size=2.0", "positive integer", "8"]),
+        ({"ghost_batch_size": 0}, ["ghost_batch_size=0", "positive integer"]),
+        ({"ghost_batch_size": 3}, ["=3 does not divide", "drop the last 2"]),
+        ({"ghost_batch_size": 16}, ["=16 does not divide", "give a divisor$"]),
         ({"feature_axis": ()}, [r"feature_axis=\(\)", "rank 2"]),
         ({"feature_axis": (0, 1)}, [r"\(0, 1\)", r"\[8, 3\]", "batch axis"]),
         ({"x": jnp.ones((0, 3))}, [r"\[0, 3\]", "empty", "at least one"]),
@@ -124,3 +140,39 @@ def test_traced_hyperparameters_and_weights_are_let_through():
 
     got = jax.jit(step)(0.5, 1e-3, jnp.ones(8))
     assert got.tolist() == [0.5, 0.5, 0.5]
+
+
+@pytest.mark.parametrize("num_features", [3.0, -1, (2, -1), "3", None, (), (2, 1.5)])
+def test_numbers_of_features_that_are_none_are_refused(num_features):
+    with pytest.raises(ValueError, match="num_features=.*expected the number of feat"):
+        init(num_features)
+
+
+PAIR = (jnp.zeros(3), jnp.ones(3))
+
+
+@pytest.mark.parametrize(
+    ("refused", "message"),
+    [
+        (lambda: call(statistics=PAIR), "statistics is of type tuple.*BatchNormState"),
+        (lambda: call(statistics=1.0), "statistics is of type float; expected"),
+        (lambda: normalize(jnp.ones(X), *PAIR, PAIR), "params is of type tuple"),
+        (lambda: update_average(PAIR, measure(jnp.ones(X))), "state is of type tuple"),
+        (lambda: update_average(init(3)[1], PAIR), "moments is of type.*measure"),
+        (
+            lambda: update_average(BatchNormState([0.0], [1.0]), Moments(1, *PAIR)),
+            r"state.mean is a list; expected an array: give jnp.asarray",
+        ),
+    ],
+)
+def test_what_is_no_named_tuple_of_arrays_is_refused(refused, message):
+    with pytest.raises(TypeError, match=message):
+        refused()
+
+
+def test_statistics_of_other_features_are_not_broadcast():
+    one, three = measure(jnp.ones((8, 1))), measure(jnp.ones(X))
+    with pytest.raises(ValueError, match=r"means of a \[3\], those of b \[1\] have"):
+        merge(three, one)
+    with pytest.raises(ValueError, match=r"of state \[3\], those of moments \[1\]"):
+        update_average(init(3)[1], one)

@@ -17,7 +17,7 @@ from bn_jax import BatchNormParams, BatchNormState, batch_norm, measure
 from bn_jax.linen import BatchNorm
 from bn_jax.models.lenet import LeNet
 from bn_jax.nnx import BatchNorm as NnxBatchNorm
-from bn_jax.variables import norm_param_mask
+from bn_jax.variables import moving_param_mask, norm_param_mask
 from reference import normal
 
 X = normal((8, 3), mean=2.0)
@@ -94,7 +94,6 @@ def test_mask_singles_out_the_scale_and_bias_of_norms():
     for layer, values in updates.items():
         for name, value in values.items():
             assert np.any(value) != layer.startswith("norm"), (layer, name)
-    assert not any(jax.tree.leaves(norm_param_mask({"params": params})))
 
 
 class State(NamedTuple):
@@ -134,3 +133,13 @@ def test_mask_of_an_nnx_module_goes_with_its_optimizer():
 def test_mask_of_what_are_no_variables_is_refused():
     with pytest.raises(ValueError, match="variables are a mapping of dense; expected"):
         norm_param_mask({"dense": {"kernel": 2.0}})
+
+
+def test_mask_that_would_single_out_nothing_is_refused():
+    params = {"norm": {"scale": 1.0}}
+    with pytest.raises(ValueError, match="have no batch_stats, by which"):
+        norm_param_mask({"params": params})
+    with pytest.raises(ValueError, match="have no params"):
+        norm_param_mask({"batch_stats": {"norm": {"mean": 0.0, "var": 1.0}}})
+    with pytest.raises(ValueError, match="have no params"):
+        moving_param_mask({})

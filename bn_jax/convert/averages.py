@@ -35,8 +35,12 @@ def momentum_from_torch(
       momentum: PyTorch's, the weight of the new value; None averages all batches.
       num_batches: number of batches in the old average; for momentum None alone.
 
+    Returns:
+      1 - momentum; for None an array of num_batches' shape, in float32.
+
     Raises:
-      ValueError: if momentum is outside [0, 1], or None without num_batches.
+      ValueError: if momentum is not one number in [0, 1], or is None and num_batches
+        is missing, negative or not finite.
 
     Examples:
       >>> momentum_from_torch(0.1)
@@ -60,7 +64,7 @@ def momentum_to_torch(momentum: float) -> float:
         gives step by step is PyTorch's momentum None.
 
     Raises:
-      ValueError: if momentum is outside [0, 1].
+      ValueError: if momentum is not one number in [0, 1].
 
     Examples:
       >>> round(momentum_to_torch(0.9), 3)
@@ -78,6 +82,7 @@ def unbiased(moments: Moments) -> Moments:
         traced n up to 1.5, where n / (n - 1) would grow beyond any bound.
 
     Raises:
+      TypeError: if `moments` is no `bn_jax.Moments`.
       ValueError: if n is known and below 2, and neither 0 nor 1.
 
     Examples:
@@ -107,7 +112,8 @@ def biased_average(state: BatchNormState, *, values_per_feature: int) -> BatchNo
         batch size, times height and width for images.
 
     Raises:
-      ValueError: if there are fewer than 2 values.
+      TypeError: if `state` is no BatchNormState.
+      ValueError: if n is below 2 or not finite.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -130,7 +136,8 @@ def unbiased_average(
       values_per_feature: see `biased_average`.
 
     Raises:
-      ValueError: if there are fewer than 2 values.
+      TypeError: as `biased_average` says.
+      ValueError: as `biased_average` says.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -154,9 +161,15 @@ def without_equinox_excess(layer: BatchNormLayer, *, momentum: float) -> BatchNo
       layer: as `from_equinox` returns it, trained in Equinox from its initial state.
       momentum: m, weight of the OLD average, of the layer.
 
+    Returns:
+      The layer with the excess subtracted from its variances, none below 0; with 0
+      batches, the layer as it was.
+
     Raises:
+      TypeError: if `layer` is no BatchNormLayer.
       ValueError: if the number of batches is not known or negative, momentum is outside
-        [0, 1), or a variance would be negative: then the layer was not trained so.
+        [0, 1), or a variance would be negative beyond rounding: then the layer was not
+        trained so.
 
     Examples:
       >>> from bn_jax.convert import from_equinox

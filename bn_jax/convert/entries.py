@@ -15,6 +15,7 @@ import numpy as np
 from jax import Array
 
 from bn_jax.averages import BatchNormState
+from bn_jax.checks import AFFINE, AVERAGES, check_fields
 from bn_jax.convert.averages import debias
 from bn_jax.convert.layer import BatchNormLayer, Entries, Like, check_is_layer
 from bn_jax.convert.leaves import (
@@ -154,10 +155,11 @@ def read_layer(
     momentum: float | None = None,
 ) -> BatchNormLayer:
     """Read the one layer called `name` ("" where the entries are its own)."""
+    check_like(like)
     check_momentum(library, momentum, reading=True)
     problems = Problems()
     roles = read_entries(library, dict(flatten(entries)), name, like, problems)
-    note_impossible(library, roles, name, problems)
+    note_impossible(PLACES[library], roles, name, problems)
     problems.refuse(library)
     return roles_to_layer(roles, momentum)
 
@@ -256,13 +258,15 @@ def read_entries(
 
 
 def note_impossible(
-    library: str, roles: Mapping[str, np.ndarray], name: str, problems: Problems
+    places: Mapping[str, str],
+    roles: Mapping[str, np.ndarray],
+    name: str,
+    problems: Problems,
 ) -> None:
     """Note numbers that a layer cannot have, such as NaN or a negative variance."""
     for role, value in roles.items():
         if fault := _fault(role, value):
-            key = entry_key(PLACES[library][role], name)
-            problems.impossible.append(f"{key} {fault}")
+            problems.impossible.append(f"{entry_key(places[role], name)} {fault}")
 
 
 def _fault(role: str, value: np.ndarray) -> str | None:
@@ -367,6 +371,12 @@ def layer_to_roles(
             )
         # bn_jax.linen counts in float32, beside its averages.
         dtype = np.float32 if library == "flax" else np.int32
+        most = np.iinfo(np.int32).max
+        if num_batches > most:
+            raise ValueError(
+                f"num_batches is {num_batches}, but {library} counts batches in int32; "
+                f"give at most {most}"
+            )
         roles["num_batches"] = roles["var_num_batches"] = dtype(num_batches)
         if momentum is not None:
             factor = debias(momentum, num_batches)
@@ -411,8 +421,20 @@ def _without_unit_axes(value: np.ndarray) -> np.ndarray:
     return value.reshape(shape or [1]) if value.ndim else value
 
 
+def check_like(like: Like | None) -> None:
+    """Refuse what is not the parameters and the state of a layer."""
+    if like is None:
+        return
+    if not isinstance(like, tuple) or len(like) < 2:
+        raise TypeError(
+            f"like is of type {type(like).__name__}; expected (params, state), as "
+            "bn_jax.init returns them"
+        )
+    check_fields(params=(like[0], AFFINE), state=(like[1], AVERAGES))
+
+
 def check_momentum(library: str, momentum: float | None, *, reading: bool) -> None:
-    """Refuse an unknown library, and a momentum it needs or has no place for."""
+    """Refuse an unknown library; a momentum missing, without use, or not in [0, 1)."""
     if not isinstance(library, str) or library not in PLACES:
         raise ValueError(
             f"library={library!r} is not known; give one of {', '.join(PLACES)}"

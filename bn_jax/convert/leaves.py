@@ -75,8 +75,8 @@ def layer_name(place: str, key: str) -> str | None:
 def as_array(value: Any) -> np.ndarray | None:
     """Return a NumPy array of numbers, or None where there is no such thing.
 
-    Floating-point numbers come in JAX's dtype for them: float32 for float64, and in
-    the machine's byte order.
+    Floating-point numbers come in JAX's dtype for them, float32 for float64 unless it
+    computes in 64 bits; all in the machine's byte order.
     """
     try:
         array = np.asarray(value)

@@ -27,13 +27,20 @@ def from_torch(entries: Entries, *, like: Like | None = None) -> BatchNormLayer:
     over n - 1: the module docstring says how to train on.
 
     Args:
-      entries: weight, bias, running_mean, running_var and, unless from an old version,
-        num_batches_tracked. Tensors that NumPy cannot read, of bfloat16, on a GPU or
-        with a gradient: `.detach().float().cpu()` them first.
+      entries: weight, bias, running_mean and running_var, of shape `[C]`, and, unless
+        from an old version, the scalar num_batches_tracked. Tensors that NumPy cannot
+        read, of bfloat16, on a GPU or with a gradient: `.detach().float().cpu()` them
+        first.
       like: `(params, state)` as `bn_jax.init` returns, which says the expected shape
         and whether there are scale and bias; by default any one shape, and both.
 
+    Returns:
+      Parameters in the entries' dtype, but float32 for integers, and for float64 unless
+      JAX computes in 64 bits; averages in float32 or wider. `num_batches` is None where
+      the entries count no batches.
+
     Raises:
+      TypeError: if entries are no mapping, or `like` is no such pair.
       ValueError: if entries are missing, extra, misshapen, no arrays of numbers, or
         impossible, as NaN or a negative variance is; all are named.
 
@@ -57,6 +64,16 @@ def to_torch(layer: BatchNormLayer) -> dict[str, np.ndarray]:
       layer: to be written. Where `num_batches` is None, num_batches_tracked is 0: only
         PyTorch's momentum None reads it, and would then forget the averages.
 
+    Returns:
+      Arrays in the layer's dtypes, and num_batches_tracked in int64; none for a
+      parameter that is None. PyTorch reads no bfloat16 of NumPy: convert such
+      parameters first, e.g. `v.astype("float32")`.
+
+    Raises:
+      TypeError: if `layer` is no BatchNormLayer.
+      ValueError: if it has a number that is not finite, a negative variance, or a
+        number of batches that is negative or not whole.
+
     Examples:
       >>> layer = from_flax({
       ...     "params": {"scale": [2.0], "bias": [3.0]},
@@ -72,11 +89,12 @@ def from_keras(entries: Entries, *, like: Like | None = None) -> BatchNormLayer:
     """Return the layer for a Keras 3 BatchNormalization.
 
     Args:
-      entries: gamma, beta, moving_mean and moving_variance:
+      entries: gamma, beta, moving_mean and moving_variance, of shape `[C]`:
         `{w.name: w.numpy() for w in layer.weights}`.
       like: see `from_torch`.
 
     Raises:
+      TypeError: as `from_torch` says.
       ValueError: as `from_torch` says.
 
     Examples:
@@ -98,6 +116,10 @@ def to_keras(layer: BatchNormLayer) -> dict[str, np.ndarray]:
     Args:
       layer: to be written.
 
+    Raises:
+      TypeError: as `to_torch` says.
+      ValueError: as `to_torch` says.
+
     Examples:
       >>> layer = from_torch({
       ...     "weight": [2.0], "bias": [3.0], "running_mean": [1.0],
@@ -112,11 +134,12 @@ def from_flax(entries: Entries, *, like: Like | None = None) -> BatchNormLayer:
     """Return the layer for the variables of a Linen BatchNorm, Flax's or bn_jax's.
 
     Args:
-      entries: `{"params": {scale, bias}, "batch_stats": {mean, var}}`, with `count` in
-        the latter where bn_jax.linen.BatchNorm keeps one.
+      entries: `{"params": {scale, bias}, "batch_stats": {mean, var}}`, of shape `[C]`,
+        with the scalar `count` in the latter where bn_jax.linen.BatchNorm keeps one.
       like: see `from_torch`.
 
     Raises:
+      TypeError: as `from_torch` says.
       ValueError: as `from_torch` says.
 
     Examples:
@@ -136,11 +159,12 @@ def to_flax(
 
     Args:
       layer: to be written.
-      count: whether `batch_stats` holds the number of batches, as for
+      count: whether `batch_stats` holds the number of batches, in float32, as for
         bn_jax.linen.BatchNorm with an average "debiased" or "cumulative".
 
     Raises:
-      ValueError: if a count is wanted and `num_batches` is None.
+      TypeError: as `to_torch` says.
+      ValueError: if a count is wanted and `num_batches` is None, or as `to_torch` says.
 
     Examples:
       >>> layer = from_torch({
@@ -159,10 +183,11 @@ def from_nnx(entries: Entries, *, like: Like | None = None) -> BatchNormLayer:
     """Return the layer for the state of a `flax.nnx.BatchNorm`.
 
     Args:
-      entries: scale, bias, mean and var: `nnx.state(layer)`.
+      entries: scale, bias, mean and var, of shape `[C]`: `nnx.state(layer)`.
       like: see `from_torch`.
 
     Raises:
+      TypeError: as `from_torch` says.
       ValueError: as `from_torch` says.
 
     Examples:
@@ -178,6 +203,10 @@ def to_nnx(layer: BatchNormLayer) -> dict[str, np.ndarray]:
 
     Args:
       layer: to be written.
+
+    Raises:
+      TypeError: as `to_torch` says.
+      ValueError: as `to_torch` says.
 
     Examples:
       >>> layer = from_torch({
@@ -199,14 +228,16 @@ def from_haiku(
     """Return the layer for an `hk.BatchNorm`; axes of length 1 are dropped.
 
     Args:
-      params: of `hk.transform_with_state`: scale and offset under `name`.
+      params: of `hk.transform_with_state`: scale and offset under `name`, of a shape
+        such as `[1, 1, 1, C]`.
       state: of the same: counter, hidden and average under `name/~/mean_ema` and
         `name/~/var_ema`. The average is what Haiku predicts by, and what is taken.
       name: of the module; other modules are left alone.
       like: see `from_torch`.
 
     Raises:
-      ValueError: as `from_torch` says.
+      ValueError: if params or state is no mapping, the two counters differ, or as
+        `from_torch` says.
 
     Examples:
       >>> kept = {"counter": 7, "hidden": [[0.5]]}
@@ -240,8 +271,14 @@ def to_haiku(
       num_dims: number of axes of the module's inputs; Haiku keeps them all.
       feature_axis: of the module's inputs: 1 for its channels_first.
 
+    Returns:
+      Arrays of `num_dims` axes in the layer's dtypes, and scalar counters in int32.
+
     Raises:
-      ValueError: if `num_batches` is None, or momentum or axis out of range.
+      TypeError: as `to_torch` says.
+      ValueError: if `num_batches` is None or 2**31 or more, momentum outside [0, 1),
+        num_dims no positive integer, the axis out of range, or the layer has several
+        feature axes; or as `to_torch` says.
 
     Examples:
       >>> layer = from_torch({
@@ -259,13 +296,18 @@ def to_haiku(
             f"num_dims={num_dims!r}; expected the number of axes of the inputs"
         )
     shape = [1] * num_dims
-    if not -num_dims <= feature_axis < num_dims:
+    if feature_axis not in range(-num_dims, num_dims):
         raise ValueError(
-            f"feature_axis={feature_axis} is no axis of inputs of num_dims={num_dims}; "
-            f"give an integer in [{-num_dims}, {num_dims - 1}]"
+            f"feature_axis={feature_axis!r} is no axis of inputs of "
+            f"num_dims={num_dims}; give an integer in [{-num_dims}, {num_dims - 1}]"
         )
     shape[feature_axis] = -1
     roles = layer_to_roles("haiku", layer, momentum)
+    if roles["mean"].ndim != 1:
+        raise ValueError(
+            f"the layer has features of shape {list(roles['mean'].shape)}; expected "
+            "one feature axis, [C], as Haiku's layers have"
+        )
     trees: dict[str, dict[str, dict[str, np.ndarray]]] = {"params": {}, "state": {}}
     for role, value in roles.items():
         collection, rest = entry_key(PLACES["haiku"][role], name).split("/", 1)
@@ -297,15 +339,21 @@ def from_equinox(
         running_mean and running_var: `state.get(layer.ema_first_time_index)` and the
         pair `state.get(layer.ema_state_index)`; in mode "batch" counter, hidden_mean
         and hidden_var: `state.get(layer.batch_counter)` and the pair
-        `state.get(layer.batch_state_index)`. An entry None counts as absent.
+        `state.get(layer.batch_state_index)`. first_time and counter are scalars, all
+        others of shape `[C]`. An entry None counts as absent.
       mode: of the layer.
-      momentum: weight of the OLD average, of the layer; for mode "batch", which keeps
-        the average times 1 - momentum**counter.
+      momentum: weight of the OLD average, of the layer; for mode "batch" alone, which
+        keeps the average times 1 - momentum**counter.
       like: see `from_torch`.
 
+    Returns:
+      As `from_torch`. In mode "ema" `num_batches` is 0 where first_time is true, and
+      else None.
+
     Raises:
-      ValueError: if the mode is unknown, or its momentum missing; or as `from_torch`
-        says.
+      TypeError: as `from_torch` says.
+      ValueError: if the mode is unknown, momentum is outside [0, 1), missing in mode
+        "batch" or given in mode "ema"; or as `from_torch` says.
 
     Examples:
       >>> layer = from_equinox({
@@ -331,12 +379,15 @@ def to_equinox(
     Args:
       layer: to be written. Mode "batch" needs `num_batches`. Give averages of a
         constant momentum a large one, as `to_haiku` says. With 0, Equinox counts its
-        batches anew, from these averages on.
+        batches anew, from these averages on; in mode "ema" first_time is then true.
       mode: of the layer.
-      momentum: weight of the OLD average, of the layer; for mode "batch".
+      momentum: weight of the OLD average, of the layer; for mode "batch" alone.
 
     Raises:
-      ValueError: if the mode is unknown, or its momentum or `num_batches` missing.
+      TypeError: as `to_torch` says.
+      ValueError: if the mode is unknown, momentum is outside [0, 1), missing in mode
+        "batch" or given in mode "ema"; `num_batches` is None in mode "batch"; or as
+        `to_torch` says.
 
     Examples:
       >>> layer = from_torch({

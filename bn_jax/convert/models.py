@@ -11,6 +11,7 @@ from bn_jax.convert.entries import (
     PLACES,
     SCALARS,
     Problems,
+    check_like,
     check_momentum,
     layer_to_roles,
     note_impossible,
@@ -52,10 +53,12 @@ def layers_from(
       momentum: see `from_equinox`; for equinox_batch alone.
 
     Raises:
+      TypeError: if entries, names or like are no mapping.
       ValueError: if entries of the named layers are missing, misshapen, no arrays of
         numbers, or impossible, as NaN or a negative variance is; or there are others,
-        of these or of batch norm layers without a name; all are named. If two layers
-        get the same name.
+        of these or of batch norm layers without a name, or `like` names others; all
+        are named. If two layers get the same name, the library is unknown, or momentum
+        is missing, outside [0, 1) or given for another library.
 
     Examples:
       >>> bn = {"weight": [1.0], "bias": [0.0], "running_mean": [2.0],
@@ -68,7 +71,10 @@ def layers_from(
     check_momentum(library, momentum, reading=True)
     chosen = check_names(names)
     flat = dict(flatten(entries))
-    like = like or {}
+    like = {} if like is None else like
+    _check_by_name("like", like)
+    for of_layer in like.values():
+        check_like(of_layer)
     problems = Problems()
     problems.missing += [f"{ours} (in like)" for ours in like.keys() - chosen.values()]
     read = {
@@ -76,7 +82,7 @@ def layers_from(
         for theirs, ours in chosen.items()
     }
     for theirs, ours in chosen.items():
-        note_impossible(library, read[ours], theirs, problems)
+        note_impossible(PLACES[library], read[ours], theirs, problems)
     problems.extra += unmapped(library, flat, names)
     problems.refuse(library)
     return {ours: roles_to_layer(roles, momentum) for ours, roles in read.items()}
@@ -104,13 +110,16 @@ def layers_into(
         alone.
 
     Returns:
-      Nested dicts like `entries`, with NumPy arrays in place of the layers' entries and
-      all others, and r_max and d_max, as they were.
+      Nested dicts like `entries`, with NumPy arrays in the layers' dtypes in place of
+      the layers' entries and all others, and r_max and d_max, as they were.
 
     Raises:
+      TypeError: if entries, names or layers are no mapping, or a layer is no
+        BatchNormLayer.
       ValueError: if entries of the layers are missing, extra, misshapen or no arrays of
-        numbers in one or the other, which are all named; or if a layer has a NaN, a
-        negative variance or number of batches.
+        numbers in one or the other, which are all named; if a layer has a NaN, a
+        negative variance or number of batches, or none that the library needs; or as
+        `layers_from` says of names, library and momentum.
 
     Examples:
       >>> from bn_jax.convert import from_nnx
@@ -124,6 +133,7 @@ def layers_into(
     check_momentum(library, momentum, reading=False)
     chosen = check_names(names)
     flat = dict(flatten(entries))
+    _check_by_name("layers", layers)
     problems = Problems()
     problems.missing += [
         f"{ours} (in layers)" for ours in chosen.values() if ours not in layers
@@ -155,6 +165,14 @@ def _shaped_like(there: np.ndarray, role: str, value: np.ndarray) -> np.ndarray:
     if role in SCALARS:
         return np.full(there.shape, value)
     return value.reshape(there.shape) if there.size == value.size else value
+
+
+def _check_by_name(argument: str, given: Any) -> None:
+    if not isinstance(given, Mapping):
+        raise TypeError(
+            f"{argument} is of type {type(given).__name__}; expected a mapping whose "
+            "keys are names in the result of layers_from"
+        )
 
 
 def check_names(names: Mapping[str, str | None]) -> dict[str, str]:

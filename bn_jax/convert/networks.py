@@ -98,19 +98,21 @@ def network_from_torch(
     Args:
       model: a Linen module that nests its layers as the state dict does, such as
         `bn_jax.models.MODELS.make("imagenet_resnet:depth=50", norm=BatchNorm,
-        num_classes=1000)`. Its convolutions pad each side by half their kernel.
+        num_classes=1000)`, called as `model(images, train=False)`. Its convolutions pad
+        each side by half their kernel.
       state_dict: of a ResNet of torchvision or timm, or of another network with the
         same tree of modules. Each name may have the same prefix, such as "module.".
       image_shape: `[H, W, C]`, to trace the model with; nothing is computed.
       epsilon: of the norms in PyTorch.
 
     Returns:
-      The variables, in the dtypes of the state dict, averages in float32 at least; and
-      a row for each entry.
+      The variables, in the dtypes of the state dict (float32 for float64 unless JAX
+      computes in 64 bits), averages in float32 at least; and a row for each of them.
 
     Raises:
       TypeError: if `model` is no Linen module, or `state_dict` no mapping.
-      ValueError: if layers or entries are missing, extra or misshapen, or a layer
+      ValueError: if layers or entries are missing, extra, misshapen or no arrays of
+        numbers, a norm's are impossible, as NaN or a negative variance is, or a layer
         computes something else than PyTorch's; all are named.
 
     Examples:
@@ -176,9 +178,10 @@ def network_to_torch(
       variables.
 
     Raises:
-      TypeError: see `network_from_torch`.
-      ValueError: if `like` or the variables do not fit the model; all that is missing,
-        extra or misshapen is named.
+      TypeError: if `model` is no Linen module, `like` no mapping, or `variables` a
+        TrainState.
+      ValueError: if `like` or the variables do not fit the model, as
+        `network_from_torch` says; all that does not fit is named.
 
     Examples:
       >>> from flax import linen as nn
@@ -389,8 +392,8 @@ def _read(
     for theirs, ours, layer in matches:
         name = theirs if library == "torch" else ours
         roles = _read_layer(library, flat, name, layer, problems)
-        if layer.kind == "norm":
-            note_impossible(library, roles, name, problems)
+        places = PLACES[library] if layer.kind == "norm" else _LINEAR[library]
+        note_impossible(places, roles, name, problems)
         if "num_batches" in layer.shapes and "num_batches" not in roles:
             problems.missing.append(_keys(library, name, "norm")["num_batches"])
         read.append(roles)
@@ -421,6 +424,8 @@ def _read_layer(
             if value is None:
                 problems.unreadable.append(f"{key} is a {type(flat[key]).__name__}")
                 continue
+            if not jnp.issubdtype(value.dtype, jnp.inexact):
+                value = value.astype(jnp.float32)
             expected = shapes[role]
             if library == "torch" and role == "kernel":
                 axes = _AXES["torch", layer.kind]

@@ -72,12 +72,14 @@ def from_batch_renorm(
     Args:
       library: sbx, crossq or purejaxql, which names the start.
       entries: `{"params": {scale, bias}, "batch_stats": {mean, var, r_max, d_max,
-        steps}}`. In an ensemble of critics, all have an axis of its members in front.
+        steps}}`, the last three scalars, all others of shape `[C]`. In an ensemble of
+        critics, all have an axis of its members in front.
       like: see `from_torch`.
 
     Raises:
-      ValueError: as `from_torch` says, or if r_max is below 1 or d_max below 0; all are
-        named.
+      TypeError: as `from_torch` says.
+      ValueError: as `from_torch` says, or if r_max is below 1 or d_max below 0, or
+        members differ in a scalar; all are named. If the library is unknown.
 
     References:
       Ioffe, 2017, arXiv:1702.03275; Bhatt et al., 2024, arXiv:1902.05605 (CrossQ).
@@ -114,13 +116,15 @@ def to_batch_renorm(
     Args:
       library: sbx, crossq or purejaxql.
       layer: to be written; needs `num_batches`, which becomes steps.
-      options: of ours; by default the library's own. The limits become r_max and d_max.
-        Give the start to SBX as warmup_steps; the others have it fixed in their code.
+      options: of ours; by default the library's own. The limits become r_max and d_max,
+        in int32 where they are whole and else in float32. Give the start to SBX as
+        warmup_steps; the others have it fixed in their code.
 
     Raises:
-      ValueError: if `num_batches` is None, a limit is out of range, or the start is not
-        the one that CrossQ or PureJaxQL has; or if the layer has a NaN, a negative
-        variance or number of batches.
+      TypeError: if `options` are no RenormOptions, or as `to_torch` says.
+      ValueError: if the library is unknown, `num_batches` is None, start or a limit is
+        out of range, or the start is not the one that CrossQ or PureJaxQL has; or as
+        `to_torch` says.
 
     Examples:
       >>> from bn_jax import init
@@ -130,7 +134,8 @@ def to_batch_renorm(
       {'mean': 0.0, 'var': 1.0, 'steps': 7, 'r_max': 3, 'd_max': 5}
     """
     _check_library(library)
-    options = options or RenormOptions(_STARTS[library])
+    options = RenormOptions(_STARTS[library]) if options is None else options
+    checks.check_fields(options=(options, RenormOptions._fields))
     checks.check_known("start", options.start, NOT_NEGATIVE)
     checks.check_known("r_max", options.r_max, AT_LEAST_1)
     checks.check_known("d_max", options.d_max, NOT_NEGATIVE)

@@ -71,7 +71,7 @@ class ImageData:
         every `count`, and so are the first training examples.
 
         Raises:
-          DataError: if there are fewer.
+          DataError: if there are fewer, or `count` is negative.
         """
         present = len(self.train.labels)
         if count in (0, present):
@@ -97,8 +97,8 @@ class ImageData:
           count: How many to set aside; 0 for none.
 
         Raises:
-          DataError: If examples were already set aside, or if no training example, or
-            none of some class, would remain.
+          DataError: If `count` is negative, if examples were already set aside, or if
+            no training example, or none of some class, would remain.
         """
         if count == 0:
             return self
@@ -135,19 +135,20 @@ class ImageData:
 def channel_statistics(split: Split) -> tuple[np.ndarray, np.ndarray]:
     """Return mean and standard deviation of each channel of the images.
 
-    Sums are integers, so the result is exact up to one rounding of each number, and
-    does not depend on how the images are stored. Memory-mapped images are read in
-    chunks.
+    Sums are integers, so the mean is rounded once and the deviation twice, however the
+    images are stored. Memory-mapped images are read in chunks.
 
     Args:
-        split: The images, usually those for training.
+        split: The images, usually those for training, uint8 `[N, H, W, C]`; labels are
+            not read.
 
     Returns:
         The mean and the biased standard deviation, on the scale 0 to 255, shape=[C],
         dtype=float64.
 
     Raises:
-        DataError: If a channel is constant. No divisor is right for it: training would
+        DataError: If the images are of another shape or dtype, or a channel is
+            constant. No divisor is right for it: training would
             see zeros, and a test image that differs would be scaled by chance.
 
     Examples:
@@ -158,6 +159,11 @@ def channel_statistics(split: Split) -> tuple[np.ndarray, np.ndarray]:
         ([1.0], [1.0])
     """
     images = split.images
+    if images.dtype != np.uint8 or images.ndim != 4 or not images.size:
+        raise DataError(
+            f"images of shape {list(images.shape)} and dtype {images.dtype}, expected "
+            "at least one, uint8 [N, H, W, C]. Give them as bytes, before any scaling"
+        )
     height, width, channels = images.shape[1:]
     per_image = height * width * channels
     step = max(1, _VALUES_PER_CHUNK // per_image)

@@ -30,10 +30,10 @@ def load(name: str) -> ImageData:
     """Load the images and labels of an npz file.
 
     The file holds `train_images`, `train_labels`, `test_images` and `test_labels`:
-    images uint8 `[N, H, W, C]`, or `[N, H, W]` of one channel; labels integers `[N]` or
-    `[N, 1]`, classes numbered from 0. With `class_names`, an array of K texts, labels
-    are from 0 to K - 1; without, each class has a training example. Other arrays in
-    the file are ignored.
+    images uint8 `[N, H, W, C]`, or `[N, H, W]` of one channel, of one size in both
+    splits; labels integers `[N]` or `[N, 1]`, at least 2 classes numbered from 0. With
+    `class_names`, an array of K texts, labels are from 0 to K - 1; without, each class
+    has a training example. Other arrays in the file are ignored.
 
     Args:
         name: "npz:" and the path, taken as it stands but for a leading `~`.

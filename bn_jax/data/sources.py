@@ -57,9 +57,10 @@ def check_name(name: str) -> None:
             ...
         bn_jax.data.image_data.DataError: ... Did you mean fashion_mnist?
     """
-    if name in ("auto", "sample", *SPECS) or name.startswith(npz.PREFIX):
+    is_text = isinstance(name, str)
+    if name in ("auto", "sample", *SPECS) or is_text and name.startswith(npz.PREFIX):
         return
-    close = difflib.get_close_matches(name, DATASETS, 1)
+    close = difflib.get_close_matches(name, DATASETS, 1) if is_text else []
     hint = f" Did you mean {close[0]}?" if close else ""
     raise DataError(
         f"dataset {name!r} is unknown; expected one of {', '.join(DATASETS)}.{hint}"
@@ -95,10 +96,12 @@ def load(
             the MATLAB files of SVHN. Of CIFAR it may be the archive itself.
 
     Returns:
-        The arrays and where they came from.
+        The splits, images uint8 `[N, H, W, C]` and labels int32 `[N]`, and where they
+        came from.
 
     Raises:
-        DataError: If the name is unknown, or the data is missing or damaged.
+        DataError: If the name is unknown, the data is missing or damaged, or
+            `data_files` is given for the sample or an npz file.
         ConfigError: If a folder is no path of this machine.
 
     Examples:
@@ -146,6 +149,7 @@ def prepare(
 
     Raises:
         DataError: If the name cannot be prepared, or the data is missing or damaged.
+        ConfigError: If a folder is no path of this machine.
     """
     check_name(name)
     if name not in SPECS:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from jax import Array
@@ -67,11 +66,6 @@ def adapted_statistics(
       >>> new["mean"].tolist(), new["var"].tolist()
       ([2.5], [5.0])
     """
-    if not 0 <= pseudo_count < math.inf:
-        raise ValueError(
-            f"pseudo_count={pseudo_count!r}; expected a number of examples, 0 or more, "
-            "for which the old statistics count"
-        )
     adapted = with_exact_statistics(
         model,
         variables,

@@ -27,7 +27,7 @@ class LayerGap(NamedTuple):
     """How far a layer's statistics are from the exact ones, at its worst feature.
 
     Variances are taken with epsilon added, as they normalise, so that a feature that
-    never varies has a gap, too.
+    never varies has a gap, too. The logarithm is the natural one.
     """
 
     mean: float  # |difference of means| over the exact deviation
@@ -79,14 +79,16 @@ def gap(
       measure_on: the training set, whose statistics are the exact ones. Give an array
         or an iterable of batches; see `exact_statistics`.
       batch_size: of the batches that normalise by themselves, of consecutive examples;
-        a last smaller batch is one, too.
+        a last smaller batch is one, too. Batches that are given are taken as they are.
 
     Returns:
-      A report. "training" is by each batch's own statistics.
+      A report. "training" is by each batch's own statistics: loss and accuracy by those
+      of the batches of `inputs`, the layers' gaps by those of `measure_on`.
 
     Raises:
-      ValueError: if there is not one label for each input, labels are no classes, or as
-        `exact_statistics` says.
+      ValueError: if inputs or labels are no arrays, there is not one label for each
+        input, labels are no classes, outputs are no logits, or as `exact_statistics`
+        says.
 
     Examples:
       >>> import jax, jax.numpy as jnp

@@ -46,7 +46,7 @@ def exact_statistics(
     weights: Array | None = None,
     num_examples: int | None = None,
 ) -> Any:
-    """Return `batch_stats` with the mean and variance of a whole data set.
+    """Return `batch_stats` with the mean and biased variance of a whole data set.
 
     A layer that is called several times pools what its calls are given.
 
@@ -77,10 +77,13 @@ def exact_statistics(
       ...)` puts in place.
 
     Raises:
-      ValueError: if there are no examples, the batch size is missing or not positive,
-        the mode is unknown, weights do not fit or are all 0, a layer's input has no
-        axis of examples for them, batches can be iterated over only once, or a layer's
-        calls cannot be seen.
+      ValueError: if the model or variables are none that `resolve` takes; there are no
+        examples, or fewer than num_examples; the batch size is missing or no positive
+        integer; the mode is unknown; weights do not fit, are negative or all 0, or a
+        layer's input has no axis of examples for them; batches are no arrays, come with
+        weights or a batch size, or can be iterated over only once; a layer's calls
+        cannot be seen, or it predicts by other statistics than a mean and a variance;
+        or `jax.vmap` maps a layer over the batch in mode "one_pass".
 
     References:
       Wu and Johnson, 2021, "Rethinking 'Batch' in BatchNorm", arXiv:2105.07576.
@@ -127,7 +130,15 @@ def with_exact_statistics(
       mode: see `model`.
       weights: see `model`.
       num_examples: see `model`.
-      pseudo_count: see `bn_jax.measures.adaptation`.
+      pseudo_count: 0 or more, see `bn_jax.measures.adaptation`.
+
+    Returns:
+      Variables of the kind that was given; a dict of `params` and `batch_stats` for a
+      Linen module with a TrainState.
+
+    Raises:
+      ValueError: if the pseudo-count is negative or not finite, or as
+        `exact_statistics` says.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -140,6 +151,11 @@ def with_exact_statistics(
     """
     if mode not in ("layerwise", "one_pass"):
         raise ValueError(f"mode={mode!r}; expected layerwise or one_pass")
+    if not isinstance(pseudo_count, int | float) or not 0 <= pseudo_count < math.inf:
+        raise ValueError(
+            f"pseudo_count={pseudo_count!r}; expected a number of examples, 0 or more, "
+            "for which the old statistics count"
+        )
     predict, variables = resolve(model, variables)
     with automatic_axes():
         source = examples(inputs, weights, batch_size, num_examples)
@@ -214,10 +230,11 @@ def batch_moments(
 
     Returns:
       The outputs of what is training mode for batch norm alone, and the moments of what
-      each layer was given, by the layer's path.
+      each layer was given, by the layer's path, in the shape of its variables.
 
     Raises:
-      ValueError: if a layer's calls cannot be seen.
+      ValueError: if `jax.vmap` maps a layer over the batch, or as `exact_statistics`
+        says of model, variables and layers.
 
     Examples:
       >>> import jax, jax.numpy as jnp

@@ -148,7 +148,11 @@ def examples(
     Raises:
       ValueError: if they are no examples, or what else is given does not fit them.
     """
+    if num_examples is not None and not isinstance(num_examples, int | np.integer):
+        raise ValueError(f"num_examples={num_examples!r}; expected an integer")
     if hasattr(inputs, "shape"):
+        if not inputs.shape:
+            raise ValueError("inputs are a single number; expected examples, [N, ...]")
         if batch_size is None:
             raise ValueError(
                 f"batch_size is not given for an array of {len(inputs)} examples; give "

@@ -43,8 +43,8 @@ def monte_carlo_batch_norm(
       Outputs of shape `[T, N, ...]`.
 
     Raises:
-      ValueError: if there is no pass, a batch is empty or larger than the training
-        set, or a layer's calls cannot be seen (see `batch_moments`).
+      ValueError: if inputs or train_inputs are no array, there is no pass, a batch is
+        empty or larger than the training set, or as `batch_moments` says.
 
     References:
       Teye, Azizpour and Smith, 2018, "Bayesian Uncertainty Estimation for Batch
@@ -63,10 +63,11 @@ def monte_carlo_batch_norm(
     """
     check_array("inputs", inputs)
     check_array("train_inputs", train_inputs)
-    if num_passes < 1 or not 1 <= batch_size <= len(train_inputs):
+    sizes = range(1, len(train_inputs) + 1)
+    if num_passes not in range(1, 2**31) or batch_size not in sizes:
         raise ValueError(
-            f"num_passes={num_passes} and batch_size={batch_size}; expected at least "
-            f"one pass and a batch of 1 to {len(train_inputs)} training examples"
+            f"num_passes={num_passes!r} and batch_size={batch_size!r}; expected at "
+            f"least one pass and a batch of 1 to {len(train_inputs)} training examples"
         )
 
     predict, variables = resolve(model, variables)

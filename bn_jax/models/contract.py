@@ -27,14 +27,15 @@ def as_model(source: Any) -> Any:
     """Return a model of a Linen module, an NNX module, or a function that makes one.
 
     Args:
-      source: a Linen module, called as `model(images, train=...)`; an NNX module; or a
-        function that makes an NNX module of an `nnx.Rngs`.
+      source: a Linen module, called as `model(images, train=...)`; an NNX module; a
+        function that makes an NNX module of an `nnx.Rngs`; or what `as_model` returned.
 
     Returns:
       The Linen module itself, or a `bn_jax.models.nnx_model.NnxModel`.
 
     Raises:
-      TypeError: if `source` is something else, or its call takes no `train`.
+      TypeError: if `source` is something else, such as the class of a Linen module, or
+        is a Linen module whose call takes no `train`.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -75,6 +76,9 @@ def as_model(source: Any) -> Any:
 def name_of(model: Any) -> str:
     """Return the name of a model's class.
 
+    Args:
+      model: as `as_model` returns it.
+
     Examples:
       >>> from bn_jax.models.mlp import MLP
       >>> name_of(MLP())
@@ -102,7 +106,10 @@ def check_fits(
       max_bytes: of the largest array that the model computes of a batch.
 
     Raises:
-      ConfigError: in one line, naming the model, the shape, and what to do.
+      ConfigError: in one line, naming the model, the shape, and what to do: if Flax or
+        JAX refuses such images, a variable has no elements, there are collections
+        besides `params` and `batch_stats`, the result is not of shape `[num_images,
+        num_classes]`, or an array is larger than `max_bytes`.
 
     Examples:
       >>> from bn_jax.models.mlp import MLP
@@ -194,7 +201,10 @@ def logits_by_batch(model: Any, variables: Any, images: Array) -> Array:
     Args:
       model: as `as_model` returns it.
       variables: parameters and statistics; the statistics are not used.
-      images: the batch, `[N, H, W, C]`.
+      images: the batch, `[N, H, W, C]`, numbers of the scale that the model takes.
+
+    Returns:
+      Logits `[N, classes]`.
 
     Raises:
       ValueError: if the model draws random numbers by other means than dropout layers.

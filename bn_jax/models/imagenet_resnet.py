@@ -50,10 +50,11 @@ def imagenet_resnet(
 ) -> ImageNetResNet:
     """Return `ImageNetResNet` by options that can be written on a command line.
 
-    Arguments are its attributes.
+    Arguments are its attributes, but `num_classes` is 10 by default, not 1000.
 
     Raises:
-      ConfigError: if `zero_init_residual` has no scale to start from 0.
+      ConfigError: if there is no such depth, or `zero_init_residual` has no scale to
+        start from 0.
     """
     _check(depth, norm, zero_init_residual)
     return ImageNetResNet(
@@ -289,6 +290,8 @@ class ImageNetResNet(nn.Module):
         Raises:
           ConfigError: if there is no such depth, or `zero_init_residual` has no scale
             to start from 0.
+          TypeError: if `norm` is not a constructor.
+          ValueError: if there is no such layout.
         """
         _check(self.depth, self.norm, self.zero_init_residual)
         layout = self.layout or layers.default_layout()

@@ -29,7 +29,8 @@ def make_init(
 
     Args:
       model: as `as_model` returns it, called as `model(images, train=...)`.
-      image_shape: `[H, W, C]`.
+      image_shape: `[H, W, C]`. One that does not fit the model raises Flax's or JAX's
+        own error here; `check_fits` says it in one line.
 
     Returns:
       A function that returns `{"params": ..., "batch_stats": ...}`; `batch_stats` is

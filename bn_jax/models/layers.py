@@ -40,6 +40,20 @@ ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {
     "linear": lambda x: x,
 }
 
+
+def activation_of(name: str) -> Callable[[Array], Array]:
+    """Return the activation of a name.
+
+    Raises:
+      ConfigError: if there is none.
+    """
+    if name not in ACTIVATIONS:
+        raise ConfigError(
+            f"activation={name!r}; expected one of {', '.join(ACTIVATIONS)}"
+        )
+    return ACTIVATIONS[name]
+
+
 # Of the option `norm_layers`.
 DIGITS = Range(
     "one digit for each layer that may have a norm, 1 with and 0 without, as in 0011",

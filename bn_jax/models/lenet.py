@@ -48,7 +48,8 @@ def lenet(
       layout: as the attribute.
       norm_layers: four digits, such as "0011", or an array of booleans.
       bias_before_norm: as the attribute.
-      activation: name of the function, of `layers.ACTIVATIONS`.
+      activation: name of the function, of `layers.ACTIVATIONS`; "gelu" is its
+        approximation by tanh.
       dropout_rate: as the attribute.
       dropout_at: as the attribute.
       first_padding: as the attribute.
@@ -56,8 +57,11 @@ def lenet(
       gamma: what the scale of the norms starts from: 1, or draws from [0, 1).
 
     Raises:
-      ConfigError: if there is no norm whose scale could be drawn.
+      ConfigError: if `gamma` is "uniform" and `norm` is None or takes no `scale_init`;
+        or if it or the activation is unknown.
     """
+    if gamma not in ("ones", "uniform"):
+        raise fields.ConfigError(f"gamma={gamma!r}; expected ones or uniform")
     if gamma == "uniform":
         norm = layers.with_scale_init(
             norm,
@@ -68,7 +72,7 @@ def lenet(
         norm=norm,
         norm_layers=layers.switches_of(norm_layers),
         bias_before_norm=bias_before_norm,
-        activation=layers.ACTIVATIONS[activation],
+        activation=layers.activation_of(activation),
         dropout_rate=dropout_rate,
         dropout_at=dropout_at,
         first_padding=first_padding,
@@ -89,10 +93,12 @@ class LeNet(nn.Module):
       norm: constructor of the normalisation, as `layers.normalise` calls it:
         `bn_jax.linen.BatchNorm`, `flax.linen.BatchNorm`, a `functools.partial` of one,
         or what `bn_jax.linen.norm` returns; None for no normalisation.
-      norm_layers: which of the four have their norm. An array instead of booleans may
-        be traced; then all norms are there, and those that are off are passed by.
+      norm_layers: which of the four have their norm: four booleans, or an array `[4]`.
+        With an array, which may be traced, all norms are there, and those that are off
+        are passed by.
       bias_before_norm: whether the layers before a norm have a bias, as the chapter's
-        do; batch norm subtracts it again. Without norm they always have one.
+        do; batch norm subtracts it again. Without norm they always have one, but where
+        an array switches the norm off.
       activation: after each of the four layers, and its norm; the chapter's is the
         sigmoid.
       dropout_rate: share of values that training sets to 0; what is left is scaled up.
@@ -112,6 +118,8 @@ class LeNet(nn.Module):
         faster one for the backend. Parameters and results do not depend on it.
 
     References:
+      Zhang et al., 2021, "Dive into deep learning", arXiv:2106.11342 (the chapter,
+      "Batch Normalization").
       LeCun et al., 1998, "Gradient-based learning applied to document recognition".
       Glorot and Bengio, 2010, "Understanding the difficulty of training deep
       feedforward neural networks".
@@ -137,12 +145,19 @@ class LeNet(nn.Module):
 
         Args:
           x: images `[N, H, W, C]`, pixels in [0, 1]; the chapter's are 28 x 28 x 1. H
-            and W are at least 16 (with padding), for the second convolution.
+            and W are at least 16 (with padding), so that the second pooling leaves a
+            pixel.
           train: whether norms use the batch's statistics and move their averages, and
             dropout drops.
 
         Returns:
           Logits `[N, num_classes]`.
+
+        Raises:
+          ConfigError: if `norm_layers` has not four entries.
+          TypeError: if `norm` is not a constructor.
+          ValueError: if there is no such layout, or H or W (with padding) is below 14,
+            too small for the second convolution.
         """
         layout = self.layout or layers.default_layout(few_channels=True)
         xavier = initializers.xavier_uniform()

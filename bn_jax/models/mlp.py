@@ -36,7 +36,8 @@ def mlp(
       dtype: as the attribute.
       layout: of images; dense layers are the same in any.
       widths: as the attribute.
-      activation: name of the function, of `layers.ACTIVATIONS`.
+      activation: name of the function, of `layers.ACTIVATIONS`; "gelu" is its
+        approximation by tanh.
       norm_layers: as many digits as hidden layers, such as "011", or an array of
         booleans; None for a norm at each.
       norm_after_activation: as the attribute.
@@ -44,14 +45,15 @@ def mlp(
       dropout_rate: as the attribute.
 
     Raises:
-      ConfigError: if there are more or fewer digits than hidden layers.
+      ConfigError: if there are more or fewer digits than hidden layers, or the
+        activation is unknown.
     """
     del layout
     switches = layers.switches_of(norm_layers)
     layers.norm_switches(norm, switches, len(widths))  # refuses a wrong number
     return MLP(
         widths=widths,
-        activation=layers.ACTIVATIONS[activation],
+        activation=layers.activation_of(activation),
         norm=norm,
         norm_layers=switches,
         norm_after_activation=norm_after_activation,
@@ -73,20 +75,28 @@ class MLP(nn.Module):
       activation: function of an array; `lambda x: x` makes the network linear.
       norm: constructor of the normalisation, as `layers.normalise` calls it; None for
         no normalisation.
-      norm_layers: which hidden layers have their norm; None for all. An array instead
-        of booleans may be traced; then all norms are there, and those that are off are
-        passed by.
+      norm_layers: which hidden layers have their norm: a boolean for each, or an array
+        `[len(widths)]`; None for all. With an array, which may be traced, all norms are
+        there, and those that are off are passed by.
       norm_after_activation: whether the norm follows the activation instead of the
         dense layer.
       bias_before_norm: whether a dense layer directly before a norm has a bias; batch
-        norm subtracts it again. All others have one.
+        norm subtracts it again. All others have one, but where an array switches the
+        norm off.
       dropout_rate: share of each hidden layer's outputs that training sets to 0; what
         is left is scaled up. It draws from the random stream "dropout".
-      kernel_init: initializer of the kernels; the default suits the sigmoid, and
-        `flax.linen.initializers.he_normal()` ReLU.
+      kernel_init: initializer of the kernels; the default, Xavier's uniform, suits the
+        sigmoid, and `flax.linen.initializers.he_normal()` ReLU.
       num_classes: number of outputs.
       dtype: to compute in, such as `jnp.bfloat16`; None for that of the examples and
         parameters, promoted. Parameters are float32, and so are the logits.
+
+    References:
+      Ioffe and Szegedy, 2015, "Batch Normalization: Accelerating Deep Network Training
+      by Reducing Internal Covariate Shift", arXiv:1502.03167, section 4.1 (a network of
+      the default widths, with sigmoids).
+      Glorot and Bengio, 2010, "Understanding the difficulty of training deep
+      feedforward neural networks" (initial values).
     """
 
     widths: Sequence[int] = (100, 100, 100)
@@ -111,6 +121,10 @@ class MLP(nn.Module):
 
         Returns:
           Logits `[N, num_classes]`.
+
+        Raises:
+          ConfigError: if `norm_layers` has more or fewer entries than `widths`.
+          TypeError: if `norm` is not a constructor.
         """
         switches = layers.norm_switches(self.norm, self.norm_layers, len(self.widths))
         dense = functools.partial(

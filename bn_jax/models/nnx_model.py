@@ -161,6 +161,15 @@ class NnxModel:
         }
         return outputs, {"batch_stats": self._nested(values, of_params=False)}
 
+    def axis_names(self) -> dict[str, Any]:
+        """Return the `axis_name` of each layer with batch statistics, by its path."""
+        module = nnx.merge(self._graphdef, nnx.from_flat_state(self._variables))
+        return {
+            "/".join(map(str, path)): getattr(node, "axis_name", None)
+            for path, node in nnx.iter_graph(module)
+            if isinstance(getattr(node, "mean", None), nnx.BatchStat)
+        }
+
     def _merged(self, variables: Mapping[str, Any]) -> nnx.Module:
         """Return a new module with the given variables."""
         flat = {}

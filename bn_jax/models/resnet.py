@@ -56,7 +56,8 @@ def resnet(
     Arguments are its attributes.
 
     Raises:
-      ConfigError: if `residual` is not for networks with a norm.
+      ConfigError: if the depth is not 6n + 2, or `residual` is unknown or not for
+        networks with a norm.
     """
     _check(depth, residual, norm)
     return ResNet(
@@ -202,7 +203,8 @@ def scalar(
 class ResNet(nn.Module):
     """The ResNet of 6n + 2 layers for small images: three stages of n blocks.
 
-    Kernels start from He's normal distribution.
+    Kernels start from He's normal distribution, truncated; with Fixup as `FixupBlock`
+    says, and the head's from 0.
 
     Attributes:
       depth: number of layers with kernels: 8, 14, 20, ..., 56, ..., 110.
@@ -219,11 +221,14 @@ class ResNet(nn.Module):
         backend. Parameters and results do not depend on it.
 
     References:
-      He et al., 2015, "Deep residual learning for image recognition", section 4.2.
+      He et al., 2015, "Deep residual learning for image recognition",
+      arXiv:1512.03385, section 4.2.
+      He et al., 2015, "Delving deep into rectifiers: surpassing human-level performance
+      on ImageNet classification", arXiv:1502.01852 (initial values).
       Zhang et al., 2019, "Fixup initialization: residual learning without
-      normalization".
+      normalization", arXiv:1901.09321.
       De and Smith, 2020, "Batch normalization biases residual blocks towards the
-      identity function in deep networks" (SkipInit).
+      identity function in deep networks", arXiv:2002.10444 (SkipInit).
     """
 
     depth: int = 20
@@ -248,6 +253,8 @@ class ResNet(nn.Module):
         Raises:
           ConfigError: if the depth is not 6n + 2, or `residual` is unknown or not for
             networks with a norm.
+          TypeError: if `norm` is not a constructor.
+          ValueError: if there is no such layout.
         """
         _check(self.depth, self.residual, self.norm)
         layout = self.layout or layers.default_layout()

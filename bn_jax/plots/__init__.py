@@ -1,4 +1,9 @@
-"""Figures of results. No other package imports matplotlib."""
+"""Figures of results. No other package imports matplotlib.
+
+Each function writes one image of 150 dots an inch, in the format that the ending of its
+path names. In writing it raises what Matplotlib and the system do: ValueError where
+there is no such format, OSError where the path cannot be written.
+"""
 
 from bn_jax import extras
 

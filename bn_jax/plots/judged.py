@@ -34,9 +34,12 @@ def claims(judged: Sequence[Judged], note: str, path: Path) -> None:
     """Draw each claim's interval on an axis of its own, with what is claimed shaded.
 
     Args:
-      judged: the claims, in the order of drawing.
+      judged: the claims, at least one, in the order of drawing.
       note: a line above.
       path: of the image to write.
+
+    Raises:
+      KeyError: if an outcome is none of the three.
     """
     titles = [textwrap.fill(claim.claim, LINE) for claim in judged]
     lines = [title.count("\n") for title in titles]

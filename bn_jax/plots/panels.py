@@ -72,7 +72,7 @@ def growth(
 
     Args:
       panels: for each panel's x label and each line's title, (median, least, greatest,
-        ...) by size.
+        ...) by size, all greater than 0.
       y_label: of the cost, with its unit.
       note: a line above.
       path: of the image to write.
@@ -121,7 +121,11 @@ def by_choice(
       x_label: of the choices.
       note: a line above.
       path: of the image to write.
-      x_scale: of their axis, as Matplotlib calls it.
+      x_scale: of their axis, as Matplotlib calls it; "linear" has ticks at integers
+        alone.
+
+    Raises:
+      KeyError: if an arm has no title.
     """
     figure = style.figure(1 + 3.7 * len(panels), 3.6, note)
     grid = figure.subplots(1, len(panels), squeeze=False)
@@ -188,13 +192,18 @@ def small_multiples(
     that a run did not reach is left out of both.
 
     Args:
-      panels: for each panel's title and each line, a list by epoch for each run. A line
-        is an arm, or "ARM test" for its test curve, which is dashed.
+      panels: for each panel's title and each line, a list by epoch for each run, of as
+        many epochs with None for those that it did not reach. A line is an arm of
+        `style.COLOURS`, or "ARM test" for its test curve, which is dashed.
       titles: legend by line.
       y_label: of all panels.
       note: a line above.
       path: of the image to write.
       columns: panels side by side.
+
+    Raises:
+      KeyError: if a line has no title, or its arm no colour.
+      ValueError: if the lists of a line are of different lengths.
     """
     rows = -(-len(panels) // columns)
     figure = style.figure(2.1 * columns, 0.6 + 1.7 * rows, note)
@@ -229,11 +238,16 @@ def distributions(
     """Draw a histogram of the values of each arm.
 
     Args:
-      panels: values by arm, for each panel's x label.
+      panels: values by arm, for each panel's x label: at least one of each arm, all of
+        them finite; arms are those of `style.LINES`.
       titles: of the arms.
       references: (mean, standard deviation) for each panel, in grey.
       note: a line above.
       path: of the image to write.
+
+    Raises:
+      KeyError: if an arm has no title, or no line style.
+      ValueError: if there are more or fewer references than panels.
     """
     figure = style.figure(8, 3.2, note)
     grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)
@@ -258,10 +272,10 @@ def distributions(
 def matrices(
     panels: Mapping[str, Sequence[Sequence[float]]], note: str, path: Path
 ) -> None:
-    """Draw matrices as colours from -1 to 1, one panel each.
+    """Draw covariances as colours from -1 to 1, one panel each.
 
     Args:
-      panels: rows of each matrix, by title.
+      panels: rows of each matrix, by title; what is beyond has the colour of the end.
       note: a line above.
       path: of the image to write.
     """

@@ -24,9 +24,10 @@ def curves(
     """Draw loss, train and test accuracy by epoch, as the chapter's figure does.
 
     Args:
-      metrics: rows of metrics.jsonl.
+      metrics: rows of metrics.jsonl, at least one: losses in nats, accuracies as shares
+        of 1, all known.
       results: of results.json; its exact-statistics accuracy is marked at the end, if
-        there is one.
+        there is one. The row of a sweep's member will not do.
       path: of the image to write.
       title: what the run is.
     """
@@ -64,7 +65,8 @@ def gamma_beta(layers: Mapping[str, Mapping[str, Sequence[float]]], path: Path) 
     """Draw the learned gamma and beta of each layer, a dot a feature.
 
     Args:
-      layers: gamma and beta by layer, of results.json.
+      layers: gamma and beta by layer, of results.json: lists of C numbers, one of them
+        perhaps missing.
       path: of the image to write.
     """
     figure = style.figure(6, 3.2)
@@ -93,8 +95,8 @@ def members_by_epoch(
     least to the greatest.
 
     Args:
-      groups: by label, rows with the per-epoch lists `loss` and `test_accuracy`, None
-        after divergence.
+      groups: by label, at least one, rows with the per-epoch lists `loss`, in nats, and
+        `test_accuracy`, shares of 1, None after divergence.
       path: of the image to write.
     """
     counts = sorted({len(rows) for rows in groups.values()})
@@ -135,12 +137,18 @@ def arms_by_epoch(
     with their range.
 
     Args:
-      rows: one per run, with `arm`, `test_accuracy_exact`, and the per-epoch lists
-        `loss`, `train_accuracy` and `test_accuracy`.
-      titles: legend by arm; in the order of drawing.
+      rows: one per run, with `arm`, `config`, of which the seed is read, if known
+        `test_accuracy_exact`, and the per-epoch lists `loss`, in nats, `train_accuracy`
+        and `test_accuracy`, shares of 1.
+      titles: legend by arm, of `style.LINES` and with a row or more; in the order of
+        drawing.
       published: (mean, standard deviation) of the last epoch by arm and name of such a
         list, drawn at the end.
       path: of the image to write.
+
+    Raises:
+      KeyError: if an arm has no line style.
+      ValueError: if lists of an arm are of different lengths.
     """
     seeds = len({row["config"]["seed"] for row in rows})
     note = (

@@ -112,6 +112,9 @@ class Checkpoints:
       identity: what decides the run's numbers, as JSON values: config, data, key. A
         checkpoint of another identity is refused.
       grows: whether that of a run of fewer epochs is read all the same.
+
+    Raises:
+      RunError: if their folder cannot be made or read.
     """
 
     def __init__(

@@ -173,7 +173,11 @@ def is_shorter(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
 
 
 def set_results_aside(workdir: Path) -> None:
-    """Rename the results of a finished run that goes on, by its number of epochs."""
+    """Rename the results of a finished run that goes on, by its number of epochs.
+
+    Raises:
+      RunError: if the config cannot be read, or the results not renamed.
+    """
     epochs = read_object(workdir / CONFIG)["epochs"]
     with writing(workdir / RESULTS):
         (workdir / RESULTS).rename(workdir / f"results_{epochs}_epochs.json")
@@ -243,6 +247,19 @@ def check_finished(workdir: Path, *, others: Sequence[str]) -> dict[str, Any]:
 def is_sweep(config: Mapping[str, Any]) -> bool:
     """Return whether the contents of a config.json are those of a sweep."""
     return "exact" in config
+
+
+def check_no_experiment(workdir: Path, config: Mapping[str, Any]) -> None:
+    """Refuse the directory of an experiment, which has no run of its own to load.
+
+    Raises:
+      RunError: naming the experiment.
+    """
+    if "experiment" in config:
+        raise RunError(
+            f"{workdir} holds the experiment {config['experiment']}, whose rows are in "
+            "runs.jsonl; give the directory of one run or sweep"
+        )
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -452,12 +469,20 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def write_metrics(workdir: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write metrics.jsonl anew with these rows, whole or not at all."""
+    """Write metrics.jsonl anew with these rows, whole or not at all.
+
+    Raises:
+      RunError: if it cannot be written.
+    """
     write_rows(workdir / METRICS, rows)
 
 
 def append_metrics(workdir: Path, row: Mapping[str, Any]) -> None:
-    """Add a line to metrics.jsonl."""
+    """Add a line to metrics.jsonl.
+
+    Raises:
+      RunError: if it cannot be written.
+    """
     with writing(workdir / METRICS), open(remove_link(workdir / METRICS), "a") as file:
         file.write(_line(row))
 

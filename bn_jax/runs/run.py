@@ -33,7 +33,13 @@ MAX_STORED_BYTES = 10**9
 
 
 class Run(NamedTuple):
-    """A finished run."""
+    """A finished run.
+
+    `variables` are `{"params": ..., "batch_stats": ...}`, with one moving average a
+    layer whatever the number of devices. In `metrics` and `results` losses are in nats,
+    accuracies shares of 1, times in seconds; None is a number that is not finite, or
+    could not be measured.
+    """
 
     config: TrainConfig
     network: Network
@@ -43,7 +49,15 @@ class Run(NamedTuple):
     average: Any = None  # of the parameters, like them; None where none was kept
 
     def predict(self, images: Any) -> jax.Array:
-        """Return the logits of images given as bytes, `[N, H, W, C]`."""
+        """Return the logits of images in prediction mode.
+
+        Args:
+          images: `[N, H, W, C]` of the data set's H, W and C, as bytes: values from 0
+            to 255, of any dtype.
+
+        Returns:
+          Logits `[N, classes]`.
+        """
         return self.network.predict(self.variables, images)
 
 
@@ -61,7 +75,7 @@ def train(
     training continues from its end. Its results stay in `results_N_epochs.json`.
 
     Shows a progress bar on a terminal, and prints a line per epoch. With several
-    processes, each calls this; process 0 alone reads and writes.
+    processes, each calls this; process 0 alone reads and writes `workdir`.
 
     Args:
       config: what to train.
@@ -69,12 +83,21 @@ def train(
       model: your own Linen module, called as `model(images, train=...)`, NNX module, or
         function of `nnx.Rngs` that makes one; by default the one that `config` names.
       workdir: the run's directory.
-      options: how to carry it out; by default on one device.
+      options: how to carry it out; by default on one device, unlike `RunOptions()`,
+        which is on all.
+
+    Returns:
+      The run, on every process.
 
     Raises:
-      RunError: if `workdir` cannot take this run; nothing is overwritten.
-      ConfigError: if the config does not fit the data, the model or the devices.
-      FloatingPointError: if the loss is not finite; the last checkpoint is kept.
+      RunError: if `workdir` cannot take this run, or be written; nothing is
+        overwritten. Also if `config.init_from` holds no finished run.
+      ConfigError: if the config does not fit the data, the model or the devices, a log
+        needs a package that is not installed, or `workdir` is no path of this machine.
+      DataError: if there are too few examples, or a channel to standardise is constant.
+      DistributedError: if processes differ; on the others, if process 0 cannot start.
+      FloatingPointError: if the loss, a parameter or the test loss is not finite; the
+        last checkpoint is kept.
       Interrupted: on SIGTERM or Ctrl-C, after a checkpoint.
 
     Examples:
@@ -158,6 +181,8 @@ def train_or_load(
 ) -> Run | None:
     """Read the finished run in `workdir`; train it there, or resume it, otherwise.
 
+    A finished run of fewer epochs continues as in `train`.
+
     Args:
       config: see `train`.
       data: see `train`.
@@ -169,7 +194,8 @@ def train_or_load(
       The run; None on processes other than the primary, where it was read.
 
     Raises:
-      RunError: if `workdir` holds another run, or as `train` says.
+      RunError: if `workdir` holds another run; this and other errors also as `train`
+        and `load` say.
 
     Examples:
       >>> import tempfile
@@ -185,26 +211,30 @@ def train_or_load(
       True
     """
     workdir = paths.local(workdir, "workdir")
-    done = distributed.on_primary(
-        lambda: b"done" if (workdir / results.RESULTS).exists() else b""
-    )
-    if not done:
+    read: list[Run] = []
+
+    def is_done() -> bytes:
+        if not (workdir / results.RESULTS).exists():
+            return b""
+        run = load(workdir, model=model)
+        named = config if model is None else own_models.named(config, model)
+        there = {**run.config.to_dict(), "data": run.results["data_source"]}
+        now = {**named.to_dict(), "data": task.select(named, data).source}
+        faults = results.differences(there, now)
+        if faults and results.is_shorter(there, now):
+            return b""
+        if faults:
+            raise RunError(
+                f"{workdir} holds another run ({'; '.join(faults)}); give another "
+                "--workdir"
+            )
+        read.append(run)
+        return b"done"
+
+    # All processes train, or none does: the primary, which reads, decides.
+    if not distributed.on_primary(is_done):
         return train(config, data, model=model, workdir=workdir, options=options)
-    if not distributed.is_primary():
-        return None
-    run = load(workdir, model=model)
-    if model is not None:
-        config = own_models.named(config, model)
-    there = {**run.config.to_dict(), "data": run.results["data_source"]}
-    now = {**config.to_dict(), "data": task.select(config, data).source}
-    faults = results.differences(there, now)
-    if faults and results.is_shorter(there, now):
-        return train(config, data, model=model, workdir=workdir, options=options)
-    if faults:
-        raise RunError(
-            f"{workdir} holds another run ({'; '.join(faults)}); give another --workdir"
-        )
-    return run
+    return read[0] if read else None
 
 
 def _agreed(
@@ -402,10 +432,14 @@ def load(workdir: str | Path, *, model: Any = None) -> Run:
       workdir: the directory that `train` wrote.
       model: the user's own, of a run that it was passed to.
 
+    Returns:
+      The run, as `train` returned it.
+
     Raises:
       RunError: if the directory does not hold a finished run, or files are damaged.
-      ConfigError: if its config is of another version of the program, or its model was
-        passed in, and is not now.
+      ConfigError: if its config is of another version of the program, its model was
+        passed in and is not now or is of another class, or `workdir` is no path of this
+        machine.
 
     Examples:
       >>> import tempfile
@@ -426,6 +460,7 @@ def load(workdir: str | Path, *, model: Any = None) -> Run:
             f"{workdir} holds a sweep, not a run; bn_jax.runs.sweeps.load reads its "
             "members"
         )
+    results.check_no_experiment(workdir, values)
     config = read_config(workdir, values)
     checksums = results.check_finished(workdir, others=results.OF_A_RUN)
     summary = results.read_object(workdir / results.RESULTS)

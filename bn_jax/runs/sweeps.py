@@ -89,18 +89,24 @@ def sweep(
       workdir: receives config.json, environment.json, runs.jsonl (a row per member, as
         `Sweep.rows`), results.json, the members' variables, stacked, and sweep.png.
       model: the user's own; see `run.train`.
-      options: how to carry it out; by default on one device.
+      options: how to carry it out; by default on one device, unlike `RunOptions()`,
+        which is on all. A sweep is neither streamed nor logged.
       exact: see `Sweep.rows`.
       train: see `Sweep.rows`.
       part: of the members, to be trained into a folder of its own in `workdir`, with
         the numbers that they have in the whole sweep.
 
     Returns:
-      The rows. Those of a finished sweep are read.
+      The rows, in the order of `configs`; of a part, those of its members. Losses are
+      in nats, accuracies shares of 1; None where a member has diverged, which is no
+      error. Those of a finished sweep are read.
 
     Raises:
-      RunError: if `workdir` cannot take this sweep; nothing is overwritten.
-      ConfigError: if configs do not make a sweep, or options do not fit one.
+      RunError: if `workdir` cannot take this sweep, or be written; nothing is
+        overwritten.
+      ConfigError: if configs do not make a sweep, do not fit the data or the model, or
+        options do not fit one.
+      DataError: if there are too few examples, or a channel to standardise is constant.
       Interrupted: on SIGTERM or Ctrl-C, after a checkpoint.
 
     Examples:
@@ -297,7 +303,7 @@ def _best(
 
 
 def load_variables(workdir: str | Path, *, model: Any = None) -> dict[str, Any]:
-    """Return the variables of a finished sweep's members, stacked NumPy arrays.
+    """Return the variables of a finished sweep: NumPy arrays `[members, ...]`.
 
     Args:
       workdir: the directory that `sweep` wrote, of members of the same shapes.
@@ -306,6 +312,7 @@ def load_variables(workdir: str | Path, *, model: Any = None) -> dict[str, Any]:
     Raises:
       RunError: if `workdir` holds none, or they are damaged or of another model.
       ConfigError: as `run.load` says.
+      ValueError: if members are not of the same shapes.
     """
     variables = [run.variables for run in load(workdir, model=model)]
     stacked: dict[str, Any] = jax.tree.map(lambda *leaves: np.stack(leaves), *variables)
@@ -320,13 +327,20 @@ def load(workdir: str | Path, *, model: Any = None) -> list[Run]:
       model: the user's own, of a sweep that it was passed to.
 
     Returns:
-      A run for each member; its results are the member's row.
+      A run for each member, in the order of the sweep's configs; its results are the
+      member's row, and it has no `average`.
 
     Raises:
       RunError: if `workdir` holds none, or files are damaged.
       ConfigError: as `run.load` says.
     """
     workdir = paths.local(workdir, "workdir")
+    values = results.read_object(workdir / results.CONFIG)
+    results.check_no_experiment(workdir, values)
+    if not results.is_sweep(values):
+        raise results.RunError(
+            f"{workdir} holds a run, not a sweep; bn_jax.runs.load reads it"
+        )
     checksums = results.check_finished(workdir, others=results.OF_A_SWEEP)
     rows = results.read_rows(workdir / results.ROWS)
     configs = [read_config(workdir, row["config"]) for row in rows]

@@ -30,11 +30,18 @@ class Augmentation(Protocol):
           first: position of the first image in its batch, where `images` is a part.
 
         Returns:
-          Images `[N, H', W', C]` of the same dtype, of `side(H), side(W)` pixels.
+          Images `[N, side(H), side(W), C]` of the same dtype.
         """
 
     def centre(self, images: Array) -> Array:
-        """Return images of the same size for evaluation, unchanged but for a crop."""
+        """Return images for evaluation, unchanged but for a crop.
+
+        Args:
+          images: `[N, H, W, C]`, of any dtype.
+
+        Returns:
+          Images `[N, side(H), side(W), C]` of the same dtype.
+        """
 
     def side(self, pixels: int) -> int:
         """Return the height or width of a changed image, given that of the image."""
@@ -76,12 +83,13 @@ class CropAndFlip:
     image itself.
 
     Attributes:
-      padding: pixels of 0 on each of the four sides.
+      padding: pixels of 0 on each of the four sides, before inputs are scaled.
       size: height and width of the crop; None for those of the image.
       flip: whether a crop is mirrored left to right with probability 1/2.
 
     References:
-      He et al., 2015, "Deep residual learning for image recognition", section 4.2.
+      He et al., 2015, "Deep residual learning for image recognition",
+      arXiv:1512.03385, section 4.2.
     """
 
     padding: int = 4

@@ -44,12 +44,16 @@ def make_optimizer(
         than that of forward passes.
 
     Returns:
-      An optimizer whose `init` raises ConfigError if a rate factor or `trained` names a
-      parameter that the model does not have.
+      An optimizer whose `init` raises ConfigError if a rate factor or `trained` does
+      not fit the model's parameters.
 
     Raises:
       ConfigError: if options do not go together, such as a warm-up that is longer than
         the run.
+
+    References:
+      Pascanu, Mikolov and Bengio, 2013, "On the difficulty of training recurrent neural
+      networks", arXiv:1211.5063 (clipping).
     """
     rate: Rate = config.learning_rate
     if SCHEDULES.canonical(config.schedule) != "constant":
@@ -88,7 +92,7 @@ def make_schedule(config: Config, *, steps_per_epoch: int) -> optax.Schedule:
 
     Raises:
       ConfigError: if the warm-up does not end within the run, or not before the rate is
-        first reduced.
+        first reduced, or the shares at which it is reduced do not ascend.
     """
     return SCHEDULES.make(
         config.schedule,
@@ -118,7 +122,18 @@ def sgd(
     momentum: Annotated[float, SHARE, TRACEABLE] = 0.0,
     nesterov: bool = False,
 ) -> optax.GradientTransformation:
-    """SGD, with momentum if it is not 0; weight decay is added to the gradient."""
+    """SGD, with momentum if it is not 0; weight decay is added to the gradient.
+
+    A step's direction is the gradient plus `momentum` times the last direction: a sum,
+    not a mean.
+
+    Raises:
+      ConfigError: if `nesterov` is true without momentum.
+
+    References:
+      Sutskever et al., 2013, "On the importance of initialization and momentum in deep
+      learning".
+    """
     if _is_zero(momentum):
         if nesterov:
             raise ConfigError(
@@ -140,7 +155,14 @@ def adam(
     b2: Annotated[float, BELOW_1] = 0.999,
     epsilon: Annotated[float, POSITIVE] = 1e-8,
 ) -> optax.GradientTransformation:
-    """Adam; weight decay is added to the gradient."""
+    """Adam; weight decay is added to the gradient.
+
+    `b1` and `b2` are weights of the old averages; `epsilon` is added to the root.
+
+    References:
+      Kingma and Ba, 2015, "Adam: a method for stochastic optimization",
+      arXiv:1412.6980.
+    """
     optimizer = optax.adam(learning_rate, b1=b1, b2=b2, eps=epsilon)
     return _with_l2(optimizer, weight_decay, mask)
 
@@ -157,7 +179,8 @@ def adamw(
     """Adam with decoupled weight decay, which is scaled by the learning rate.
 
     References:
-      Loshchilov and Hutter, 2019, "Decoupled weight decay regularization".
+      Loshchilov and Hutter, 2019, "Decoupled weight decay regularization",
+      arXiv:1711.05101.
     """
     return optax.adamw(
         learning_rate, b1=b1, b2=b2, eps=epsilon, weight_decay=weight_decay, mask=mask
@@ -172,7 +195,15 @@ def rmsprop(
     decay: Annotated[float, BELOW_1] = 0.9,
     epsilon: Annotated[float, POSITIVE] = 1e-8,
 ) -> optax.GradientTransformation:
-    """RMSProp; weight decay is added to the gradient."""
+    """RMSProp; weight decay is added to the gradient.
+
+    `decay` is the weight of the old mean square, which starts from 0 and is not
+    debiased; `epsilon` is added under the root.
+
+    References:
+      Tieleman and Hinton, 2012, "Lecture 6.5: RMSProp", of the course "Neural networks
+      for machine learning".
+    """
     optimizer = optax.rmsprop(learning_rate, decay=decay, eps=epsilon)
     return _with_l2(optimizer, weight_decay, mask)
 
@@ -190,7 +221,7 @@ def lamb(
 
     References:
       You et al., 2020, "Large batch optimization for deep learning: training BERT in 76
-      minutes".
+      minutes", arXiv:1904.00962.
     """
     return optax.lamb(
         learning_rate, b1=b1, b2=b2, eps=epsilon, weight_decay=weight_decay, mask=mask
@@ -208,7 +239,8 @@ def lion(
     """Lion: the sign of a momentum, with decoupled weight decay.
 
     References:
-      Chen et al., 2023, "Symbolic discovery of optimization algorithms".
+      Chen et al., 2023, "Symbolic discovery of optimization algorithms",
+      arXiv:2302.06675.
     """
     return optax.lion(learning_rate, b1=b1, b2=b2, weight_decay=weight_decay, mask=mask)
 

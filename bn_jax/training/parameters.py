@@ -97,7 +97,11 @@ def all_parameters(
     gamma: Annotated[bool, TRACEABLE] = True,
     beta: Annotated[bool, TRACEABLE] = True,
 ) -> optax.GradientTransformation | None:
-    """Train all parameters, or all but the norms' gamma or beta."""
+    """Train all parameters, or all but the norms' gamma or beta.
+
+    Returns:
+      What freezes these; None where all parameters learn.
+    """
     del seed
     if gamma is True and beta is True:
         return None
@@ -113,8 +117,13 @@ def norms(
 ) -> optax.GradientTransformation:
     """Train the norms, and the layer whose path is `also`, such as `dense3`.
 
+    Returns:
+      What freezes the others. Its `init` raises ConfigError if no norm has parameters
+      and there is no `also`, or the model has no such layer.
+
     References:
-      Frankle, Schwab and Morcos, 2021, "Training BatchNorm and only BatchNorm".
+      Frankle, Schwab and Morcos, 2021, "Training BatchNorm and only BatchNorm",
+      arXiv:2003.00152.
     """
     del seed
 
@@ -148,6 +157,14 @@ def at_random(
       per_channel: whether as many are chosen of each output of a kernel as norms of so
         many channels have of one channel, as Frankle et al. do. Otherwise they are
         chosen of all, and the largest kernel has most of them.
+
+    Returns:
+      What freezes the others. Its `init` raises ConfigError if no norm has parameters,
+      or `per_channel` finds no kernels to share them out to evenly.
+
+    References:
+      Frankle, Schwab and Morcos, 2021, "Training BatchNorm and only BatchNorm",
+      arXiv:2003.00152.
     """
     choose = _of_each_channel if per_channel else _of_all
     # Another key than that of the initial weights.
@@ -356,7 +373,15 @@ RATE_FACTORS = Range(
 def scale_by(
     factors: tuple[tuple[re.Pattern[str], float], ...],
 ) -> optax.GradientTransformation:
-    """Multiply the updates of each parameter by the factor of the first match."""
+    """Multiply the updates of each parameter by the factor of the first match.
+
+    Args:
+      factors: as `parse_rate_factors` returns them.
+
+    Returns:
+      A transformation whose `init` raises ConfigError if a pattern matches no
+      parameter.
+    """
 
     def init(params: Any) -> optax.EmptyState:
         paths = leaf_paths(params)

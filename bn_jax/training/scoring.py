@@ -63,7 +63,8 @@ def score(
       network: the network.
       variables: its parameters and moving averages.
       evaluate: on the test set.
-      images: of the training set, which give the exact statistics.
+      images: of the training set, bytes `[N, H, W, C]`, which give the exact
+        statistics.
       devices: of this process, which share these images.
       average: of the parameters, to be scored with exact statistics of its own; none if
         it is empty.
@@ -124,10 +125,14 @@ def exact_statistics(
     Args:
       network: the network.
       variables: its parameters and moving averages.
-      images: of the training set.
-      devices: of this process, which share the images.
+      images: of the training set, bytes `[N, H, W, C]`.
+      devices: of this process, which share the images; where they do not divide them,
+        the first has all.
       mode: see `population.exact_statistics`. In one pass, batches are as large
         whatever the number of devices, as the result depends on them.
+
+    Returns:
+      A collection like `variables["batch_stats"]`.
 
     Raises:
       ValueError: as `population.exact_statistics` says.

@@ -22,6 +22,10 @@ in a loop of your own, `optax.multi_transform({True: optax.sgd(1.0), False: ...}
 does, with the mask of `bn_jax.variables.moving_param_mask`. Any other step makes the
 averages wrong.
 
+The authors' code holds r at 1 for the first thousand batches, and its moving average
+has its momentum from the first batch on. Here r corrects from the warm-up on, and until
+then the average is that of all batches.
+
 References:
   Yan et al., 2020, "Towards Stabilizing Batch Statistics in Backward Propagation of
   Batch Normalization", arXiv:2001.06838.
@@ -87,12 +91,16 @@ def init(
       bias: whether there is a beta.
       dtype: of gamma and beta. All else is in float32, or wider where dtype is.
 
+    Raises:
+      ValueError: if num_features is not an integer, or num_batches less than 1.
+
     Examples:
       >>> params, state = init(1, num_batches=2)
       >>> params.moving_products.tolist(), state.var.tolist(), state.count.item()
       ([[0.0], [0.0]], [1.0], 0.0)
     """
     num_features = checks.check_one_integer(num_features)
+    checks.check_known("num_batches", num_batches, AT_LEAST_1)
     params, (_, var) = functional_lib.init(
         num_features, scale=scale, bias=bias, dtype=dtype
     )
@@ -124,7 +132,7 @@ def mabn(
       x: batch of rank 2 or more, of a real floating-point dtype.
       params: gamma and beta, each of shape `[C]` or None, and the products `[B, C]`,
         which have to take steps of their own: see the module.
-      state: moving average, squares `[B, C]` and the number of batches.
+      state: moving average `[C]`, squares `[B, C]` and the number of batches.
       train: static. False divides by the root of the moving average and returns the
         state as it was.
       warm_up: number of batches, at least B.
@@ -140,9 +148,12 @@ def mabn(
       `(y, state)`: y of x's shape and dtype, and the new state.
 
     Raises:
-      TypeError: if `x` is not of a real floating-point dtype, or `train` is traced.
-      ValueError: on a wrong rank, feature count, empty batch, warm-up, limit, momentum,
-        epsilon or axis name; the message says which.
+      TypeError: if `x` is not of a real floating-point dtype, `train` or
+        `update_state` is a JAX array, or `params` or `state` is no NamedTuple with its
+        fields.
+      ValueError: on a wrong rank, feature axis, feature count, number of rows, dtype of
+        the state, empty batch, warm-up, limit, momentum, epsilon or axis name; the
+        message says which.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -314,7 +325,7 @@ def mabn_transform(
       use_bias: whether there is a bias (beta).
 
     Raises:
-      ConfigError: if the warm-up is too short.
+      ConfigError: if the warm-up is too short, or num_batches less than 1.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -324,6 +335,7 @@ def mabn_transform(
       [1.0, -1.0]
     """
     try:
+        checks.check_known("num_batches", num_batches, AT_LEAST_1)
         _check_warm_up(warm_up, num_batches=num_batches)
     except ValueError as error:
         raise ConfigError(f"norm='mabn': {error}") from None

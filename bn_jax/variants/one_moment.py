@@ -62,6 +62,9 @@ def init_center(
       bias: whether there is a beta.
       dtype: of the parameters. The state is in float32, or wider where dtype is.
 
+    Raises:
+      ValueError: as `bn_jax.init` says.
+
     Examples:
       >>> params, state = init_center(2)
       >>> params.scale.tolist(), params.bias.tolist(), state.mean.tolist()
@@ -87,6 +90,9 @@ def init_scale(
       scale: whether there is a gamma.
       bias: whether there is a beta.
       dtype: of the parameters. The state is in float32, or wider where dtype is.
+
+    Raises:
+      ValueError: as `bn_jax.init` says.
 
     Examples:
       >>> params, state = init_scale(2)
@@ -118,7 +124,7 @@ def center(
     Args:
       x: batch of rank 2 or more, of a floating-point or complex dtype.
       params: gamma and beta, each of shape `[C]` or None.
-      state: moving mean.
+      state: moving mean, of shape `[C]`.
       train: static. True subtracts the mean of `x` and returns an updated average;
         False subtracts `state` and returns it as it was.
       momentum: weight of the OLD average, in [0, 1].
@@ -127,7 +133,7 @@ def center(
       axis_name: name (or tuple of names) of the mapped axes whose instances share
         their mean.
       axis_index_groups: partition of that axis into groups that share it.
-      statistics: whose mean to subtract instead.
+      statistics: whose mean, of shape `[C]`, to subtract instead.
       update_state: static. Whether the average moves by the mean of `x`; by default in
         training.
 
@@ -135,14 +141,15 @@ def center(
       `(y, state)`: y of x's shape and dtype, and the new state.
 
     Raises:
-      TypeError: if `x` is of neither a floating-point nor a complex dtype, or `train`
-        is traced.
-      ValueError: on a wrong rank, feature count, empty batch, weights, momentum or axis
-        name; the message says which.
+      TypeError: if `x` is of neither a floating-point nor a complex dtype, `train` or
+        `update_state` is a JAX array, or `params` or `state` is no NamedTuple with its
+        fields.
+      ValueError: on a wrong rank, feature axis, feature count, dtype of the state,
+        empty batch, weights, momentum, axis name or groups; the message says which.
 
     References:
-      Salimans and Kingma, 2016, "Weight Normalization", arXiv:1602.07868, section 3.2
-      (mean-only batch normalization).
+      Salimans and Kingma, 2016, "Weight Normalization", arXiv:1602.07868 (mean-only
+      batch normalization).
 
     Examples:
       >>> import jax.numpy as jnp
@@ -193,13 +200,13 @@ def scale(
 ) -> tuple[Array, ScaleState]:
     """Divide by the batch's deviation in training, by the moving one in prediction.
 
-    The deviation is taken about the mean, but the mean stays: y has the mean
-    mu / sqrt(var + epsilon).
+    The deviation is taken about the mean, but the mean stays: before gamma and beta, y
+    has the mean mu / sqrt(var + epsilon).
 
     Args:
       x: see `center`.
       params: see `center`.
-      state: moving variance.
+      state: moving variance, of shape `[C]`.
       train: static. True divides by the deviation of `x` and returns an updated
         average; False divides by that of `state` and returns it as it was.
       momentum: weight of the OLD average, in [0, 1].
@@ -208,12 +215,13 @@ def scale(
       weights: see `center`.
       axis_name: see `center`.
       axis_index_groups: see `center`.
-      statistics: by the root of whose variance to divide instead.
+      statistics: by the root of whose variance, of shape `[C]`, to divide instead.
       update_state: static. Whether the average moves by the variance of `x`; by default
         in training.
 
     Returns:
-      `(y, state)`: y of x's shape and dtype, and the new state.
+      `(y, state)`: y of x's shape and dtype, and the new state. The biased variance
+      both divides and is averaged.
 
     Raises:
       TypeError: as `center` says.

@@ -13,9 +13,10 @@ collective.
 from __future__ import annotations
 
 import math
+import operator
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, SupportsIndex
 
 import jax.numpy as jnp
 from jax import Array
@@ -53,7 +54,7 @@ def group_norm(
       train: accepted because every transform takes it; it changes nothing.
       num_groups: number of contiguous groups of C / num_groups features, a divisor of
         C.
-      epsilon: added to the variance, greater than 0.
+      epsilon: added to the biased variance, greater than 0.
       feature_axis: axis of the features.
       batch_axis: axis of the examples.
 
@@ -61,7 +62,8 @@ def group_norm(
       `(y, state)`: y of x's shape and dtype, and the state as it was.
 
     Raises:
-      TypeError: if `x` is of neither a floating-point nor a complex dtype.
+      TypeError: if `x` is of neither a floating-point nor a complex dtype, or `params`
+        is no NamedTuple with its fields.
       ValueError: on a wrong rank, axis, feature count, number of groups or epsilon.
 
     References:
@@ -89,7 +91,8 @@ def group_norm(
     checks.check_fields(params=(params, checks.AFFINE))
     checks.check_features(x, feature, **params._asdict())
     num_features = x.shape[feature]
-    if num_groups < 1 or num_features % num_groups:
+    checks.check_known("num_groups", num_groups, AT_LEAST_1)
+    if num_features % num_groups:
         raise ValueError(
             f"num_groups={num_groups} does not divide the {num_features} features of x "
             f"of shape {list(x.shape)}; give a divisor of {num_features}"
@@ -246,18 +249,18 @@ def single_axis(x: Array, name: str, axis: int) -> int:
     Raises:
       ValueError: if it is not one axis of `x`.
     """
-    if not isinstance(axis, int) or not -x.ndim <= axis < x.ndim:
+    if not isinstance(axis, SupportsIndex) or not -x.ndim <= axis < x.ndim:
         raise ValueError(
             f"{name}={axis!r} is not an axis of x of shape {list(x.shape)}; give one "
             f"integer in [{-x.ndim}, {x.ndim - 1}]"
         )
-    return axis % x.ndim
+    return operator.index(axis) % x.ndim
 
 
 def layer_transform(
     *, epsilon: Epsilon = 1e-5, use_scale: bool = True, use_bias: bool = True
 ) -> Transform:
-    """Return layer norm: `bn_jax.variants.layer_norm`.
+    """Return layer norm: `bn_jax.variants.per_example.layer_norm`.
 
     Args:
       epsilon: added to the variance, greater than 0.
@@ -282,10 +285,11 @@ def group_transform(
     use_scale: bool = True,
     use_bias: bool = True,
 ) -> Transform:
-    """Return group norm: `bn_jax.variants.group_norm`.
+    """Return group norm: `bn_jax.variants.per_example.group_norm`.
 
     Args:
-      num_groups: number of contiguous groups of features, a divisor of their number.
+      num_groups: number of contiguous groups of features, a divisor of their number;
+        Wu and He take 32.
       epsilon: added to the variance, greater than 0.
       use_scale: whether there is a scale (gamma), one for each feature.
       use_bias: whether there is a bias (beta), one for each feature.
@@ -305,7 +309,7 @@ def group_transform(
 def instance_transform(
     *, epsilon: Epsilon = 1e-5, use_scale: bool = True, use_bias: bool = True
 ) -> Transform:
-    """Return instance norm: `bn_jax.variants.instance_norm`.
+    """Return instance norm: `bn_jax.variants.per_example.instance_norm`.
 
     Args:
       epsilon: added to the variance, greater than 0.

@@ -55,10 +55,13 @@ def init_dyt(
 
     Args:
       num_features: see `bn_jax.init`.
-      alpha: its initial value; the paper's default is 0.5.
+      alpha: its initial value, a scalar; the paper's default is 0.5.
       scale: whether there is a gamma.
       bias: whether there is a beta.
       dtype: of the parameters.
+
+    Raises:
+      ValueError: as `bn_jax.init` says.
 
     Examples:
       >>> params, _ = init_dyt(2)
@@ -82,11 +85,14 @@ def init_derf(
 
     Args:
       num_features: see `bn_jax.init`.
-      alpha: its initial value; the paper's is 0.5.
-      shift: initial value of s; the paper's is 0.
+      alpha: its initial value, a scalar; the paper's is 0.5.
+      shift: initial value of s, a scalar; the paper's is 0.
       scale: whether there is a gamma.
       bias: whether there is a beta.
       dtype: of the parameters.
+
+    Raises:
+      ValueError: as `bn_jax.init` says.
 
     Examples:
       >>> params, _ = init_derf(2)
@@ -119,8 +125,10 @@ def dyt(
       `(y, state)`: y of x's shape and dtype, and the state as it was.
 
     Raises:
-      TypeError: if `x` is not of a real floating-point dtype.
-      ValueError: on a wrong rank or feature count.
+      TypeError: if `x` is not of a real floating-point dtype, or `params` is no
+        NamedTuple with its fields.
+      ValueError: on a wrong rank, feature axis or feature count, or an alpha or s that
+        is no scalar.
 
     References:
       Zhu, Chen, He, LeCun and Liu, 2025, "Transformers without Normalization",
@@ -134,7 +142,7 @@ def dyt(
       [0.0, 1.0]
     """
     del train
-    x, wide = _checked(x, params, feature_axis)
+    x, wide = _checked(x, params, DyTParams._fields, feature_axis)
     return _affine(jnp.tanh(params.alpha * wide), params, feature_axis, x.dtype), state
 
 
@@ -174,13 +182,16 @@ def derf(
       [0.0, 1.0]
     """
     del train
-    x, wide = _checked(x, params, feature_axis)
+    x, wide = _checked(x, params, DerfParams._fields, feature_axis)
     y = erf(params.alpha * wide + params.shift)
     return _affine(y, params, feature_axis, x.dtype), state
 
 
 def _checked(
-    x: Array, params: DyTParams | DerfParams, feature_axis: int | Sequence[int]
+    x: Array,
+    params: DyTParams | DerfParams,
+    fields: Sequence[str],
+    feature_axis: int | Sequence[int],
 ) -> tuple[Array, Array]:
     """Return x as an array, and in the dtype to compute in."""
     x = jnp.asarray(x)
@@ -190,8 +201,14 @@ def _checked(
             f"x has dtype {x.dtype}, of which tanh and erf are not bounded; transform "
             "the real and imaginary parts as features"
         )
-    checks.check_fields(params=(params, (*checks.AFFINE, "alpha")))
+    checks.check_fields(params=(params, fields))
     checks.check_features(x, feature_axis, scale=params.scale, bias=params.bias)
+    for name in set(fields) - set(checks.AFFINE):
+        if jnp.shape(getattr(params, name)):
+            raise ValueError(
+                f"{name} has shape {list(jnp.shape(getattr(params, name)))}; expected "
+                "a scalar, one for all features"
+            )
     return x, x.astype(moments_lib.statistics_dtype(x.dtype))
 
 
@@ -215,7 +232,7 @@ def dyt_transform(
     use_scale: bool = True,
     use_bias: bool = True,
 ) -> Transform:
-    """Return dynamic tanh: `bn_jax.variants.dyt`.
+    """Return dynamic tanh: `bn_jax.variants.pointwise.dyt`.
 
     Args:
       alpha: initial value of the learned slope.
@@ -244,7 +261,7 @@ def derf_transform(
     use_scale: bool = True,
     use_bias: bool = True,
 ) -> Transform:
-    """Return dynamic erf: `bn_jax.variants.derf`.
+    """Return dynamic erf: `bn_jax.variants.pointwise.derf`.
 
     Args:
       alpha: initial value of the learned factor of x.

@@ -85,7 +85,9 @@ def init(
       dtype: of the parameters. The state is in float32, or wider where dtype is.
 
     Raises:
-      ValueError: if the target is unknown or there are too few knots.
+      ValueError: as `bn_jax.init` says.
+      ValueError: if there are several feature axes, the target is unknown or there are
+        too few knots.
 
     Examples:
       >>> _, state = init(1, num_quantiles=4)
@@ -123,7 +125,7 @@ def quantile_norm(
       x: batch of shape `[N, C]`, `[N, H, W, C]`, `[C, H, W, N]` or any other of rank 2
         or more, of dtype float32, bfloat16, float16 or float64.
       params: gamma and beta, each of shape `[C]` or None.
-      state: moving average of the knots.
+      state: moving average of the knots, shape `[K, C]`.
       train: static. True transforms by the quantiles of `x` and returns updated knots;
         False transforms by `state` and returns it as it was.
       target: distribution of y before gamma and beta, of mean 0 and variance 1:
@@ -144,9 +146,12 @@ def quantile_norm(
       `(y, state)`: y of x's shape and dtype, and the new state.
 
     Raises:
-      TypeError: if `x` is not of a real floating-point dtype, or `train` is traced.
-      ValueError: on a wrong rank, feature count, empty batch, target, number of knots,
-        momentum, epsilon or axis name; the message says which.
+      TypeError: if `x` is not of a real floating-point dtype, `train` or
+        `update_state` is a JAX array, or `params` or `state` is no NamedTuple with its
+        fields.
+      ValueError: on a wrong rank, feature axis, feature count, dtype of the state,
+        empty batch, target, number of knots, momentum, epsilon or axis name; the
+        message says which.
 
     References:
       Rosenblatt, 1952, "Remarks on a multivariate transformation" (the transform).
@@ -361,14 +366,14 @@ def quantile_transform(
     use_scale: bool = True,
     use_bias: bool = True,
 ) -> Transform:
-    """Return the probability integral transform: `bn_jax.variants.quantile`.
+    """Return quantile norm: `bn_jax.variants.quantile.quantile_norm`.
 
     Args:
       target: "uniform" or "gaussian".
-      num_quantiles: number of knots.
+      num_quantiles: number of knots, 2 or more.
       momentum: weight of the OLD average, in [0, 1].
       epsilon: distance below which knots are tied, as a share of the distance between
-        the outer knots.
+        the outer knots; greater than 0.
       use_scale: whether there is a scale (gamma).
       use_bias: whether there is a bias (beta).
 

@@ -63,6 +63,9 @@ def init(
       bias: whether there is a beta.
       dtype: of the parameters. The state is in float32, or wider where dtype is.
 
+    Raises:
+      ValueError: as `bn_jax.init` says.
+
     Examples:
       >>> params, state = init(1)
       >>> state.mean.tolist(), state.var.tolist(), state.count.item()
@@ -96,11 +99,14 @@ def batch_renorm(
 ) -> tuple[Array, CountedState]:
     """Normalise by the batch, corrected towards the moving averages.
 
+    A deviation is the root of a variance plus epsilon. For prediction the paper
+    averages deviations, this averages biased variances.
+
     Args:
       x: see `batch_norm`.
       params: see `batch_norm`.
-      state: moving mean and variance, and the number of batches in them, which is the
-        step of the schedule.
+      state: moving mean and variance, of shape `[C]`, and the number of batches in
+        them, which is the step of the schedule.
       train: static. False is `batch_norm` in prediction.
       r_max: largest correction of the deviation, at least 1, or infinite; may be
         traced.
@@ -124,6 +130,7 @@ def batch_renorm(
       `(y, state)`, as `batch_norm`.
 
     Raises:
+      TypeError: as `batch_norm` says.
       ValueError: if a limit is too small, or the schedule ends before it starts or is
         too long, as `limits` says; or as `batch_norm` says.
 
@@ -213,13 +220,16 @@ def limits(
     `r_end=None` and `d_end=None`.
 
     Args:
-      step: number of the training step, from 0.
+      step: number of the training step, from 0, of any shape.
       start: step at which the limits begin to rise from 1 and 0.
       r_max: final limit of the deviation's correction, at least 1.
       r_end: step at which it is reached, linearly from `start` on. None, or `start`
         itself, makes it jump at `start`.
       d_max: final limit of the mean's correction, at least 0.
       d_end: step at which it is reached, as `r_end`.
+
+    Returns:
+      Both limits, of the step's shape, in float32.
 
     Raises:
       ValueError: if a limit is too small, reached before it begins to rise, or not

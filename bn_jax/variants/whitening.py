@@ -74,7 +74,9 @@ def init(
       dtype: of the parameters. The state is in float32, or wider where dtype is.
 
     Raises:
-      ValueError: if the group size does not divide C.
+      ValueError: as `bn_jax.init` says.
+      ValueError: if there are several feature axes, or the group size does not divide
+        C.
 
     Examples:
       >>> _, state = init(4, group_size=2)
@@ -106,9 +108,10 @@ def whiten(
 ) -> tuple[Array, WhiteningState]:
     """Whiten by the batch in training, by the moving averages in prediction.
 
-    In a direction in which x has variance v, y has variance v / (v + epsilon). So where
-    the covariance is singular, as with no more values than features, y is finite, and 0
-    in the directions in which x does not vary.
+    In a direction in which x has variance v, y has variance v / (v + epsilon), by
+    "iternorm" only after many iterations. So where the covariance is singular, as with
+    no more values than features, y is finite, and 0 in the directions in which x does
+    not vary.
 
     The features may be of unlike scales, without regard to epsilon: what rounds away is
     relative to each. A variance, epsilon included, is resolved down to about 1e-6 of
@@ -121,13 +124,14 @@ def whiten(
       x: batch of shape `[N, C]`, `[N, H, W, C]`, `[C, H, W, N]` or any other of rank 2
         or more, of dtype float32, bfloat16, float16 or float64.
       params: gamma and beta, each of shape `[C]` or None, applied after whitening.
-      state: moving mean and covariance.
+      state: moving mean, of shape `[C]`, and covariance, of shape `[groups, group_size,
+        group_size]`.
       train: static. True whitens by the moments of `x` and returns updated averages;
         False whitens by `state` and returns it as it was.
       method: which of the whitening matrices; see the module.
-      group_size: features whitened together: contiguous groups of C / group_size
-        are whitened each by its own covariance. A divisor of C, with 1 batch norm;
-        None for all C. The covariance of few examples is too noisy for many features.
+      group_size: features whitened together: each of C / group_size contiguous groups
+        is whitened by its own covariance. A divisor of C, with 1 batch norm; None for
+        all C. The covariance of few examples is too noisy for many features.
       num_iterations: of "iternorm", at least 1; the error falls with each.
       momentum: weight of the OLD average, in [0, 1].
       epsilon: added to the diagonal of the covariance, greater than 0.
@@ -142,9 +146,12 @@ def whiten(
       both whitens and is averaged.
 
     Raises:
-      TypeError: if `x` is not of a real floating-point dtype, or `train` is traced.
-      ValueError: on a wrong rank, feature count, empty batch, method, group size,
-        momentum, epsilon or axis name; the message says which.
+      TypeError: if `x` is not of a real floating-point dtype, `train` or
+        `update_state` is a JAX array, or `params` or `state` is no NamedTuple with its
+        fields.
+      ValueError: on a wrong rank, feature axis, feature count, dtype of the state,
+        empty batch, method, number of iterations, group size, momentum, epsilon or axis
+        name; the message says which.
 
     References:
       Kessy, Lewin and Strimmer, 2018, "Optimal whitening and decorrelation",
@@ -186,6 +193,7 @@ def whiten(
             f"={group_size} of {x.shape[axis]} features needs {[groups, size, size]}; "
             f"make it with init({x.shape[axis]}, group_size={group_size})"
         )
+    checks.check_state(state)
     whitening_matrix = matrix_function(method, num_iterations)
     update_state = train if update_state is None else update_state
 

@@ -5,7 +5,7 @@ import inspect
 import numpy as np
 import pytest
 
-from bn_jax import convert
+from bn_jax import convert, init
 
 BAD = [None, {}, [], "x", (), np.ones(3), {"weight": None}, {"a": [1, 2]}, 3]
 FUNCTIONS = sorted(
@@ -58,3 +58,48 @@ def test_one_argument_bad(name, known, message):
     for bad in (None, [], "x", (), np.ones(3), 3):
         with pytest.raises(TypeError, match=message):
             called(name, bad, **known)
+
+
+LAYER = convert.from_nnx({"scale": [2.0], "bias": [3.0], "mean": [1.0], "var": [4.0]})
+
+
+@pytest.mark.parametrize("like", [LAYER.params, 5, [LAYER.params, LAYER.state], (1, 2)])
+def test_like_is_parameters_and_a_state(like):
+    entries = convert.to_nnx(LAYER)
+    with pytest.raises(TypeError, match="expected .params, state.|expected a NamedTup"):
+        convert.from_nnx(entries, like=like)
+    with pytest.raises(TypeError, match="expected .params, state.|expected a NamedTup"):
+        convert.layers_from("nnx", {"n": entries}, {"n": "m"}, like={"m": like})
+
+
+def test_layers_and_likes_are_given_by_name():
+    entries = {"n": convert.to_nnx(LAYER)}
+    with pytest.raises(
+        TypeError, match="like is of type BatchNormLayer; expected a m"
+    ):
+        convert.layers_from("nnx", entries, {"n": "m"}, like=LAYER)
+    with pytest.raises(TypeError, match="layers is of type list; expected a mapping"):
+        convert.layers_into("nnx", entries, [LAYER], {"n": "m"})
+
+
+def test_options_of_a_renorm_are_named():
+    with pytest.raises(TypeError, match="options is of type tuple.*RenormOptions"):
+        convert.to_batch_renorm("sbx", LAYER._replace(num_batches=1), (1, 3.0, 5.0))
+
+
+def test_more_batches_than_int32_counts_are_refused():
+    many = LAYER._replace(num_batches=2**31)
+    with pytest.raises(ValueError, match="num_batches is 2147483648, but haiku count"):
+        convert.to_haiku(many, momentum=0.9, num_dims=2)
+    with pytest.raises(ValueError, match="equinox_batch counts batches in int32"):
+        convert.to_equinox(many, mode="batch", momentum=0.9)
+
+
+def test_haiku_has_one_feature_axis():
+    of_two = convert.BatchNormLayer(*init((2, 3)), num_batches=1)
+    with pytest.raises(ValueError, match=r"features of shape \[2, 3\]; expected one"):
+        convert.to_haiku(of_two, momentum=0.9, num_dims=3)
+    with pytest.raises(ValueError, match="feature_axis=0.5 is no axis"):
+        convert.to_haiku(
+            LAYER._replace(num_batches=1), momentum=0.9, num_dims=2, feature_axis=0.5
+        )

@@ -275,6 +275,22 @@ def test_everything_wrong_is_named_at_once():
     }
 
 
+def test_numbers_that_no_layer_can_have_are_named_wherever_they_are():
+    entries = state_dict()
+    entries["conv1.weight"] = np.full_like(entries["conv1.weight"], np.nan)
+    entries["fc.bias"] = np.full_like(entries["fc.bias"], np.inf)
+    found = named(refusal(resnet(), entries))["impossible"]
+    assert [text.split(" has ")[0] for text in found] == ["conv1.weight", "fc.bias"]
+
+
+def test_integers_become_floating_point_numbers():
+    entries = state_dict()
+    entries["fc.bias"] = np.arange(len(entries["fc.bias"]))
+    variables, _ = networks.network_from_torch(resnet(), entries)
+    bias = variables["params"]["head"]["bias"]
+    assert bias.dtype == np.float32 and bias[1] == 1
+
+
 def test_a_network_of_another_depth_is_refused_block_by_block():
     message = refusal(resnet(18), state_dict(34))
     assert message.startswith("the state dict does not fit ImageNetResNet; expected")

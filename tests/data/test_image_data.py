@@ -111,6 +111,20 @@ def test_statistics_hold_where_the_deviation_is_small():
     np.testing.assert_allclose(std, [np.sqrt(n - 1) / n], rtol=1e-15)
 
 
+@pytest.mark.parametrize(
+    "images",
+    [
+        np.zeros((0, 4, 4, 1), np.uint8),
+        np.zeros((2, 4, 4), np.uint8),
+        np.zeros((2, 4, 4, 1), np.float32),
+        np.zeros((2, 4, 4, 1), np.int64),
+    ],
+)
+def test_statistics_are_of_bytes_alone(images):
+    with pytest.raises(DataError, match="expected at least one, uint8 .N, H, W, C."):
+        channel_statistics(split_of(images))
+
+
 def test_constant_channel_is_refused():
     images = np.random.default_rng(0).integers(0, 256, (9, 4, 4, 2), dtype=np.uint8)
     images[..., 1] = 7

@@ -6,6 +6,7 @@ import shutil
 import socket
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -82,6 +83,12 @@ def test_unknown_name_lists_the_names(call, name):
 def test_name_that_is_nearly_right_is_guessed():
     with pytest.raises(DataError, match="Did you mean cifar10?"):
         check_name("CIFAR10".lower().replace("1", "_1"))
+
+
+@pytest.mark.parametrize("name", [None, 3, Path("a.npz")])
+def test_name_that_is_no_text_is_unknown(name):
+    with pytest.raises(DataError, match="is unknown; expected one of"):
+        load(name)
 
 
 def test_names_are_checked_without_looking_for_data():

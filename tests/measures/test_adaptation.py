@@ -10,7 +10,7 @@ from flax import nnx
 
 from bn_jax.linen import BatchNorm
 from bn_jax.measures.adaptation import adapted_statistics
-from bn_jax.measures.population import exact_statistics
+from bn_jax.measures.population import exact_statistics, with_exact_statistics
 from marks import slow_but
 from reference import normal
 
@@ -112,7 +112,9 @@ def test_nnx_modules_adapt():
     np.testing.assert_allclose(got["var"][...], (X.var(0) + 1) / 2, rtol=1e-5)
 
 
-@pytest.mark.parametrize("pseudo_count", [-1, float("inf"), float("nan")])
+@pytest.mark.parametrize("pseudo_count", [-1, float("inf"), float("nan"), None, "1"])
 def test_pseudo_counts_that_are_none_are_refused(pseudo_count):
     with pytest.raises(ValueError, match="pseudo_count=.*expected a number of example"):
         adapted_statistics(*net(), X, pseudo_count=pseudo_count, batch_size=8)
+    with pytest.raises(ValueError, match="pseudo_count=.*expected a number of example"):
+        with_exact_statistics(*net(), X, pseudo_count=pseudo_count, batch_size=8)

@@ -373,6 +373,7 @@ def test_each_device_works_on_its_own_examples(mode, devices):
         ({"num_examples": 0}, "0 examples"),
         ({"num_examples": -5}, "num_examples=-5 of 40 examples"),
         ({"num_examples": 41}, "num_examples=41 of 40 examples"),
+        ({"num_examples": 1.5}, "num_examples=1.5; expected an integer"),
     ],
 )
 def test_bad_choices_are_refused(options, message):

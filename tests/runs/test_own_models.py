@@ -184,6 +184,50 @@ def test_statistics_that_would_not_be_shared_as_asked_are_refused(
     assert not list(tmp_path.iterdir())
 
 
+class SyncedNnx(nnx.Module):
+    def __init__(self, axis_name, rngs):
+        self.conv = nnx.Conv(1, 4, (3, 3), strides=2, rngs=rngs)
+        self.norms = nnx.List(
+            [
+                layer(4, axis_name=axis_name, rngs=rngs)
+                for layer in (bn_jax.nnx.BatchNorm, nnx.BatchNorm)
+            ]
+        )
+        self.head = nnx.Linear(14 * 14 * 4, 10, rngs=rngs)
+
+    def __call__(self, x):
+        x = self.conv(x)
+        for norm in self.norms:
+            x = norm(x)
+        return self.head(nnx.relu(x).reshape(len(x), -1))
+
+
+def synced(axis_name):
+    return functools.partial(SyncedNnx, axis_name)
+
+
+def test_nnx_module_shares_its_statistics_over_devices_by_pmap(
+    config, tiny_data, tmp_path
+):
+    config = dataclasses.replace(config, epochs=1)
+    one, two = (RunOptions(devices=n) for n in ("1", "2"))
+    with pytest.raises(ConfigError, match="axis_name='data', which norms/0, norms/1"):
+        runs.train(
+            config, tiny_data, model=synced(None), workdir=tmp_path / "2", options=two
+        )
+    alone, together = (
+        runs.train(
+            config,
+            tiny_data,
+            model=synced(axis_name),
+            workdir=tmp_path / options.devices,
+            options=options,
+        )
+        for axis_name, options in ((None, one), ("data", two))
+    )
+    chex.assert_trees_all_close(alone.variables, together.variables, atol=1e-4)
+
+
 JITTED_NORM = nn.jit(nn.BatchNorm)
 
 

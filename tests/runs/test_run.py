@@ -16,7 +16,7 @@ from PIL import Image
 
 from bn_jax import data as data_lib
 from bn_jax.fields import ConfigError
-from bn_jax.runs import results, summary
+from bn_jax.runs import results, summary, sweeps
 from bn_jax.runs import run as run_lib
 from bn_jax.runs.interrupt import Interrupted
 from bn_jax.runs.results import RunError
@@ -447,6 +447,15 @@ def test_variables_of_another_model_are_refused(run, finished, tmp_path):
     results.write_json(copy / "checksums.json", known)
     with pytest.raises(RunError, match="damaged or belong to another model; restore"):
         run_lib.load(copy)
+
+
+def test_folder_of_another_kind_is_named(run, finished, tmp_path):
+    with pytest.raises(RunError, match="holds a run, not a sweep; bn_jax.runs.load"):
+        sweeps.load(finished)
+    (tmp_path / "config.json").write_text('{"experiment": "bias", "epochs": 2}')
+    for load in (run_lib.load, sweeps.load):
+        with pytest.raises(RunError, match="holds the experiment bias, whose rows"):
+            load(tmp_path)
 
 
 def test_run_of_an_older_version_is_refused_by_its_name(run, finished, tmp_path):

@@ -16,7 +16,7 @@ from bn_jax.functional import BatchNormParams
 from bn_jax.models.lenet import LeNet
 from bn_jax.transforms import NORMS
 from bn_jax.variables import moving_param_mask, norm_param_mask
-from bn_jax.variants.mabn import MABNState, init, mabn
+from bn_jax.variants.mabn import MABNState, init, mabn, mabn_transform
 from bn_jax.variants.one_moment import ScaleState
 from bn_jax.variants.one_moment import scale as scale_norm
 from reference import normal
@@ -258,5 +258,9 @@ def test_bad_input_is_refused(call, message):
         mabn(given.pop("x"), params, train=True, **given)
     with pytest.raises(ConfigError, match=r"norm='mabn': warm_up=8 is less than"):
         NORMS.make("mabn:warm_up=8")
+    with pytest.raises(ConfigError, match=r"norm='mabn': num_batches=0; expected"):
+        mabn_transform(num_batches=0)
+    with pytest.raises(ValueError, match="num_batches=-1; expected"):
+        init(3, num_batches=-1)
     with pytest.warns(UserWarning, match="one value a feature"):
         mabn(jnp.ones((1, 3)), params, state, train=True)

@@ -153,7 +153,9 @@ def test_what_is_empty_stays_so_without_a_warning(norm, shape):
     ("bad", "message"),
     [
         ({"num_groups": 4}, "num_groups=4 does not divide the 6 features.*divisor"),
-        ({"num_groups": 0}, "num_groups=0 does not divide"),
+        ({"num_groups": 0}, "num_groups=0; expected"),
+        ({"num_groups": None}, "num_groups=None; expected"),
+        ({"batch_axis": 0.5}, "batch_axis=0.5 is not an axis.*one integer"),
         ({"epsilon": 0}, "epsilon=0; expected a number greater than 0"),
         ({"feature_axis": 4}, "feature_axis=4"),
         ({"feature_axis": (1, 2)}, r"feature_axis=\(1, 2\).*one integer"),
@@ -165,6 +167,14 @@ def test_what_is_empty_stays_so_without_a_warning(norm, shape):
 def test_bad_arguments_are_refused(bad, message):
     with pytest.raises(ValueError, match=message):
         group_norm(X, PARAMS, **{"num_groups": 2, **bad})
+
+
+def test_axes_may_be_integers_of_numpy():
+    axis = np.int64(X.ndim - 1)
+    expected = group_norm(X, PARAMS, num_groups=2)
+    chex.assert_trees_all_equal(
+        group_norm(X, PARAMS, num_groups=2, feature_axis=axis), expected
+    )
 
 
 def test_bad_input_is_refused():

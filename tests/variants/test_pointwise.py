@@ -90,3 +90,12 @@ def test_bad_input_is_refused(norm, params):
         norm(X[:, :2], params, EMPTY, train=True)
     with pytest.raises(ValueError, match="rank 2 or more"):
         norm(X[0], params, EMPTY, train=True)
+    per_feature = params._replace(alpha=jnp.ones(3))
+    with pytest.raises(ValueError, match=r"alpha has shape \[3\]; expected a scalar"):
+        norm(X, per_feature, EMPTY, train=True)
+
+
+def test_parameters_of_dyt_are_not_those_of_derf():
+    params, _ = init_dyt(3)
+    with pytest.raises(TypeError, match="params is of type DyTParams.*alpha, shift"):
+        derf(X, params, EMPTY, train=True)

@@ -199,25 +199,6 @@ def chosen(
     return find
 
 
-def best(score: Score, among: Callable[[Any], bool]) -> Callable[[Runs], Choice]:
-    """Return a function that finds the trained choice with the highest mean score.
-
-    It is chosen on the same runs that it is then judged by, which favours it.
-
-    Args:
-      score: that counts.
-      among: whether a choice takes part.
-    """
-
-    def find(runs: Runs) -> Choice:
-        sums = {c: sum(_scores(runs, score, c)) for c in runs if among(c)}
-        if not sums:
-            raise NotTrained("none of the choices")
-        return max(sums, key=sums.__getitem__)
-
-    return find
-
-
 def _rows_together(runs: Runs, *choices: Choice) -> list[list[Row]]:
     """Return the rows of choices at the seeds that all of them have, in order."""
     rows = [runs.find(choice) for choice in choices]

@@ -10,10 +10,11 @@ from experiments import dropout, scores
 def configs_of(**choices):
     design = dropout.Design(**choices)
     arms = dropout.STUDY.arms_of(design)
-    return {arm: design.configs(choices) for arm, choices in arms.items()}
+    seeds = range(5, 5 + design.seeds)
+    return {arm: design.configs(choices, seeds) for arm, choices in arms.items()}
 
 
-ARMS = configs_of(epochs=5, seeds=3)
+ARMS = configs_of(epochs=3, seeds=3)
 # By arm: training loss, training accuracy, test accuracy, all by exact statistics.
 MADE_UP = {
     "none": (0.5, 0.75, 0.71875),
@@ -31,10 +32,11 @@ RATIO = {"norm_dropout_before": 0.25, "norm_dropout_after": 2.0}
 def row(arm, config):
     _, _, kind = arm.partition("-")
     loss, train, test = MADE_UP[kind]
-    loss += 0.1 * config.seed  # seeds differ, pairs of one do not
+    loss += 0.125 * (config.seed - 5)  # seeds differ, pairs of one do not
     found = {
         "arm": arm,
         "config": config.to_dict(),
+        "loss": [2.0] * (config.epochs - 1) + [loss],
         "train_accuracy": [0.25] * config.epochs,
         "test_accuracy": [0.125] * (config.epochs - 1) + [AVERAGE.get(kind, test)],
         "train_loss_average": loss,
@@ -54,18 +56,30 @@ def row(arm, config):
 
 def made_up():
     # Last seed first: pairs are made by seed, not by place.
-    return [row(arm, c) for arm, configs in ARMS.items() for c in reversed(configs)]
+    rows = [row(arm, c) for arm, configs in ARMS.items() for c in reversed(configs)]
+    # By the runs to choose by, dropout of .3 is the best, at its better rate.
+    rows += [
+        {
+            "arm": arm,
+            "config": {**configs[0].to_dict(), "learning_rate": rate},
+            "choosing": True,
+            "validation_accuracy": [0.75 if (arm[-2:], rate) == ("30", 1.0) else 0.5],
+        }
+        for arm, configs in ARMS.items()
+        for rate in (0.1, 1.0)
+    ]
+    return rows
 
 
 @pytest.mark.parametrize("arm", ARMS)
 def test_arm_is_a_sweep_over_seeds(arm):
     members.check(ARMS[arm])
-    assert [config.seed for config in ARMS[arm]] == [0, 1, 2]
+    assert [config.seed for config in ARMS[arm]] == [5, 6, 7]
 
 
 def test_arms_differ_in_norm_dropout_and_images_alone():
     assert len(ARMS) == 14
-    chapter = TrainConfig(epochs=5).to_dict()
+    chapter = TrainConfig(epochs=3, seed=5, model="lenet:activation=relu").to_dict()
     assert ARMS["all-batch_norm"][0].to_dict() == chapter
     varied = ("norm", "model", "train_examples", "epochs")
     for configs in ARMS.values():
@@ -73,13 +87,13 @@ def test_arms_differ_in_norm_dropout_and_images_alone():
         assert config | {name: chapter[name] for name in varied} == chapter
 
 
-def test_few_images_take_about_as_many_steps_as_all():
+def test_few_images_take_about_half_as_many_steps_as_all():
     few, all_images = (ARMS[f"{size}-none"][0] for size in ("few", "all"))
     steps = [
         n // few.batch_size * config.epochs
         for n, config in ((few.train_examples, few), (60_000, all_images))
     ]
-    assert steps == [1100, 1170]
+    assert steps == [330, 702]
 
 
 def test_design_has_the_rates_and_sizes_that_are_given():
@@ -88,6 +102,7 @@ def test_design_has_the_rates_and_sizes_that_are_given():
         dropout_rates=(0.25, 0.125),
         few_examples=2000,
         longer=3,
+        epochs=5,
     )
     few = {arm: c for arm, (c,) in arms.items() if arm.startswith("few")}
     assert {
@@ -140,7 +155,10 @@ def test_log_ratio_counts_a_variance_too_small_like_one_too_large():
         ("dropout of .5 slows", 1.0, "supported"),
         ("take the place of dropout, all", 0.0625, "supported"),  # to dropout .3
         ("take the place of dropout, few", 0.0625, "supported"),
-        ("on few images the gap is smaller", 0.125 - 0.03125, "refuted"),
+        # At a loss of .5, in the last of 30 epochs: of .75 and .71875, the 29 before
+        # having .125, the mean of three epochs.
+        ("at the same training loss", (0.75 - 0.71875) / 3, "supported"),
+        ("beside batch norm dropout still helps", 0.0, "refuted"),
         ("shifts its variance", math.log(4) - math.log(2), "supported"),
         ("before a norm hurts", -0.125, "supported"),
     ],
@@ -155,6 +173,20 @@ def test_verdict_is_on_the_difference_that_it_names(words, value, outcome):
 def test_best_rate_of_dropout_is_named():
     claims = [v.claim for v in dropout.STUDY.verdicts(made_up()) if "place" in v.claim]
     assert all("the best is dropout .3" in claim for claim in claims)
+
+
+def test_arms_are_compared_where_both_first_had_the_same_loss():
+    def run(arm, loss, accuracy):
+        config = {"seed": 5}
+        return {"arm": arm, "config": config, "loss": loss, "test_accuracy": accuracy}
+
+    fast = run("fast", [0.9, 0.5, 0.3, 0.2, 0.1, 0.05], [0.1, 0.2, 0.3, 0.4, 0.9, 0.9])
+    slow = run("slow", [1.0, 0.9, 0.6, 0.5, 0.4, None], [0.5] * 5 + [None])
+    runs = dropout.STUDY.runs([fast, slow])
+    # Both reach .4: in epochs 3 and 5.
+    found = dropout.at_equal_loss(runs, "fast", "slow")
+    assert found == [[pytest.approx((0.1 + 0.2 + 0.3 + 0.4 + 0.9) / 5)], [0.5]]
+    assert dropout.at_equal_loss(runs, "slow", "fast") == found[::-1]
 
 
 @pytest.mark.slow

@@ -74,9 +74,7 @@ def test_like_is_parameters_and_a_state(like):
 
 def test_layers_and_likes_are_given_by_name():
     entries = {"n": convert.to_nnx(LAYER)}
-    with pytest.raises(
-        TypeError, match="like is of type BatchNormLayer; expected a m"
-    ):
+    with pytest.raises(TypeError, match="like is of type BatchNormLayer; expected a m"):
         convert.layers_from("nnx", entries, {"n": "m"}, like=LAYER)
     with pytest.raises(TypeError, match="layers is of type list; expected a mapping"):
         convert.layers_into("nnx", entries, [LAYER], {"n": "m"})

@@ -52,12 +52,24 @@ class Run(NamedTuple):
         """Return the logits of images in prediction mode.
 
         Args:
-          images: `[N, H, W, C]` of the data set's H, W and C, as bytes: values from 0
-            to 255, of any dtype.
+          images: `[N, H, W, C]` of the data set's H, W and C, as bytes: integers from 0
+            to 255, which are scaled here as they were in training.
 
         Returns:
           Logits `[N, classes]`.
+
+        Raises:
+          ValueError: if images are of another shape, or no integers.
         """
+        images = images if isinstance(images, jax.Array) else np.asarray(images)
+        expected = self.network.image_shape
+        if images.shape[1:] != expected or not np.issubdtype(images.dtype, np.integer):
+            raise ValueError(
+                f"images of shape {list(images.shape)} and dtype {images.dtype}; "
+                f"expected bytes [N, {', '.join(map(str, expected))}], 0 to 255: of "
+                "images that are scaled already, run.network.model.apply("
+                "run.variables, images, train=False) gives the logits"
+            )
         return self.network.predict(self.variables, images)
 
 

@@ -23,10 +23,16 @@ def select(config: TrainConfig, data: data_lib.ImageData) -> data_lib.ImageData:
     """Return the part of a data set that a config trains and validates on.
 
     Raises:
+      TypeError: if data are none.
       DataError: if there are too few examples.
       ConfigError: if a batch is larger than the training set, or an option does not fit
         the images.
     """
+    if not isinstance(data, data_lib.ImageData):
+        raise TypeError(
+            f"data are a {type(data).__name__}; expected an ImageData, as "
+            'bn_jax.data.load("sample") returns it'
+        )
     data = data.with_validation(config.validation)
     data = data.with_train_examples(config.train_examples)
     num_examples = len(data.train.labels)

@@ -449,6 +449,18 @@ def test_variables_of_another_model_are_refused(run, finished, tmp_path):
         run_lib.load(copy)
 
 
+@pytest.mark.parametrize("change", [lambda x: x / np.float32(255), lambda x: x[0]])
+def test_images_that_are_no_bytes_of_the_runs_shape_are_refused(run, tiny_data, change):
+    with pytest.raises(ValueError, match=r"expected bytes \[N, .*, 0 to 255"):
+        run.predict(change(tiny_data.test.images))
+
+
+def test_data_given_by_name_are_refused(tiny_config, tmp_path):
+    with pytest.raises(TypeError, match=r"data are a str; .*bn_jax.data.load"):
+        run_lib.train(tiny_config, "sample", workdir=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_folder_of_another_kind_is_named(run, finished, tmp_path):
     with pytest.raises(RunError, match="holds a run, not a sweep; bn_jax.runs.load"):
         sweeps.load(finished)

@@ -1,12 +1,15 @@
 """Parity with PyTorch itself."""
 
+import doctest
 import functools
+from pathlib import Path
 
 import chex
 import numpy as np
 import pytest
 
-from bn_jax import convert, cumulative_momentum
+from bn_jax import convert, cumulative_momentum, models
+from bn_jax.linen import BatchNorm
 from convert_trainer import LEARNING_RATE, C, Ours, batches, check_parity, start
 from marks import slow_but
 
@@ -138,3 +141,42 @@ def test_parameters_that_are_trained_are_named_with_the_mend():
         convert.from_torch(entries)
     mended = {name: value.detach().float().cpu() for name, value in entries.items()}
     assert convert.from_torch(mended).params.scale.tolist() == [1] * C
+
+
+def chapters_lenet():
+    """The chapter's LeNet, after some training steps on noise."""
+    nn = torch.nn
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(1, 6, 5),
+        *(nn.BatchNorm2d(6), nn.Sigmoid(), nn.AvgPool2d(2)),
+        nn.Conv2d(6, 16, 5),
+        *(nn.BatchNorm2d(16), nn.Sigmoid(), nn.AvgPool2d(2), nn.Flatten()),
+        *(nn.Linear(256, 120), nn.BatchNorm1d(120), nn.Sigmoid()),
+        *(nn.Linear(120, 84), nn.BatchNorm1d(84), nn.Sigmoid(), nn.Linear(84, 10)),
+    )
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = net(torch.rand(16, 1, 28, 28)).square().sum()
+        loss.backward()
+        optimizer.step()
+    return net.eval()
+
+
+def test_recipe_brings_the_chapters_lenet_over():
+    net = chapters_lenet()
+    images = np.random.default_rng(0).random((3, 28, 28, 1), np.float32)
+    with torch.no_grad():
+        expected = net(torch.tensor(channels_first(images))).numpy()
+    recipes = Path(__file__).parents[2].joinpath("RECIPES.md").read_text()
+    section = recipes.split("## Bring the chapter's LeNet")[1].split("\n## ")[0]
+    known = {"BatchNorm": BatchNorm, "clothes": images, "models": models, "np": np}
+    known["state_dict"] = {k: v.numpy() for k, v in net.state_dict().items()}
+    # Without the lines that make a state dict and images.
+    made_here = ("shapes =", "state_dict", "for name", "clothes")
+    for example in doctest.DocTestParser().get_examples(section):
+        if not example.source.startswith(made_here):
+            exec(example.source, known)
+    got = known["lenet"].apply(known["of_lenet"], images, train=False)
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)

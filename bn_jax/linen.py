@@ -335,6 +335,7 @@ def _apply(
       initializers: of parameters by name, instead of the transform's own values.
       scale_offset: see `BatchNorm`.
     """
+    transforms.check_transform(transform)
     given = jnp.asarray(x)
     # Integers, too, as in Flax.
     x = given.astype(moments_lib.statistics_dtype(given.dtype))

@@ -411,6 +411,7 @@ class BatchNorm(nnx.Module):
 
 
 def _add_state(module: Any, transform: Transform, num_features: Any) -> None:
+    transforms.check_transform(transform)
     _, state = transform.init(num_features)
     for name, value in state._asdict().items():
         setattr(module, name, nnx.BatchStat(value))

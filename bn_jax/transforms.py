@@ -307,6 +307,19 @@ def is_batch_norm(spec: str) -> bool:
     return transform is not None
 
 
+def check_transform(given: Any) -> None:
+    """Refuse what is no transform.
+
+    Raises:
+      TypeError: naming it.
+    """
+    if not isinstance(given, Transform):
+        raise TypeError(
+            f"transform is {given!r}; expected one, such as bn_jax.transforms.group(): "
+            "of a name, the function norm of the module makes a layer"
+        )
+
+
 def as_batch(
     x: Array,
     feature_axis: int | Sequence[int],
@@ -323,7 +336,8 @@ def as_batch(
       weights: of the examples or positions; given instead of `mask`.
 
     Raises:
-      ValueError: if both mask and weights are given, or there is no such axis.
+      ValueError: if both mask and weights are given, a mask does not broadcast, or
+        there is no such axis.
     """
     if mask is not None and weights is not None:
         raise ValueError("mask and weights are both given; give one of them")
@@ -333,6 +347,13 @@ def as_batch(
         x = x[None]
     if mask is not None:
         weights = jnp.asarray(mask, bool)
+        sizes = zip(weights.shape[::-1], x.shape[::-1], strict=False)
+        if weights.ndim > x.ndim or any(m not in (1, n) for m, n in sizes):
+            raise ValueError(
+                f"mask of shape {list(weights.shape)} does not broadcast to x of shape "
+                f"{list(x.shape)}; of one value an example make [N, 1, ...], or give "
+                "weights, which may be [N, 1, 1] for [N, H, W, C]"
+            )
     if weights is not None and (is_example or mask is not None):
         weights = jnp.asarray(weights)
         weights = weights.reshape((1,) * (x.ndim - weights.ndim) + weights.shape)

@@ -410,6 +410,23 @@ def test_traced_choices_are_refused(choice):
             jax.jit(call)(True)
 
 
+@pytest.mark.parametrize("spec", ["group", linen_lib.BatchNorm])
+def test_layer_of_what_is_no_transform_is_refused(spec):
+    with pytest.raises(TypeError, match="transform is .*; expected one, such as"):
+        linen_lib.Norm(spec).init(KEY, X)
+    with pytest.raises(TypeError, match="transform is .*; expected one, such as"):
+        nnx_lib.Norm(6, spec)
+
+
+def test_mask_that_does_not_broadcast_is_refused_by_its_own_shape():
+    x, mask = jnp.ones((8, 3, 3, 6)), jnp.ones(8, bool)
+    layer = linen_lib.BatchNorm(use_running_average=False)
+    with pytest.raises(ValueError, match=r"mask of shape \[8\] does not broadcast to"):
+        layer.init(KEY, x, mask=mask)
+    layer.init(KEY, x, mask=mask[:, None, None, None])
+    layer.init(KEY, x, mask=jnp.ones((3, 6), bool))
+
+
 def test_nnx_layer_of_several_feature_axes_is_refused():
     with pytest.raises(ValueError, match=r"num_features=\(2, 3\).*one integer"):
         nnx_lib.BatchNorm((2, 3), rngs=nnx.Rngs(0))

@@ -145,7 +145,13 @@ def _gap(
     }
     loss, accuracy = {}, {}
     for name, logits_of in ways.items():
-        logits = jnp.concatenate([logits_of(x) for x in _batches(inputs, batch_size)])
+        outputs = [logits_of(x) for x in _batches(inputs, batch_size)]
+        if not isinstance(outputs[0], Array):
+            raise ValueError(
+                f"the model gives a {type(outputs[0]).__name__}; expected logits, [N, "
+                "classes], alone: give a function that returns them"
+            )
+        logits = jnp.concatenate(outputs)
         _check_labels(labels, logits)
         log_p = jax.nn.log_softmax(logits)
         of_label = jnp.take_along_axis(log_p, labels[:, None], axis=1)

@@ -89,7 +89,7 @@ def sweep(
       workdir: receives config.json, environment.json, runs.jsonl (a row per member, as
         `Sweep.rows`), results.json, the members' variables, stacked, and sweep.png.
       model: the user's own; see `run.train`.
-      options: how to carry it out; by default on one device, unlike `RunOptions()`,
+      options: as of `run.train`; by default on one device, unlike `RunOptions()`,
         which is on all. A sweep is neither streamed nor logged.
       exact: see `Sweep.rows`.
       train: see `Sweep.rows`.
@@ -102,6 +102,7 @@ def sweep(
       error. Those of a finished sweep are read.
 
     Raises:
+      TypeError: if configs are none.
       RunError: if `workdir` cannot take this sweep, or be written; nothing is
         overwritten.
       ConfigError: if configs do not make a sweep, do not fit the data or the model, or
@@ -123,6 +124,13 @@ def sweep(
     """
     options = options or RunOptions(devices="1")
     workdir = paths.local(workdir, "workdir")
+    if not isinstance(configs, Sequence) or not all(
+        isinstance(config, TrainConfig) for config in configs
+    ):
+        raise TypeError(
+            f"configs are a {type(configs).__name__}; expected a list of TrainConfig, "
+            "one for each member"
+        )
     if model is not None:
         configs = [own_models.named(config, model) for config in configs]
     whole = check(configs, data, model=model)

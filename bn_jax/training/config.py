@@ -62,6 +62,7 @@ _EVERY = Range(
 class TrainConfig:
     """A training run, complete and hashable; the defaults are the chapter's.
 
+    Each field is a flag of `python -m experiments.train`; its --help says what it does.
     Fields that name something take a name with options, `name:key=value,...`, and hold
     it in one canonical form: options in their order, defaults left out.
 

@@ -105,6 +105,24 @@ def test_labels_that_are_no_classes_are_refused(labels, message):
         gap(model, variables, x, labels, measure_on=x, batch_size=2)
 
 
+def test_model_that_returns_more_than_logits_is_refused():
+    x = jnp.ones((4, 2))
+    variables = Classifier().init(jax.random.key(0), x, train=False)
+
+    def logits_and_more(variables, x):
+        return predict(Classifier(), variables, x), x
+
+    with pytest.raises(ValueError, match="gives a tuple; expected logits, .* alone"):
+        gap(
+            logits_and_more,
+            variables,
+            x,
+            jnp.zeros(4, int),
+            measure_on=x,
+            batch_size=2,
+        )
+
+
 def test_outputs_that_are_no_logits_are_refused():
     x, model = jnp.ones((4, 3, 2)), Classifier()
     variables = jax.jit(functools.partial(model.init, train=False))(

@@ -10,7 +10,7 @@ from bn_jax.fields import ConfigError
 from bn_jax.runs import parts, results, sweeps
 from bn_jax.runs.results import RunError
 from bn_jax.runs.sweeps import Part
-from bn_jax.training.config import RunOptions
+from bn_jax.training.config import RunOptions, TrainConfig
 from bn_jax.training.members import parse
 
 OPTIONS = RunOptions(devices="1")
@@ -127,3 +127,10 @@ def test_finished_sweeps_and_parts_go_on_with_more_epochs(tmp_path, configs, tin
     longer = [dataclasses.replace(config, epochs=2) for config in linear]
     with pytest.raises(RunError, match="has other learning rates from the start"):
         sweeps.sweep(longer, tiny_data, workdir=tmp_path / "linear", options=OPTIONS)
+
+
+@pytest.mark.parametrize("configs", [{"learning_rate": [0.1]}, TrainConfig(), ["a"]])
+def test_what_are_no_configs_is_refused(configs, tiny_data, tmp_path):
+    with pytest.raises(TypeError, match="expected a list of TrainConfig, one for each"):
+        sweeps.sweep(configs, tiny_data, workdir=tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -48,6 +48,7 @@ def listing() -> str:
         ]
     others = {k: v for k, v in commands().items() if k not in report.studies()}
     width = max(map(len, others), default=0)
+    lines += ["", "Each is tried in a minute with --smoke; --help lists its flags."]
     lines += ["", "Other commands, by the same `python -m experiments NAME`:"]
     lines += [f"  {name:{width}}  {line}" for name, line in others.items()]
     return "\n".join(lines)

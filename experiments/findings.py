@@ -25,8 +25,9 @@ LINES = (
     "classify more of the test set, by a share of {headline.exact} of its images. "
     "Averages of momentum .99 end farther from them than those of .9, by "
     "{options.distance}.",
-    "**Which rates work.** The band of rates that reach an accuracy of .5 is wider by "
-    "{learning_rates.width_50} decades.",
+    "**Which rates work.** The largest rate that trains to a loss below .6 nats is "
+    "{learning_rates.ratio_loss} decades above that without norm; the band of rates "
+    "that reach an accuracy of .5 is wider by {learning_rates.width_50} decades.",
     "**Why large rates work.** Weights and gradient are orthogonal (mean |cosine| "
     "{scale_invariance.cosine}; without norm {scale_invariance.cosine_without}), so "
     "that weights grow until the rate fits: effective rates of rates that are two "

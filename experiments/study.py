@@ -126,12 +126,11 @@ class Study:
       design: a dataclass of what is chosen, with a flag for each field.
       arms: what is trained, from each seed; or a function of the design that returns
         it. An arm is one sweep: its runs may differ only in what a sweep can vary.
-      choosing: arms among which claims, or `more_arms`, choose. They are trained on
-        seeds of their own, with a part of the training images left out to choose by.
+      choosing: arms among which claims choose. They are trained on seeds of their own,
+        with a part of the training images left out to choose by.
       rates: by arm, learning rates that it is tried at in that way; or a function of
         the design that returns them. The arm is then trained at the one of the highest
         validation accuracy. Other arms have the rate that their fields say.
-      more_arms: returns further arms, from the design and the runs of the first look.
       looks: when claims are judged.
       choice: the name, or other key, by which claims and figures know a run.
       claims: written before the runs.
@@ -151,7 +150,6 @@ class Study:
     arms: Arms | Callable[[Any], Arms]
     choosing: Arms = dataclasses.field(default_factory=dict)
     rates: Rates | Callable[[Any], Rates] = dataclasses.field(default_factory=dict)
-    more_arms: Callable[[Any, Runs], Arms] = lambda design, runs: {}
     looks: Looks = sequential.LOOKS
     choice: Callable[[Row], Any] = arm_of
     claims: Sequence[Claim]
@@ -251,10 +249,6 @@ def run(study: Study, design: Design, folder: Path) -> None:
         print(f"look at {count} seeds: {len(wanted)} settings", flush=True)
         seeds = range(looks.first_seed, looks.first_seed + count)
         trainer.reach(arms, wanted, seeds)
-        if count == looks.seeds[0]:
-            more = study.more_arms(design, study.runs([*chosen, *trainer.rows]))
-            trainer.reach(more, _settings(more), seeds)
-            arms.update(more)
         rows = [*chosen, *trainer.rows]
         verdicts = study.verdicts(rows)
         wanted = _undecided(study, verdicts, trainer.trained)
@@ -273,7 +267,12 @@ def run(study: Study, design: Design, folder: Path) -> None:
     results.write_json(folder / results.RESULTS, summary)
     study.draw(rows, folder)
     _print(verdicts)
+    needed = study.looks.seeds[0]
+    if design.seeds < needed:
+        print(f"a try: claims are judged from {needed} seeds, here of {design.seeds}")
     print(f"written to {folder}: {ROWS}, {results.RESULTS}, figures")
+    if study.measure is None:
+        print(f"trained runs, which studies share, are in {trainer.pool}")
 
 
 def _settings(arms: Arms) -> set[Setting]:
@@ -302,6 +301,7 @@ class _Trainer:
 
     Attributes:
       trained: the rows of each setting, in order of seeds.
+      pool: the folder of the runs that studies share.
     """
 
     def __init__(
@@ -312,7 +312,8 @@ class _Trainer:
         self._choosing_seeds = CHOOSING_SEEDS[: design.seeds]
         options = flag_fields.read(RunOptions, flags.FLAGS)
         pool = flags.FLAGS.pool
-        self._pool = Pool(Path(pool) if pool else folder.parent / "pool", options)
+        self.pool = Path(pool) if pool else folder.parent / "pool"
+        self._pool = Pool(self.pool, options)
         self.trained: dict[Setting, list[Row]] = collections.defaultdict(list)
 
     @property

@@ -84,9 +84,10 @@ def main(argv: Sequence[str]) -> None:
     launch.check_no_arguments(argv)
     given = flags.FLAGS
     if (given.workdir is None) == (given.load is None):
+        given_both = "" if given.load is None else "both are given; "
         raise ConfigError(
-            "give --workdir=DIR to train into a folder, or --load=DIR to evaluate what "
-            "a run left there; --help lists all flags"
+            f"{given_both}give --workdir=DIR to train into a folder, or --load=DIR to "
+            "evaluate what a run left there; --help lists all flags"
         )
     if given.load is not None:
         fields = (*dataclasses.fields(TrainConfig), *dataclasses.fields(RunOptions))

@@ -36,9 +36,9 @@ class Design(study.Design):
     batch_size: int = fields.option_of(study.Design, "batch_size", 3000)
     step: float = fields.option(0.1, "Of the rate.", valid=fields.POSITIVE)
 
-def second(design, runs):
-    rate = design.step * len(runs.rows)
-    return {"second": [{"learning_rate": rate, "norm": "none"}]}
+def arms(design):
+    none = {"learning_rate": 2 * design.step, "norm": "none"}
+    return {"large": [{}], "first": [{}], "second": [none]}
 
 def probe(row, variables, data):
     return {"gammas": len(variables["params"].get("norm1", {}).get("scale", []))}
@@ -48,15 +48,14 @@ def learns(arm):
     return Claim(f"{arm} learns", "loss", value=value, above=0, reason="")
 
 study.start(study.Study(
-    name="made_up", design=Design, arms={"large": [{}], "first": [{}]},
-    more_arms=second, claims=[learns("large"), learns("first")],
+    name="made_up", design=Design, arms=arms, claims=[learns("large"), learns("first")],
     figures={
         "figure.txt": Figure(
             lambda runs, path: path.write_text(f"{len(runs.rows)} rows")
         )
     },
     probe=probe, summary=lambda runs: {"more": len(runs)},
-    smoke={"arms": ("first",)},
+    smoke={"arms": ("first", "second")},
 ))
 """
 
@@ -89,7 +88,7 @@ def test_study_trains_judges_and_draws(made_up, tmp_path):
     mean = (rows[0]["loss"][-1] + rows[1]["loss"][-1]) / 2
     assert verdict["value"] == pytest.approx(mean)
     assert results["more"] == 2
-    assert results["arms"] == ["first"]
+    assert results["arms"] == ["first", "second"]
     config = json.loads((folder / "config.json").read_text())
     assert config == {
         "experiment": "made_up",
@@ -97,11 +96,13 @@ def test_study_trains_judges_and_draws(made_up, tmp_path):
         "seeds": 2,
         "dataset": "sample",
         "batch_size": 3000,
-        "arms": ["first"],
+        "arms": ["first", "second"],
         "step": 0.1,
     }
     assert results["seconds"] > 0
     assert f"{verdict['verdict']}: first learns" in said
+    assert "a try: claims are judged from 5 seeds, here of 2" in said
+    assert "which studies share, are in pool" in said
 
     # Finished runs are read, and everything is written again.
     (folder / "results.json").unlink()
@@ -130,7 +131,7 @@ def measure(arm, folder, configs, data):
 def probe""",
     )
     (tmp_path / "made_up.py").write_text(measured)
-    said = made_up("--smoke", "--arms=large", "--step=0.25")
+    said = made_up("--smoke", "--arms=large,second", "--step=0.25")
     rows = results_lib.read_rows(tmp_path / "run" / "runs.jsonl")
     assert [row["arm"] for row in rows] == ["large"] * 2 + ["second"] * 2
     assert rows[2]["config"]["learning_rate"] == 0.5
@@ -180,8 +181,9 @@ def test_help_lists_the_flags_of_the_design(made_up, capsys):
     for flag in ("--epochs", "--arms", "--step", "--devices", "--[no]plot_only"):
         assert f"\n  {flag}: " in listed
     words = " ".join(listed.split())
-    assert "Arms: large, first." in words
-    assert "where not given: epochs 1, seeds 2, dataset sample, arms first." in words
+    assert "Arms: large, first, second." in words
+    defaults = "where not given: epochs 1, seeds 2, dataset sample, arms first,second."
+    assert defaults in words
 
 
 def test_plots_of_no_run_are_refused(made_up):

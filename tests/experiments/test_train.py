@@ -202,7 +202,7 @@ def test_file_that_cannot_be_read_ends_in_a_line_and_leaves_no_folder(
     ("arguments", "message"),
     [
         ([], "give --workdir=DIR to train"),
-        (["--workdir=a", "--load=b"], "give --workdir=DIR to train"),
+        (["--workdir=a", "--load=b"], "both are given; give --workdir=DIR to train"),
         (["--load=nowhere"], "no config.json in nowhere"),
         (["--load=a", "--norm=none"], "so leave out --norm"),
         (

@@ -295,7 +295,7 @@ def test_index_says_what_studies_found_with_their_numbers(monkeypatch):
     line, unknown = report.summary(report.recorded())
     verdict = report.recorded()["headline"]["verdicts"][0]
     assert line == f"- The loss is {report.number(verdict)}, of all rates."
-    of_dropout = report.recorded()["dropout"]["verdicts"][2]
+    of_dropout = report.recorded()["dropout"]["verdicts"][4]
     assert of_dropout["verdict"] == "undecided"
     assert of_dropout["claim"] in unknown
 

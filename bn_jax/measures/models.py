@@ -57,6 +57,11 @@ def _resolve(model: Any, variables: Any) -> tuple[Predict, Any]:
             state = variables
         check_variables(state)
         return _NnxPredict(graph), state
+    if isinstance(model, type):
+        raise ValueError(
+            f"the model is the class {model.__name__}; give a module made of it, or a "
+            "function of variables and inputs"
+        )
     if nnx is not None and isinstance(variables, nnx.Module):
         graph, state = nnx.split(variables)
         return _NnxPredict(graph, model), state
@@ -68,18 +73,12 @@ def _resolve(model: Any, variables: Any) -> tuple[Predict, Any]:
                 "batch_stats": variables.batch_stats,
             }
         return _LinenPredict(model), variables
-    if not callable(model) or isinstance(model, type):
+    if not callable(model):
         raise ValueError(
-            f"the model is {_described(model)}; expected a function of variables and "
-            "inputs that applies it in prediction mode, a Linen or an NNX module"
+            f"the model is a {type(model).__name__}; expected a function of variables "
+            "and inputs that applies it in prediction mode, a Linen or an NNX module"
         )
     return model, variables
-
-
-def _described(model: Any) -> str:
-    if isinstance(model, type):
-        return f"the class {model.__name__}, not a module made of it"
-    return f"a {type(model).__name__}"
 
 
 def check_array(name: str, value: Any) -> None:

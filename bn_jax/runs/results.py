@@ -230,6 +230,11 @@ def check_finished(workdir: Path, *, others: Sequence[str]) -> dict[str, Any]:
     Raises:
       RunError: naming the file that is missing or damaged, or if the run has not ended.
     """
+    if not (workdir / RESULTS).exists() and (workdir / CONFIG).exists():
+        raise RunError(
+            f"the run in {workdir} has not ended; train it again with the same "
+            "config, and it goes on from its last checkpoint"
+        )
     read_object(workdir / RESULTS)  # says of a folder without one what it is
     known = read_object(workdir / CHECKSUMS)
     files, arrays = known.get("files"), known.get("arrays")

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from flax.traverse_util import flatten_dict
 
 from bn_jax import data as data_lib
@@ -24,7 +25,7 @@ def select(config: TrainConfig, data: data_lib.ImageData) -> data_lib.ImageData:
 
     Raises:
       TypeError: if data are none.
-      DataError: if there are too few examples.
+      DataError: if there are too few examples, or images are no bytes.
       ConfigError: if a batch is larger than the training set, or an option does not fit
         the images.
     """
@@ -33,6 +34,12 @@ def select(config: TrainConfig, data: data_lib.ImageData) -> data_lib.ImageData:
             f"data are a {type(data).__name__}; expected an ImageData, as "
             'bn_jax.data.load("sample") returns it'
         )
+    for images in (data.train.images, data.test.images):
+        if images.dtype != np.uint8:
+            raise data_lib.DataError(
+                f"images have dtype {images.dtype}; expected bytes, uint8, as training "
+                "scales them itself: give them as they were before any scaling"
+            )
     data = data.with_validation(config.validation)
     data = data.with_train_examples(config.train_examples)
     num_examples = len(data.train.labels)

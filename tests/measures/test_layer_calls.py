@@ -303,7 +303,7 @@ def test_labels_sets_sizes_and_models_that_are_none_are_refused():
     for changes, message in (
         ({"labels": None}, "labels are a NoneType; expected an array"),
         ({"measure_on": None}, "measure_on are a NoneType; expected an array"),
-        ({"model": type(model)}, "the model is the class Net, not a module made of it"),
+        ({"model": type(model)}, "the model is the class Net; give a module made"),
         ({"batch_size": 8.0}, "batch_size=8.0; expected an integer"),
     ):
         given = {"model": model, "labels": LABELS, "measure_on": X, "batch_size": 8}

@@ -412,7 +412,10 @@ def test_run_without_norm_has_no_gamma_and_no_gap(tmp_path, tiny_config, tiny_da
     ("damage", "message"),
     [
         (lambda d: shutil.rmtree(d / "variables"), "no folder variables in"),
-        (lambda d: (d / "results.json").unlink(), "no results.json in"),
+        (
+            lambda d: (d / "results.json").unlink(),
+            "the run in .* has not ended; train it",
+        ),
         (
             lambda d: (d / "config.json").write_text('{"epochs": '),
             "config.json.*damaged",
@@ -453,6 +456,17 @@ def test_variables_of_another_model_are_refused(run, finished, tmp_path):
 def test_images_that_are_no_bytes_of_the_runs_shape_are_refused(run, tiny_data, change):
     with pytest.raises(ValueError, match=r"expected bytes \[N, .*, 0 to 255"):
         run.predict(change(tiny_data.test.images))
+
+
+def test_images_that_are_scaled_already_are_refused(tiny_config, tiny_data, tmp_path):
+    images, labels = tiny_data.train
+    scaled = tiny_data.train._replace(images=images / np.float32(255), labels=labels)
+    data = dataclasses.replace(tiny_data, train=scaled)
+    with pytest.raises(
+        data_lib.DataError, match="dtype float32; expected bytes, uint8"
+    ):
+        run_lib.train(tiny_config, data, workdir=tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_data_given_by_name_are_refused(tiny_config, tmp_path):

@@ -111,7 +111,7 @@ def test_ghosts_within_sync_share_statistics_with_the_same_part_of_other_devices
     ("size", "axis", "message"),
     [
         (3, 0, "ghost_batch_size=3 does not divide the batch of 8.*drop the last 2"),
-        (0, 0, "ghost_batch_size=0 does not divide"),
+        (0, 0, "ghost_batch_size=0; expected a positive"),
         (16, 0, "ghost_batch_size=16 does not divide the batch of 8"),
         (2, -1, "batch_axis=-1 .* feature axis"),
         (2, 5, "batch_axis=5 .* no axis"),

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 from bn_jax import paths
 from bn_jax.runs import results
-from bn_jax.runs.results import RunError
 
 _BY_EPOCH = ("loss", "train_accuracy", "validation_accuracy", "test_accuracy")
 _AT_THE_END = ("test_loss_exact", "test_accuracy_exact")
@@ -43,11 +42,7 @@ def read(folder: str | Path) -> list[Member]:
         results.check_finished(folder, others=results.OF_A_SWEEP)
         rows = results.read_rows(folder / results.ROWS)
         return [Member(folder, row["config"], row) for row in rows]
-    if "experiment" in config:
-        raise RunError(
-            f"{folder} holds the experiment {config['experiment']!r}, which has "
-            "figures of its own; give folders of runs and sweeps"
-        )
+    results.check_no_experiment(folder, config)
     results.check_finished(folder, others=results.OF_A_RUN)
     summary = results.read_object(folder / results.RESULTS)
     metrics = results.read_metrics(folder)
@@ -102,7 +97,11 @@ def table(groups: Mapping[str, Sequence[Member]]) -> str:
     scores = [name for name in _SCORES if any(name in row for row in rows)]
     lines = [["run", "n", *(_SCORES[name] for name in scores)]]
     for label, members in groups.items():
-        cells = [_cell([_last(m.row.get(name)) for m in members]) for name in scores]
+        # What a row lacks was not measured; None in it is of a run that diverged.
+        cells = [
+            _cell([_last(m.row[name]) for m in members if name in m.row])
+            for name in scores
+        ]
         lines.append([label, str(len(members)), *cells])
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     lines.insert(1, ["-" * width for width in widths])

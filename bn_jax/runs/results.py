@@ -233,7 +233,7 @@ def check_finished(workdir: Path, *, others: Sequence[str]) -> dict[str, Any]:
     if not (workdir / RESULTS).exists() and (workdir / CONFIG).exists():
         raise RunError(
             f"the run in {workdir} has not ended; train it again with the same "
-            "config, and it goes on from its last checkpoint"
+            "config to go on from its last checkpoint"
         )
     read_object(workdir / RESULTS)  # says of a folder without one what it is
     known = read_object(workdir / CHECKSUMS)

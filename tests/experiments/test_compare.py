@@ -95,3 +95,22 @@ def test_what_cannot_be_compared_is_named(arguments, message, command, tmp_path)
         command(*arguments, "--workdir=out")
     assert re.match(f"error: {message}", ended.value.code)
     assert not any(tmp_path.iterdir())
+
+
+def test_what_was_not_measured_is_no_divergence():
+    def group(**row):
+        return [compare_lib.Member(Path(), {}, {"loss": [1.0], **row})] * 2
+
+    table = lines(
+        compare_lib.table(
+            {
+                "layer": group(),
+                "batch_norm": group(test_accuracy_exact=0.5),
+                "diverged": group(test_accuracy_exact=None),
+            }
+        )
+    )
+    exact = {label: cells[-1] for label, cells in table.items()}
+    assert exact["layer"] == "-"
+    assert exact["batch_norm"].startswith("0.5000")
+    assert exact["diverged"] == "diverged"

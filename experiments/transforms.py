@@ -48,12 +48,14 @@ from typing import Any
 
 import numpy as np
 
+from bn_jax.data import ImageData
 from experiments import scores, study
 from experiments.claims import LOSS_DIFFERENCE, THE_SIGN, Claim
 from experiments.estimate import exactly, largest, mean, paired, spread_of
 from experiments.figures import figure, spreads
 from experiments.intervals import LOG
 from experiments.measurements.covariance import SHOWN, covariances
+from experiments.measurements.step_time import to_batch_norm
 from experiments.scores import Row, Runs
 
 ITERNORM = [f"iternorm-16-{steps}" for steps in (1, 3, 5, 7)]
@@ -107,13 +109,6 @@ def loses(arm: str, name: str, other: str = "batch_norm") -> Claim:
     )
 
 
-def slowdown(runs: Runs) -> float:
-    norm, zca = (
-        runs[arm][0]["examples_per_second"] for arm in ("batch_norm", "zca-16")
-    )
-    return norm / zca
-
-
 def convergence(runs: Runs) -> float:
     """Return the largest ratio of IterNorm's distances to those two steps before."""
     of_arms = [runs[arm] for arm in ITERNORM]
@@ -122,6 +117,17 @@ def convergence(runs: Runs) -> float:
         for of_seed in zip(*of_arms, strict=True)
         for a, b in itertools.pairwise(of_seed)
     )
+
+
+def probe(row: Row, variables: Any, data: ImageData) -> Row:
+    """Return the covariances that a run's norm leaves, and the time of its step."""
+    return {
+        **covariances(row, variables, data),
+        "step_time": to_batch_norm(row, data),
+    }
+
+
+step_time = scores.final("step_time")
 
 
 def own_less_moving(row: Row) -> float:
@@ -165,9 +171,9 @@ CLAIMS = (
     ),
     Claim(
         "it costs more time a step",
-        "ratio of examples a second, batch norm to ZCA",
+        "time of a step, ratio to batch norm's, by turns",
         key="slowdown",
-        value=exactly(slowdown),
+        value=mean(step_time, "zca-16", scale=LOG),
         above=1.1,
         reason="a tenth, beyond what the machine's speed varies by",
     ),
@@ -256,20 +262,17 @@ def at_equal_time(runs: Runs, arm: str) -> list[float]:
     An epoch's loss is taken for that at its end, with straight lines between; NaN where
     the arm is not through its first epoch by then.
     """
-    norm = runs["batch_norm"][0]
-    epochs = np.arange(1, len(norm["loss"]) + 1)
-    speed = runs[arm][0]["examples_per_second"] / norm["examples_per_second"]
-    losses = [[math.nan if v is None else v for v in row["loss"]] for row in runs[arm]]
-    return [
-        float(np.interp(speed * epochs[-1], epochs, loss, left=math.nan))
-        for loss in losses
-    ]
+    found = []
+    for row in runs[arm]:
+        losses = [math.nan if loss is None else loss for loss in row["loss"]]
+        epochs = np.arange(1, len(losses) + 1)
+        trained = epochs[-1] / step_time(row)
+        found.append(float(np.interp(trained, epochs, losses, left=math.nan)))
+    return found
 
 
 def summary(runs: Runs) -> Row:
     """Return each arm's mean loss in the time that batch norm's epochs take."""
-    if "batch_norm" not in runs:
-        return {}
     means = {arm: spread_of(at_equal_time(runs, arm)).value for arm in runs}
     return {
         "loss_at_equal_time": {
@@ -359,7 +362,7 @@ STUDY = study.Study(
             "on other images than those it was measured on.",
         ),
     },
-    probe=covariances,
+    probe=probe,
     summary=summary,
     smoke={"arms": ("batch_norm", "layer", "zca-16")},
 )

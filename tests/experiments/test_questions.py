@@ -27,7 +27,7 @@ from experiments import (
     transforms,
     which_layers,
 )
-from experiments.measurements import biases, covariance, weights
+from experiments.measurements import biases, covariance, step_time, weights
 
 
 def outcome(module, rows, claim):
@@ -406,6 +406,37 @@ def test_features_are_those_before_the_norm_of_the_first_dense_layer():
 def test_layer_without_a_norm_has_no_covariance():
     config = TrainConfig(model="lenet:norm_layers=1100").to_dict()
     assert covariance.covariances({"config": config}, None, None) == {}
+
+
+def test_time_of_a_step_is_the_median_over_rounds_of_the_ratio(monkeypatch):
+    seconds = {
+        "scale": iter([1.0, 4.0, 3.0, 6.0, 90.0]),
+        "batch_norm": iter([1, 2] * 3),
+    }
+    monkeypatch.setattr(step_time, "_epochs", lambda norm, model, data: seconds[norm])
+    row = {"config": TrainConfig(norm="scale").to_dict()}
+    assert step_time.to_batch_norm(row, None) == 3.0  # of 1, 2, 3, 3 and 90
+
+
+@pytest.mark.slow
+def test_steps_of_both_networks_are_timed():
+    data = data_lib.load("sample")
+    row = {"config": TrainConfig(model="mlp:widths=8").to_dict()}
+    assert step_time.to_batch_norm(row, data) > 0
+
+
+def test_loss_in_batch_norms_time_lies_between_epochs():
+    def row(arm, time, loss):
+        return {"arm": arm, "config": {"seed": 0}, "step_time": time, "loss": loss}
+
+    rows = [
+        row("batch_norm", 1.0, [3.0, 2.0, 1.0]),
+        row("zca-16", 2.0, [2.0, 1.0, 0.5]),
+    ]
+    runs = transforms.STUDY.runs([*rows, row("pca-16", 4.0, [1.0, 1.0, 1.0])])
+    assert transforms.at_equal_time(runs, "batch_norm") == [1.0]
+    assert transforms.at_equal_time(runs, "zca-16") == [1.5]  # after 1.5 epochs
+    assert math.isnan(transforms.at_equal_time(runs, "pca-16")[0])
 
 
 # Designs: each choice that has a flag reaches the runs.

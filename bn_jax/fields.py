@@ -32,6 +32,15 @@ BELOW_1 = Range("a number in [0, 1)", lambda v: 0 <= v < 1)
 SHARE = Range("a number in [0, 1]", lambda v: 0 <= v <= 1)
 
 
+# What a text has to write, by type of the value.
+WORDS: dict[type, str] = {
+    bool: "true or false",
+    int: "an integer",
+    float: "a number",
+    str: "a text",
+}
+
+
 def option(
     default: Any,
     help: str,
@@ -120,5 +129,4 @@ def parse(field: dataclasses.Field[Any], text: str) -> Any:
     try:
         return known[text.lower()] if kind is bool else kind(text)
     except (KeyError, ValueError):
-        words = "true or false" if kind is bool else kind.__name__
-        raise ConfigError(f"{field.name}={text!r}; expected {words}") from None
+        raise ConfigError(f"{field.name}={text!r}; expected {WORDS[kind]}") from None

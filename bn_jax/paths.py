@@ -17,10 +17,14 @@ def local(path: str | os.PathLike[str], name: str) -> Path:
       name: of the argument, for messages.
 
     Raises:
-      ConfigError: if it is an address of a store, holds bytes that are no text, or
-        names a user that there is not.
+      ConfigError: if it is empty, is an address of a store, holds bytes that are no
+        text, or names a user that there is not.
     """
     text = os.fspath(path)
+    if not text:
+        raise ConfigError(
+            f"{name}={text!r} names no folder; give its path, or '.' for this one"
+        )
     store = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", text)
     if store is not None:
         raise ConfigError(

@@ -307,6 +307,23 @@ def is_batch_norm(spec: str) -> bool:
     return transform is not None
 
 
+def keeps_statistics(spec: str) -> bool:
+    """Return whether a norm, by name, keeps moving statistics.
+
+    Raises:
+      ConfigError: if there is no such name or option, or a value is out of range.
+
+    Examples:
+      >>> keeps_statistics("renorm"), keeps_statistics("layer")
+      (True, False)
+    """
+    transform = NORMS.make(spec)
+    if not isinstance(transform, Transform):
+        return transform is not None
+    _, state = jax.eval_shape(functools.partial(transform.init, 64))
+    return bool(jax.tree.leaves(state))
+
+
 def check_transform(given: Any) -> None:
     """Refuse what is no transform.
 

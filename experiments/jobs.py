@@ -236,7 +236,7 @@ def run(
             new, waiting = waiting[:room], waiting[room:]
             if new:
                 of_parts = [[*arguments, f"--part={p.number}/{total}"] for p in new]
-                made = executor.map_array(Job(), of_parts)
+                made = _submit(executor, of_parts)
                 submitted.add({p: j.job_id for p, j in zip(new, made, strict=True)})
                 jobs |= {job.job_id: job for job in made}
                 continue
@@ -249,6 +249,23 @@ def run(
         left = unfinished()
         if left:
             raise RunError(_ended_early(left, submitted, logs))
+
+
+def _submit(executor: Any, of_parts: Sequence[Sequence[str]]) -> list[Any]:
+    """Submit a job for each part, given its flags; return submitit's jobs.
+
+    Raises:
+      RunError: if they are not taken, with what was said of it.
+    """
+    try:
+        made: list[Any] = executor.map_array(Job(), of_parts)
+        return made
+    except (OSError, RuntimeError) as error:  # of starting sbatch, and of its answer
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        raise RunError(
+            f"jobs were not submitted: {lines[-1] if lines else type(error).__name__}; "
+            "change the options of --launcher, see --help, and the same command goes on"
+        ) from error
 
 
 def _stop(launcher: Launcher, jobs: Sequence[Any], signum: int) -> None:

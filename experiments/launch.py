@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import io
 import logging as std_logging
 import os
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from absl import app, flags, logging
 
-from bn_jax import paths
+from bn_jax import fields, paths
 from bn_jax.fields import ConfigError
 from bn_jax.training.config import RunOptions
 from experiments import flag_fields
@@ -215,7 +216,11 @@ def load_data(name: str) -> ImageData:
     data = data_lib.load(
         name, data_dir=flags.FLAGS.data_dir, data_files=flags.FLAGS.data_files
     )
-    print(f"data: {data.source}", flush=True)
+    size = " x ".join(map(str, data.image_shape))
+    print(
+        f"data: {data.source}; {size}, {data.num_classes} classes",
+        flush=True,
+    )
     if data.fallback_reason:
         print(f"  {data.fallback_reason}", flush=True)
     return data
@@ -230,7 +235,11 @@ def given_or(name: str, smoke: Mapping[str, Any]) -> Any:
 def check_no_arguments(argv: Sequence[str]) -> None:
     """Refuse arguments that are no flags, such as a forgotten `--`."""
     if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}; flags begin with --")
+        words = ", ".join(map(repr, argv[1:]))
+        raise ConfigError(
+            f"unexpected {words}; flags begin with --, as in --workdir=DIR, and a "
+            "value with blanks has quotes around it"
+        )
 
 
 @contextlib.contextmanager
@@ -253,14 +262,13 @@ def experiment(
     folder = workdir()
     with contextlib.ExitStack() as stack:
         if distributed.is_primary():
-            stack.enter_context(results.locked(folder))
             started = {"experiment": name, **config}
+            stack.enter_context(results.held(folder, started, repeat=True))
             if not repeat and (folder / results.RESULTS).exists():
                 raise results.RunError(
                     f"{folder} holds results, which would be lost: measuring again "
                     "gives others; give another folder with --workdir"
                 )
-            results.check_free(folder, started, repeat=True)
             results.start_run(folder, started)
         yield folder
 
@@ -359,6 +367,30 @@ def _keep_output() -> None:
         sys.stderr = _Output(sys.stderr)  # type: ignore[assignment]
 
 
+def _told(error: flags.Error) -> str:
+    """Return in a line what is wrong with the command line, as absl found it."""
+    if isinstance(error, flags.UnrecognizedFlagError):
+        name = error.flagname
+        field, _, option = name.partition(".")
+        if option and field in flags.FLAGS:
+            hint = f"options stand with their name, as in --{field}=NAME:{option}=VALUE"
+        else:
+            known = [n for n in flags.FLAGS if n == flags.FLAGS[n].name]
+            short = [n for n in known if "".join(w[0] for w in n.split("_")) == name]
+            near = short or difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean --{near[0]}? " if near else ""
+            hint += "--help lists all flags"
+        return f"--{name} is no flag; {hint}"
+    text = " ".join(str(error).split())
+    given = re.match(r"flag --(\w+)=(.*?): ", text)
+    if given is not None and given[1] in flags.FLAGS:
+        words = {"bool": bool, "int": int, "float": float}
+        kind = words.get(flags.FLAGS[given[1]].flag_type())
+        if kind is not None:
+            return f"--{given[1]}={given[2]}; expected {fields.WORDS[kind]}"
+    return text
+
+
 def start(
     main: Callable[[Sequence[str]], None], define_flags: Callable[[], None]
 ) -> None:
@@ -374,12 +406,11 @@ def start(
 
     def parse(argv: Sequence[str]) -> list[str]:
         try:
-            return app.parse_flags_with_usage(argv)
-        except SystemExit:  # after --help, or a flag that there is not
-            asked = r"--?(h|\?|help(short|full|xml)?)(=.*)?"
-            if any(re.fullmatch(asked, word) for word in argv[1:]):
-                sys.exit(0)  # for which absl has 1
-            raise
+            return flags.FLAGS(argv)
+        except SystemExit:  # after --help
+            sys.exit(0)  # for which absl has 1
+        except flags.Error as error:
+            sys.exit(f"error: {_told(error)}")
 
     def run(argv: Sequence[str]) -> None:
         from bn_jax.data import DataError

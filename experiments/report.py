@@ -343,6 +343,11 @@ def main(argv: Sequence[str]) -> None:
             f"{README} is not there, nor are the recorded results, which are not "
             "installed with the package; run this in a checkout"
         )
+    if flags.FLAGS.repeat and not flags.FLAGS.check:
+        raise ConfigError(
+            f"--repeat={','.join(flags.FLAGS.repeat)} without --check; runs are "
+            "repeated to be compared, so give --check, too"
+        )
     if not flags.FLAGS.check:
         for path in (README, FRONT):
             path.write_text(updated(path))

@@ -17,7 +17,7 @@ from typing import Any
 
 from absl import flags
 
-from bn_jax import fields
+from bn_jax import fields, paths
 from bn_jax.data import ImageData
 from bn_jax.runs import results
 from bn_jax.training.config import RunOptions, TrainConfig
@@ -224,6 +224,12 @@ def _main(study: Study, argv: Sequence[str]) -> None:
     launch.check_no_arguments(argv)
     if flags.FLAGS.plot_only:
         folder = launch.workdir()
+        there = results.read_object(folder / results.CONFIG).get("experiment")
+        if there != study.name:
+            raise results.RunError(
+                f"{folder} holds {there or 'a run or sweep of none'}, and this is the "
+                f"experiment {study.name}; give the folder of its rows"
+            )
         rows = results.read_rows(folder / ROWS)
         study.draw(rows, folder)
         _print(study.verdicts(rows))
@@ -312,7 +318,9 @@ class _Trainer:
         self._choosing_seeds = CHOOSING_SEEDS[: design.seeds]
         options = flag_fields.read(RunOptions, flags.FLAGS)
         pool = flags.FLAGS.pool
-        self.pool = Path(pool) if pool else folder.parent / "pool"
+        self.pool = folder.parent / "pool"
+        if pool is not None:
+            self.pool = paths.local(pool, "pool")
         self._pool = Pool(self.pool, options)
         self.trained: dict[Setting, list[Row]] = collections.defaultdict(list)
 

@@ -93,6 +93,7 @@ def main(argv: Sequence[str]) -> None:
         fields = (*dataclasses.fields(TrainConfig), *dataclasses.fields(RunOptions))
         names = [field.name for field in fields]
         names += ["smoke", *OF_SWEEPS, *launch.PROCESSES]
+        names.remove("dataset")  # whose file may lie elsewhere now
         ignored = [f"--{name}" for name in names if given[name].present]
         if ignored:
             raise ConfigError(
@@ -148,6 +149,12 @@ def train(workdir: Path, config: TrainConfig) -> None:
         f"train accuracy {found['train_accuracy']:.3f}, {validated}"
         f"{tested}, {found['examples_per_second']:,.0f} examples/s"
     )
+    if "best_epoch" in found:
+        print(
+            f"best on the validation set: epoch {found['best_epoch']}, validation "
+            f"accuracy {found['best_validation_accuracy']:.3f}, test accuracy "
+            f"{found['best_test_accuracy']:.3f}; its variables are kept, too"
+        )
     if "exact_refused" in found:
         print(f"exact statistics were not measured: {found['exact_refused']}")
     if found.get("exact_mode") == "one_pass":
@@ -158,7 +165,6 @@ def train(workdir: Path, config: TrainConfig) -> None:
             f"{found['test_accuracy_averaged']:.3f} by exact statistics of its own"
         )
     names = sorted(path.name for path in workdir.glob("[!.]*"))
-    print(f"data: {found['data_source']}")
     print(f"written to {workdir}: {', '.join(names)}")
 
 
@@ -229,7 +235,8 @@ def _by_jobs(
     groups = sweeps.check(configs, data)
     sweeps.Part(1, launcher.num_parts).members(groups)
     config = sweeps.identity(configs, data, exact=True, train=False)
-    sweeps.check_place(workdir, config, grows=sweeps.can_grow(configs))
+    grows = sweeps.can_grow(configs)
+    results.check_free(workdir, config, repeat=True, grows=grows)
     if not parts.is_merged(configs, workdir):
         jobs.run(launcher, configs, jobs.given_arguments(), workdir)
     return parts.merge(configs, data, workdir=workdir, num_parts=launcher.num_parts)
@@ -257,14 +264,16 @@ def evaluate_again(workdir: Path) -> None:
     """Evaluate the run or sweep in `workdir` and compare with what it wrote."""
     is_sweep = results.is_sweep(results.read_object(workdir / results.CONFIG))
     found = sweeps.load(workdir) if is_sweep else [runs.load(workdir)]
-    data = task.select(found[0].config, launch.load_data(found[0].config.dataset))
+    name = _dataset_of(found[0].config)
+    data = task.select(found[0].config, launch.load_data(name))
     written = results.read_object(workdir / results.RESULTS)
     if data.source != written["data_source"]:
         print(f"note: the run was on {written['data_source']}")
     outcomes = []
-    for number, run in enumerate(found, 1):
+    labels = sweeps.labels([run.config for run in found])
+    for number, (run, label) in enumerate(zip(found, labels, strict=True), 1):
         if is_sweep:
-            print(f"member {number} of {len(found)}")
+            print(f"member {number} of {len(found)}: {label}")
         if run.results.get("diverged_at_step") is not None:
             print(f"diverged at step {run.results['diverged_at_step']}")
             continue
@@ -276,7 +285,28 @@ def evaluate_again(workdir: Path) -> None:
     if all(same for same, _ in outcomes):
         print(f"the same numbers as in {where}")
     else:
-        print("the same numbers but for rounding, as on another machine or backend")
+        why = "on another machine or backend"
+        if is_sweep:
+            why = f"where a member is evaluated by itself, or {why}"
+        print(f"the same numbers but for rounding, as {why}")
+
+
+def _dataset_of(config: TrainConfig) -> str:
+    """Return the data set to evaluate a run on: its own, whose file may have moved.
+
+    Raises:
+      ConfigError: if the flag gives another one.
+    """
+    flag = flags.FLAGS["dataset"]
+    if not flag.present or flag.value == config.dataset:
+        return config.dataset
+    if not all(name.startswith("npz:") for name in (flag.value, config.dataset)):
+        raise ConfigError(
+            f"--dataset={flag.value} with --load of a run on {config.dataset}; leave "
+            "it out, or, of a run on an npz: file, say where that lies now"
+        )
+    name: str = flag.value
+    return name
 
 
 def _evaluate_again(
@@ -284,15 +314,23 @@ def _evaluate_again(
 ) -> tuple[bool, bool]:
     """Print a run's scores; return whether they are those it wrote, and near them."""
     devices = jax.local_devices()[:1]
+    evaluate = Evaluator(run.network.predict, data.test, devices=devices)
     scores = scoring.score(
         run.network,
         run.variables,
-        Evaluator(run.network.predict, data.test, devices=devices),
+        evaluate,
         data.train.images[:num_examples],
         devices=devices,
         average=run.average,
     )
-    found = results.finite(scores.to_row())
+    found = scores.to_row()
+    if run.best is not None:
+        tested = evaluate(run.best)
+        found |= {
+            "best_test_loss": tested.loss,
+            "best_test_accuracy": tested.accuracy,
+        }
+    found = results.finite(found)
     new = {name: value for name, value in found.items() if name in run.results}
     old = {name: run.results[name] for name in new}
     # Of a sweep's member, those of all epochs.

@@ -54,8 +54,8 @@ def load(name: str) -> ImageData:
     if not is_file:
         found = "is a folder" if path.is_dir() else "does not exist"
         raise DataError(
-            f"dataset {name!r}: {path} {found}, expected an npz file. Give its path "
-            "after 'npz:'."
+            f"dataset {name!r}: {path.absolute()} {found}, expected an npz file. Give "
+            "its path after 'npz:', as in --dataset=npz:PATH."
         )
     arrays = _read(path)
     pairs = {}
@@ -216,9 +216,16 @@ def _as_labels(path: Path, part: str, labels: np.ndarray, count: int) -> np.ndar
             f"({count}, 1) for its {count:,} images. {mend}"
         )
     if labels.dtype.kind not in "iu":
+        mend = "Number the classes and save labels.astype(numpy.int64)."
+        if labels.dtype.kind in "US":
+            mend = (
+                "Number the classes: names, numbers = numpy.unique(labels, "
+                "return_inverse=True); save the numbers as labels, and the names as "
+                "class_names."
+            )
         raise DataError(
             f"{path} holds {part} of dtype {labels.dtype}, expected integers from 0. "
-            "Number the classes and save labels.astype(numpy.int64)."
+            f"{mend}"
         )
     return labels
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from bn_jax.training.state import TrainState
 
 VARIABLES = "variables"
 AVERAGE = "average"  # of the parameters, in a folder of its own
+BEST = "best"  # variables of the epoch that is best on the validation set
 CHECKPOINTS = "checkpoints"
 
 NUM_LATEST = 3  # kept, and the best
@@ -168,9 +169,7 @@ class Checkpoints:
             "seconds": progress.seconds,
         }
         # Orbax would forget at a restart which was the best; the history knows.
-        accuracies = {r.step: r.best_by for r in progress.history}
-        present = accuracies.keys() & {*self.steps, step}
-        self._kept.best = max(present, key=lambda s: (accuracies[s], s), default=None)
+        self._kept.best = _best(progress.history, {*self.steps, step})
         self.save_parts(step, arrays, run)
 
     def save_parts(
@@ -210,7 +209,25 @@ class Checkpoints:
         Raises:
           RunError: if it is damaged, or of another run.
         """
-        parts = self.latest_parts()
+        return self._read(like, None)
+
+    def best(self, history: Sequence[EpochReport], like: TrainState) -> Progress | None:
+        """Return the progress at the best epoch's end; None if there is none.
+
+        Args:
+          history: of the run, by which it is the best of the checkpoints that are left.
+          like: see `latest`.
+
+        Raises:
+          RunError: as `latest`, or if a checkpoint could not be written.
+        """
+        self._wait()
+        step = _best(history, self.steps)
+        return None if step is None else self._read(like, step)
+
+    def _read(self, like: TrainState, step: int | None) -> Progress | None:
+        """Return the progress at a step, by default the last one."""
+        parts = self.parts(step)
         if parts is None:
             return None
         step, arrays, run = parts
@@ -242,15 +259,20 @@ class Checkpoints:
         )
         return state
 
-    def latest_parts(self) -> tuple[int, dict[str, np.ndarray], dict[str, Any]] | None:
-        """Return step, arrays and JSON values of the last whole checkpoint.
+    def parts(
+        self, step: int | None = None
+    ) -> tuple[int, dict[str, np.ndarray], dict[str, Any]] | None:
+        """Return step, arrays and JSON values of a whole checkpoint.
+
+        Args:
+          step: at which there is one; by default that of the last.
 
         Raises:
           RunError: if it is damaged, or of another run.
         """
         if not self.steps:
             return None
-        step = self.steps[-1]
+        step = self.steps[-1] if step is None else step
         args = self._ocp.args
         with self._reading(step):
             saved = self._manager.restore(
@@ -301,11 +323,21 @@ class Checkpoints:
         Raises:
           RunError: if something could not be written.
         """
+        self._wait()
+        self._manager.close()
+
+    def _wait(self) -> None:
         try:
             self._manager.wait_until_finished()
-            self._manager.close()
         except (OSError, ValueError) as error:
             raise _cannot_write(self._path, error) from error
+
+
+def _best(history: Sequence[EpochReport], steps: Collection[int]) -> int | None:
+    """Return the step, of these, at which the best epoch ended."""
+    accuracies = {report.step: report.best_by for report in history}
+    present = accuracies.keys() & set(steps)
+    return max(present, key=lambda step: (accuracies[step], step), default=None)
 
 
 def to_bytes(progress: Progress | None) -> bytes:

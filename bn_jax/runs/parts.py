@@ -88,9 +88,10 @@ def merge(
     identity = sweeps.identity(configs, data, exact=exact, train=train)
     whole = members.grouped(configs)
     # The last parts may end, and merge, at the same time.
-    with results.locked(workdir, seconds=WAIT_SECONDS):
-        grows = sweeps.can_grow(configs)
-        results.check_free(workdir, identity, repeat=True, grows=grows)
+    grows = sweeps.can_grow(configs)
+    with results.held(
+        workdir, identity, seconds=WAIT_SECONDS, repeat=True, grows=grows
+    ):
         is_there = (workdir / results.RESULTS).exists()
         if is_there:
             results.check_finished(workdir, others=results.OF_A_SWEEP)

@@ -82,14 +82,47 @@ def locked(workdir: str | Path, *, seconds: float = 0) -> Iterator[Path]:
             "folder with --workdir"
         ) from None
     except OSError as error:
-        raise RunError(
-            f"cannot write to the working directory {workdir}: {error.strerror}; make "
-            "it writable, or give another folder with --workdir"
-        ) from error
+        raise _no_place(workdir, error) from error
     try:
         yield workdir
     finally:
         lock.release()
+
+
+def _no_place(workdir: Path, error: OSError) -> RunError:
+    return RunError(
+        f"cannot write to the working directory {workdir}: {error.strerror}; make it "
+        "writable, or give another folder with --workdir"
+    )
+
+
+@contextmanager
+def held(
+    workdir: str | Path,
+    config: Mapping[str, Any],
+    *,
+    seconds: float = 0,
+    **options: bool,
+) -> Iterator[Path]:
+    """Hold a working directory that can take a run of `config`, as `locked` does.
+
+    A directory that cannot is not touched.
+
+    Args:
+      workdir: the directory.
+      config: the run's config.
+      seconds: how long to wait for another process that holds it.
+      **options: of `check_free`.
+
+    Raises:
+      RunError: as `check_free` and `locked` say.
+      ConfigError: if it is no path of this machine.
+    """
+    workdir = paths.local(workdir, "workdir")
+    check_free(workdir, config, **options)
+    with locked(workdir, seconds=seconds):
+        check_free(workdir, config, **options)  # what another process has made of it
+        yield workdir
 
 
 def check_free(
@@ -105,7 +138,7 @@ def check_free(
     It takes an unfinished run of the same config, to resume it. Nothing is written.
 
     Args:
-      workdir: the directory, which is `locked`.
+      workdir: the directory; one that is not there can take any.
       config: the run's config.
       resume: whether to resume an unfinished run; else it is refused.
       repeat: whether a finished run of the same config may write its results anew.
@@ -114,13 +147,18 @@ def check_free(
 
     Raises:
       RunError: if the directory holds another config's run, a finished run, files of
-        something else, or links to folders.
+        something else, or links to folders; or if it cannot be read.
     """
-    present = sorted(
-        path.name
-        for path in workdir.iterdir()
-        if path.name not in (LOCK, PARTS) and path.suffix != UNFINISHED
-    )
+    try:
+        present = sorted(
+            path.name
+            for path in workdir.iterdir()
+            if path.name not in (LOCK, PARTS) and path.suffix != UNFINISHED
+        )
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise _no_place(workdir, error) from error
     links = [
         n for n in present if (workdir / n).is_symlink() and (workdir / n).is_dir()
     ]
@@ -137,6 +175,11 @@ def check_free(
     longer = False
     if present:
         there = read_object(workdir / CONFIG)
+        if _kind(there) != _kind(config):
+            raise RunError(
+                f"{workdir} holds {_kind(there)}, and this is {_kind(config)}; give "
+                "another folder with --workdir"
+            )
         faults = differences(there, config)
         longer = is_shorter(there, config)
         if longer and not grows:
@@ -252,6 +295,15 @@ def check_finished(workdir: Path, *, others: Sequence[str]) -> dict[str, Any]:
 def is_sweep(config: Mapping[str, Any]) -> bool:
     """Return whether the contents of a config.json are those of a sweep."""
     return "exact" in config
+
+
+def _kind(config: Mapping[str, Any]) -> str:
+    """Return in words what the contents of a config.json are those of."""
+    if "experiment" in config:
+        return f"the experiment {config['experiment']}"
+    if "part" in config:
+        return f"part {config['part'][0]} of {config['part'][1]} of a sweep"
+    return "a sweep" if is_sweep(config) else "a run"
 
 
 def check_no_experiment(workdir: Path, config: Mapping[str, Any]) -> None:

@@ -6,25 +6,22 @@ import contextlib
 import dataclasses
 import signal
 import zlib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from bn_jax import data as data_lib
 from bn_jax import paths
 from bn_jax.fields import ConfigError
 from bn_jax.runs import checkpoint, distributed, interrupt, logs, results
 from bn_jax.runs import summary as summary_lib
+from bn_jax.runs.files import Files
 from bn_jax.runs.results import RunError
-from bn_jax.training import loop, own_models, parallel, schedules, task
+from bn_jax.training import loop, own_models, parallel, task
 from bn_jax.training.config import RunOptions, TrainConfig
-from bn_jax.training.loop import EpochReport, Progress
-from bn_jax.training.optimizers import make_schedule
-from bn_jax.training.state import Network, TrainState
+from bn_jax.training.state import Network
 from bn_jax.training.task import Task, make_network
 from bn_jax.version import __version__
 
@@ -47,6 +44,9 @@ class Run(NamedTuple):
     metrics: list[dict[str, Any]]  # one row per epoch, as `loop.EpochReport`
     results: dict[str, Any]  # as results.json
     average: Any = None  # of the parameters, like them; None where none was kept
+    # Variables of the epoch that is best on the validation set, at whose end there was
+    # a checkpoint; None without such a set, and on processes other than the primary.
+    best: Any = None
 
     def predict(self, images: Any) -> jax.Array:
         """Return the logits of images in prediction mode.
@@ -154,12 +154,12 @@ def train(
         like = trainer.progress().state  # all processes take part
         files = None
         if distributed.is_primary():
-            files = _Files(workdir, trainer, options.logs())
+            files = Files(workdir, trainer, options.logs())
 
         def start() -> bytes:
             assert files is not None  # this is called on the primary alone
-            stack.enter_context(results.locked(workdir))
-            return checkpoint.to_bytes(files.start(like, resume=options.resume))
+            stack.enter_context(files.held(resume=options.resume))
+            return checkpoint.to_bytes(files.start(like))
 
         started = distributed.on_primary(start)
         progress = checkpoint.from_bytes(started, like)
@@ -171,18 +171,26 @@ def train(
         _train(trainer, files, request, checkpoint_steps, bool(options.logs()))
         score = trainer.score()
         state = trainer.state()
-        summary = summary_lib.summary(trainer, score, state.variables)
-        rows = [results.finite(report.to_row()) for report in trainer.history]
+        best = None if files is None else files.best()
+        summary = summary_lib.summary(
+            trainer, score, state.variables, best=None if best is None else best[0]
+        )
         run = Run(
             config,
             trainer.network,
             state.variables,
-            rows,
+            [results.finite(report.to_row()) for report in trainer.history],
             summary,
             state.average or None,
+            None if best is None else best[1],
         )
         if files is not None:
-            files.finish(run)
+            of_name = {
+                checkpoint.VARIABLES: run.variables,
+                checkpoint.AVERAGE: run.average,
+                checkpoint.BEST: run.best,
+            }
+            files.finish(run.metrics, summary, of_name)
         distributed.any_process(False)  # wait for the primary
     return run
 
@@ -277,7 +285,7 @@ def _is_streamed(options: RunOptions, data: data_lib.ImageData) -> bool:
 
 def _train(
     trainer: loop.Trainer,
-    files: _Files | None,
+    files: Files | None,
     request: interrupt.StopRequest,
     checkpoint_steps: int | None,
     is_logged: bool,
@@ -303,142 +311,6 @@ def _train(
             )
         if files is not None:
             files.show(trainer)
-
-
-class _Files:
-    """What the primary reads, writes and shows."""
-
-    def __init__(
-        self, workdir: Path, trainer: loop.Trainer, log: Sequence[str]
-    ) -> None:
-        self._workdir, self._config = workdir, trainer.config
-        self._log = log
-        self._logs: logs.Logs | None = None
-        self._trainer, self._data = trainer, trainer.data
-        self._checkpoints: checkpoint.Checkpoints | None = None
-        self._grows = schedules.is_of_any_length(trainer.config.schedule)
-        self._bar = tqdm(
-            total=trainer.num_steps, unit="step", disable=None, leave=False
-        )
-
-    def start(self, like: TrainState, *, resume: bool) -> Progress | None:
-        """Make the directory ready; return the progress to resume from."""
-        config = self._config.to_dict()
-        results.check_free(self._workdir, config, resume=resume, grows=self._grows)
-        finished = (self._workdir / results.RESULTS).exists()
-        progress = None
-        if (self._workdir / checkpoint.CHECKPOINTS).exists():
-            progress = self._open().latest(like)
-        if finished and progress is None:
-            raise RunError(
-                f"{self._workdir} holds a finished run of fewer epochs, and no "
-                "checkpoint to go on from; give another folder with --workdir"
-            )
-        if finished:
-            results.set_results_aside(self._workdir)
-        results.start_run(self._workdir, config)
-        history = () if progress is None else progress.history
-        rows = (results.finite(report.to_row()) for report in history)
-        results.write_metrics(self._workdir, rows)
-        step = 0 if progress is None else len(progress.step_losses)
-        offsets = {}
-        if self._log:
-            image = self._data.train.images[:1]
-            network = self._trainer.network
-            stats = jax.tree.map(lambda leaf: leaf[0], like.batch_stats)
-            variables = {"params": like.params, "batch_stats": stats}
-            offsets = summary_lib.scale_offsets(network, variables, image)
-        self._logs = logs.Logs(self._log, self._workdir, step, offsets)
-        return progress
-
-    def _open(self) -> checkpoint.Checkpoints:
-        if self._checkpoints is None:
-            train = self._data.train
-            key = jax.random.key_data(self._trainer.order_key)
-            identity = {
-                **self._config.to_dict(),
-                "data": f"{self._data.name}, {len(train.labels)} images",
-                "key": np.asarray(key).tolist(),
-            }
-            self._checkpoints = checkpoint.Checkpoints(
-                self._workdir, identity, grows=self._grows
-            )
-        return self._checkpoints
-
-    def announce(self, progress: Progress | None) -> None:
-        """Print the devices and the starting step."""
-        placement, batch_size = self._trainer.placement, self._config.batch_size
-        num_devices = len(placement.devices)
-        if num_devices > 1:
-            self._bar.write(
-                f"{num_devices} devices of {jax.process_count()} process(es) by "
-                f"{placement.parallel}, {batch_size // num_devices} of {batch_size} "
-                f"images each, statistics {self._config.batch_stats}"
-            )
-        if self._trainer.stream:
-            self._bar.write("training images are streamed to the devices")
-        if progress is not None:
-            step = len(progress.step_losses)
-            self._bar.write(f"resuming from step {step} of {self._trainer.num_steps}")
-            self._bar.update(step)
-        self._bar.set_postfix_str("compiling")
-
-    def add_epoch(self, report: EpochReport, variables: Any) -> None:
-        """Write and show an epoch's line, and log it.
-
-        Args:
-          report: of the epoch.
-          variables: of the model at its end, where there are logs.
-        """
-        results.append_metrics(self._workdir, results.finite(report.to_row()))
-        if self._logs is not None and self._log:
-            rate = make_schedule(
-                self._config, steps_per_epoch=self._trainer.steps_per_epoch
-            )
-            self._logs.add(report, float(rate(report.step - 1)), variables)
-        self._bar.write(_line(report, self._config.epochs))
-
-    def save(self, progress: Progress) -> None:
-        """Write a checkpoint."""
-        self._open().save(progress)
-
-    def show(self, trainer: loop.Trainer) -> None:
-        """Move the progress bar."""
-        self._bar.set_postfix_str(f"loss {trainer.last_loss:.3f}")
-        self._bar.update(trainer.step - self._bar.n)
-        if trainer.step == trainer.num_steps:
-            self._bar.set_postfix_str("statistics of the whole training set")
-
-    def finish(self, run: Run) -> None:
-        """Write the results, last of all their file."""
-        from bn_jax import plots  # here, so that training starts sooner
-
-        arrays = {
-            name: checkpoint.save_variables(self._workdir, of_name, name=name)
-            for name, of_name in (
-                (checkpoint.VARIABLES, run.variables),
-                (checkpoint.AVERAGE, run.average),
-            )
-            if of_name is not None
-        }
-        path = results.remove_link(self._workdir / "curves.png")
-        plots.curves(run.metrics, run.results, path, title=_title(run.config))
-        if run.results["gamma_beta"]:
-            path = results.remove_link(self._workdir / "gamma_beta.png")
-            plots.gamma_beta(run.results["gamma_beta"], path)
-        self.close()  # an error in writing a checkpoint comes up before the results
-        results.finish_run(
-            self._workdir, run.results, others=results.OF_A_RUN, arrays=arrays
-        )
-
-    def close(self) -> None:
-        """Wait until checkpoints are written."""
-        self._bar.close()
-        if self._logs is not None:
-            self._logs.close()
-        if self._checkpoints is not None:
-            opened, self._checkpoints = self._checkpoints, None
-            opened.close()
 
 
 def load(workdir: str | Path, *, model: Any = None) -> Run:
@@ -494,8 +366,9 @@ def load(workdir: str | Path, *, model: Any = None) -> Run:
     average = None
     if config.average_weights:
         average = read(checkpoint.AVERAGE, like["params"])
+    best = read(checkpoint.BEST, like) if "best_epoch" in summary else None
     rows = results.read_metrics(workdir)
-    return Run(config, network, variables, rows, summary, average)
+    return Run(config, network, variables, rows, summary, average, best)
 
 
 def read_config(workdir: Path, values: dict[str, Any]) -> TrainConfig:
@@ -514,19 +387,3 @@ def read_config(workdir: Path, values: dict[str, Any]) -> TrainConfig:
             f"{workdir} was written by bn_jax {written_by}, whose configs "
             f"{__version__} does not read; read it with that version, or train it again"
         ) from error
-
-
-def _title(config: TrainConfig) -> str:
-    return f"{config.model}, norm {config.norm}, rate {config.learning_rate:g}"
-
-
-def _line(report: loop.EpochReport, epochs: int) -> str:
-    validated = ""
-    if report.validation_accuracy is not None:
-        validated = f"validation accuracy {report.validation_accuracy:.3f}  "
-    return (
-        f"epoch {report.epoch:{len(str(epochs))}}/{epochs}  loss {report.loss:.3f}  "
-        f"train accuracy {report.train_accuracy:.3f}  {validated}"
-        f"test accuracy {report.test_accuracy:.3f}  "
-        f"{report.examples_per_second:,.0f} examples/s"
-    )

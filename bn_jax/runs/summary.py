@@ -19,8 +19,21 @@ from bn_jax.training.state import Network
 _VALIDATION = ("validation_loss", "validation_accuracy")
 
 
-def summary(trainer: loop.Trainer, score: Score, variables: Any) -> dict[str, Any]:
-    """Return the contents of results.json, None for numbers that are not finite."""
+def summary(
+    trainer: loop.Trainer,
+    score: Score,
+    variables: Any,
+    *,
+    best: loop.EpochReport | None = None,
+) -> dict[str, Any]:
+    """Return the contents of results.json, None for numbers that are not finite.
+
+    Args:
+      trainer: at the end of training.
+      score: of what it has trained.
+      variables: likewise.
+      best: of the epochs, on the validation set.
+    """
     images = trainer.data.train.images
     offsets = scale_offsets(trainer.network, variables, images[:1])
     last = trainer.history[-1]
@@ -34,6 +47,7 @@ def summary(trainer: loop.Trainer, score: Score, variables: Any) -> dict[str, An
         "train_loss": last.loss,
         "train_accuracy": last.train_accuracy,
         **{name: row[name] for name in _VALIDATION if name in row},
+        **({} if best is None else _best(best)),
         **score.to_row(),
         "exact_statistics_examples": num_examples,
         "examples_per_second": last.step * trainer.config.batch_size / seconds,
@@ -49,6 +63,13 @@ def summary(trainer: loop.Trainer, score: Score, variables: Any) -> dict[str, An
     }
     of_summary: dict[str, Any] = results.finite(values)
     return of_summary
+
+
+def _best(report: loop.EpochReport) -> dict[str, Any]:
+    """Return what is told of the epoch whose variables are kept as the best."""
+    row = report.to_row()
+    names = ("epoch", *_VALIDATION, "test_loss", "test_accuracy")
+    return {f"best_{name}": row[name] for name in names}
 
 
 def scale_offsets(

@@ -88,7 +88,7 @@ class Program:
 
 
 def _restore(sweep: Sweep, checkpoints: checkpoint.Checkpoints) -> None:
-    parts = checkpoints.latest_parts()
+    parts = checkpoints.parts()
     if parts is None:
         return
     step, arrays, run = parts

@@ -138,16 +138,16 @@ def sweep(
     grows = can_grow(configs)
     own = list(range(len(configs)))
     if part is not None:
-        check_place(workdir, config, grows=grows)
+        results.check_free(workdir, config, repeat=True, grows=grows)
         own, workdir = part.members(whole), part.folder(workdir)
         config["part"] = list(part)
     numbers = {i: place for place, i in enumerate(own)}
     groups = [[own[i] for i in g] for g in members.grouped([configs[i] for i in own])]
     devices = _devices(options, max(map(len, groups)))
-    with interrupt.listening() as request, results.locked(workdir):
-        results.check_free(
-            workdir, config, resume=options.resume, repeat=True, grows=grows
-        )
+    place = results.held(
+        workdir, config, resume=options.resume, repeat=True, grows=grows
+    )
+    with interrupt.listening() as request, place:
         if (workdir / results.RESULTS).exists():
             results.check_finished(workdir, others=results.OF_A_SWEEP)
             if not results.is_shorter(
@@ -227,21 +227,6 @@ def check(
     return groups
 
 
-def check_place(workdir: Path, config: dict[str, Any], *, grows: bool) -> None:
-    """Refuse a folder in which the parts of a sweep could not be merged.
-
-    Args:
-      workdir: of the sweep.
-      config: as `identity` returns it.
-      grows: see `can_grow`.
-
-    Raises:
-      RunError: as `results.check_free` says.
-    """
-    if workdir.exists():
-        results.check_free(workdir, config, repeat=True, grows=grows)
-
-
 def can_grow(configs: Sequence[TrainConfig]) -> bool:
     """Return whether the steps of a sweep are the first ones of a longer one."""
     return all(schedules.is_of_any_length(config.schedule) for config in configs)
@@ -301,7 +286,7 @@ def _best(
     """Return which member is best on the validation set at the end, if there is one."""
     scored = [
         (row["validation_accuracy"][-1], label)
-        for row, label in zip(rows, _labels(configs), strict=True)
+        for row, label in zip(rows, labels(configs), strict=True)
         if row.get("validation_accuracy", [None])[-1] is not None
     ]
     if not scored:
@@ -445,7 +430,7 @@ def _by_values(
     return found
 
 
-def _labels(configs: Sequence[TrainConfig]) -> list[str]:
+def labels(configs: Sequence[TrainConfig]) -> list[str]:
     """Return a label of each member: the fields in which members differ."""
     names = members.differing(configs)
     return [", ".join(f"{n}={c.value(n)}" for n in names) for c in configs]

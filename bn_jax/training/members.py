@@ -119,7 +119,13 @@ def _with(config: TrainConfig, name: str, text: str) -> TrainConfig:
     try:
         return config.replaced_by_text(name, text)
     except ConfigError as error:
-        raise ConfigError(f"{error} (in a sweep of {name})") from None
+        hint = ""
+        ends = re.fullmatch(r"(\d+)\s*[-:]\s*(\d+)", text)
+        if ends is not None:
+            hint = (
+                f"; the integers from {ends[1]} to {ends[2]} are {ends[1]}..{ends[2]}"
+            )
+        raise ConfigError(f"{error}{hint} (in a sweep of {name})") from None
 
 
 @functools.lru_cache(maxsize=MAX_MEMBERS)

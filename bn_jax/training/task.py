@@ -12,7 +12,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from bn_jax import data as data_lib
-from bn_jax import linen, models
+from bn_jax import linen, models, transforms
 from bn_jax.fields import ConfigError
 from bn_jax.training import inputs as inputs_lib
 from bn_jax.training.augment import AUGMENTATIONS
@@ -132,12 +132,18 @@ def make_network(
             f"{config.model.removeprefix(OWN_MODEL)}; pass one like it as model=..."
         )
     dtype = jnp.bfloat16 if config.precision == "bfloat16" else None
+    is_frozen = config.norm_statistics == "moving"
+    if is_frozen and not transforms.keeps_statistics(config.norm):
+        raise ConfigError(
+            f"norm_statistics='moving' with norm={config.norm!r}, which keeps no "
+            "moving statistics; leave it out"
+        )
     attributes = dict(norm_attributes or {})
     if dtype is not None:
         attributes["dtype"] = dtype
     try:
         norm = linen.norm(config.norm, options=config.traced("norm"), **attributes)
-        if norm is not None and config.norm_statistics == "moving":
+        if norm is not None and is_frozen:
             norm = functools.partial(_frozen, norm)
         made = models.MODELS.make(
             config.model,

@@ -22,7 +22,7 @@ def in_process(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(
             launch.app,
             "run",
-            lambda main, flags_parser: main(flags.FLAGS(["program", *arguments])),
+            lambda main, flags_parser: main(flags_parser(["program", *arguments])),
         )
         try:
             start()

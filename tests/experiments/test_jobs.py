@@ -69,6 +69,17 @@ def test_jobs_in_the_queue_are_those_that_squeue_lists(commands, tmp_path):
     assert jobs._queued(asked, tmp_path) == set(asked)
 
 
+def test_jobs_that_slurm_does_not_take_end_in_its_own_words(commands, command):
+    commands("srun", "exit 0")
+    commands("sbatch", "echo 'sbatch: error: invalid partition: gpu' >&2; exit 1")
+    with pytest.raises(SystemExit) as ended:
+        command("--workdir=a", *MEMBERS, "--launcher=slurm:partition=gpu,array=2")
+    assert re.match(
+        "error: jobs were not submitted: .*invalid partition: gpu; change the options",
+        ended.value.code,
+    )
+
+
 def test_without_slurm_the_mend_is_said(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ConfigError, match="no srun on this machine; start the command"):

@@ -167,8 +167,8 @@ def steps_in(workdir):
 # Of each way to end: absl's, ours, and ours when the folder is opened. The other
 # mistakes are made in test_train.py, in this process.
 MISTAKES = {
-    "run": r"unexpected arguments \['run'\]",
-    "--epohcs=3": "Unknown command line flag 'epohcs'",
+    "run": "error: unexpected 'run'; flags begin with --",
+    "--epohcs=3": "error: --epohcs is no flag; did you mean --epochs. --help lists",
     "--norm=nrom": "norm='nrom'; expected one of batch_norm",
     "--workdir=/proc/a": "cannot write to the working directory /proc/a: .*--workdir",
 }
@@ -343,16 +343,16 @@ def test_run_that_is_killed_again_and_again_ends_as_if_it_never_was(
 # From step 6 on no file can grow beyond a kilobyte, as if the disk were full.
 FULL_DISK = """
 import resource, runpy
-from bn_jax.runs import run as run_lib
+from bn_jax.runs.files import Files
 
-save = run_lib._Files.save
+save = Files.save
 
 def save_on_a_full_disk(files, progress):
     if len(progress.step_losses) == 6:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, -1))
     save(files, progress)
 
-run_lib._Files.save = save_on_a_full_disk
+Files.save = save_on_a_full_disk
 runpy.run_module("experiments.lenet", run_name="__main__", alter_sys=True)
 """
 

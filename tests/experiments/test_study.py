@@ -4,6 +4,7 @@ import os
 import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from absl import app
@@ -14,7 +15,7 @@ from bn_jax.fields import ConfigError
 from bn_jax.plots import style
 from bn_jax.runs import results as results_lib
 from experiments import __main__ as command
-from experiments import report, study
+from experiments import launch, report, study
 from marks import slow_but
 
 app.define_help_flags()  # once in a process
@@ -187,8 +188,16 @@ def test_help_lists_the_flags_of_the_design(made_up, capsys):
 
 
 def test_plots_of_no_run_are_refused(made_up):
-    with pytest.raises(SystemExit, match=r"there is no runs\.jsonl in run"):
+    with pytest.raises(SystemExit, match=r"there is no config\.json in run"):
         made_up("--plot_only")
+    Path("run").mkdir()
+    for there, message in {
+        '{"experiment": "bias"}': "run holds bias, and this is the experiment made_up",
+        '{"norm": "none"}': "run holds a run or sweep of none, and this is the exp",
+    }.items():
+        Path("run/config.json").write_text(there)
+        with pytest.raises(SystemExit, match=message):
+            made_up("--plot_only")
 
 
 # The index, and the command that lists and runs what is in the folder.
@@ -318,6 +327,16 @@ def test_recorded_run_is_repeated_bit_for_bit():
     )
     assert done.returncode == 0, done.stderr
     assert "repeated bias: lenet, batch_norm, seed 0" in done.stdout
+
+
+def test_repeat_without_check_writes_nothing(in_process):
+    def start():
+        launch.start(report.main, report.define_flags)
+
+    before = report.README.read_text()
+    with pytest.raises(SystemExit, match="--repeat=bias without --check; runs are"):
+        in_process(start, "--repeat=bias")
+    assert report.README.read_text() == before
 
 
 def test_check_says_which_number_is_not_as_committed(monkeypatch):

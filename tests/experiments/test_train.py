@@ -100,15 +100,38 @@ def test_own_colour_images_with_validation_and_averaged_weights(command, images)
         f"average of the weights: test accuracy {found['test_accuracy_averaged']:.3f}"
         in said
     )
+    best = max(range(4), key=lambda i: (validated[i], i))
+    assert found["best_epoch"] == best + 1
+    assert found["best_validation_accuracy"] == validated[best]
+    assert found["best_test_accuracy"] == rows[best]["test_accuracy"]
+    assert f"best on the validation set: epoch {best + 1}, validation" in said
 
     run = runs.load("run")
     last, average = run.variables["params"], run.average
     assert average["dense1"]["kernel"].shape == last["dense1"]["kernel"].shape
     assert not np.array_equal(average["dense1"]["kernel"], last["dense1"]["kernel"])
     again = command("--load=run")
-    for name in ("test_accuracy_exact", "test_loss_averaged"):
+    for name in ("test_accuracy_exact", "test_loss_averaged", "best_test_loss"):
         assert f"{name:22s} {found[name]:.6f}" in again
     assert "the same numbers as in run/results.json" in again
+
+
+@pytest.mark.slow
+def test_run_on_a_file_that_has_moved_is_evaluated_on_it(command, images, tmp_path):
+    images()
+    command("--workdir=run", *OWN_IMAGES, *MLP, "--epochs=1")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "images.npz").rename(tmp_path / "elsewhere" / "images.npz")
+    with pytest.raises(SystemExit, match="images.npz does not exist.*npz:PATH"):
+        command("--load=run")
+    with pytest.raises(SystemExit, match="--dataset=sample with --load of a run on np"):
+        command("--load=run", "--dataset=sample")
+    said = command("--load=run", "--dataset=npz:elsewhere/images.npz")
+    assert "note: the run was on 90 + 30 images, npz file images.npz, crc32" in said
+    assert "the same numbers as in run/results.json" in said
+    images(test_labels=np.roll(colour_images(30, 1)[1], 1))
+    with pytest.raises(SystemExit, match="numbers differ from those that the run wr"):
+        command("--load=run")
 
 
 @pytest.mark.slow
@@ -142,6 +165,17 @@ SECOND_FAILS = "model.norm_layers=11,1"  # of two members that share a program
         ),
         (["--norm=group:num_groups=two"], "num_groups=two; expected an integer"),
         (["--norm=layer:momentum=0.9"], "no option 'momentum'"),
+        (
+            ["--norm=layer", "--norm_statistics=moving"],
+            "norm_statistics='moving' with norm='layer', which keeps no moving stat",
+        ),
+        (["--norm=group:num_groups=3"], "num_groups=3 does not divide the 8 features"),
+        (["--epochs=ten"], "--epochs=ten; expected an integer$"),
+        (["--learning_rate=fast"], "--learning_rate=fast; expected a number$"),
+        (["--resume=maybe"], "--resume=maybe; expected true or false$"),
+        (["--lr=0.1"], "--lr is no flag; did you mean --learning_rate. --help lists"),
+        (["--norm.momentum=0.5"], "is no flag; options .* --norm=NAME:momentum=VALUE"),
+        (["nonsense"], "unexpected 'nonsense'; flags begin with --"),
         (
             ["--model=mlp:widths=64x"],
             "widths=64x; expected values with x between, each",
@@ -184,6 +218,10 @@ def test_what_does_not_fit_ends_in_a_line_and_leaves_no_folder(
             "pickled objects, which are not r",
         ),
         ({"test_images": np.zeros((30, 8, 8, 3))}, "dtype float64, expected uint8"),
+        (
+            {"train_labels": np.array(["cat", "dog", "eel"] * 30)},
+            "of dtype <U3, expected .*names, numbers = numpy.unique.labels, return_inv",
+        ),
     ],
 )
 def test_file_that_cannot_be_read_ends_in_a_line_and_leaves_no_folder(
@@ -209,6 +247,7 @@ def test_file_that_cannot_be_read_ends_in_a_line_and_leaves_no_folder(
             ["--load=a", "--sweep=seed=1", "--smoke", "--devices=2", "--noresume"],
             "so leave out --devices, --resume, --smoke, --sweep",
         ),
+        (["--workdir="], "workdir='' names no folder; give its path, or '.' for this"),
         (["--workdir=gs://bucket/a"], "workdir='gs://bucket/a' is an address of a st"),
         (["--workdir=~nobody-here/a"], "there is no home folder of ~nobody-here; give"),
         (["--workdir=a\udcff"], r"workdir='a.udcff' holds bytes that are no UTF-8"),
@@ -321,6 +360,7 @@ def test_sweep_of_two_programs_is_resumed_and_not_repeated(
     assert results.read_rows(Path("run/runs.jsonl")) == rows
     again = command("--load=run")
     assert re.search("the same numbers (as in run/runs.jsonl|but for rounding)", again)
+    assert f"member 4 of 4: seed=1, norm={NORMS[1]}" in again
     assert again.count("(the run wrote ") == 2 * 4 + 2 * 2  # exact ones of batch norm
     command("--workdir=run", *arguments)
     assert len(finished) == 3

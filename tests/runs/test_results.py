@@ -12,8 +12,7 @@ CONFIG = {"norm": "batch_norm", "epochs": 3}
 
 
 def start(workdir, config=CONFIG, **options):
-    with results.locked(workdir):
-        results.check_free(workdir, config, **options)
+    with results.held(workdir, config, **options):
         results.start_run(workdir, config)
     return workdir
 
@@ -39,8 +38,35 @@ def test_folder_of_something_else_is_refused_and_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("precious")
     with pytest.raises(RunError, match="thesis.tex but no config.json.*new folder"):
         start(tmp_path)
-    names = [path.name for path in tmp_path.iterdir() if path.name != ".lock"]
-    assert names == ["thesis.tex"]
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize(
+    ("there", "now", "message"),
+    [
+        ({**CONFIG, "exact": True}, CONFIG, "holds a sweep, and this is a run"),
+        (CONFIG, {**CONFIG, "exact": True}, "holds a run, and this is a sweep"),
+        ({"experiment": "bias"}, CONFIG, "holds the experiment bias, and this is a"),
+        (
+            {**CONFIG, "exact": True, "part": [2, 3]},
+            {**CONFIG, "exact": True},
+            "holds part 2 of 3 of a sweep, and this is a sweep; give another folder",
+        ),
+    ],
+)
+def test_folder_of_another_kind_of_run_is_refused(there, now, message, tmp_path):
+    start(tmp_path, there)
+    with pytest.raises(RunError, match=message):
+        start(tmp_path, now)
+    assert results.read_json(tmp_path / "config.json") == there
+
+
+def test_file_where_the_folder_should_be_is_refused(tmp_path):
+    (tmp_path / "notes").write_text("precious")
+    with pytest.raises(
+        RunError, match="cannot write to .*notes: Not a directory; make"
+    ):
+        start(tmp_path / "notes")
 
 
 def test_unfinished_run_of_the_same_config_is_gone_on_with(tmp_path):

@@ -28,16 +28,16 @@ images than those it was measured on, or predicts by moving averages as it does 
 batch's own statistics.
 
 What came out (5 to 10 seeds, 3 epochs; all of it in experiments/README.md): ZCA in
-groups of 16 trains to .081 nats less than batch norm in as many steps. Each takes
-longer, but by how much is not measured well: the machine was at work on other things,
-too (1.8 times here, 1.5 in an earlier record). By the batch's own statistics
-it predicts better, .878 to .853; by moving averages worse, .74 to .83. ZCA of all
-features leaves other images nearly as correlated (2.7) as ZCA in groups of 8 does, and
-by moving averages classifies 29 points less than by the batch's statistics. PCA trains
-to 1.0 nats more than ZCA. Ranks end within .02 nats of batch norm, layer and group norm
-.33 behind at this rate. After the convolutions alone instance norm is ahead of batch
-norm. One check fails: on its own batch ZCA of all features leaves .12, not .1. The
-bounds on other images were written after a look at one network.
+groups of 16 trains to .081 nats less than batch norm in as many steps, each of which
+takes 1.66 times as long on 2 cores, so that in as much time it is level, .41. Ranks
+take 13 times as long. By the batch's own statistics ZCA in groups predicts better, .878
+to .853; by moving averages worse, .74 to .83. ZCA of all features leaves other images
+nearly as correlated (2.7) as ZCA in groups of 8 does, and by moving averages classifies
+29 points less than by the batch's statistics. PCA trains to 1.0 nats more than ZCA.
+Ranks end within .02 nats of batch norm, layer and group norm .33 behind at this rate.
+After the convolutions alone instance norm is ahead of batch norm. One check fails: on
+its own batch ZCA of all features leaves .12, not .1. The bounds on other images were
+written after a look at one network.
 """
 
 from __future__ import annotations
@@ -332,7 +332,7 @@ STUDY = study.Study(
                 TITLED,
             ),
             "{epochs} epochs at rate {learning_rate}; n = {n} seeds; line: least to "
-            "greatest",
+            "greatest; no mark: not through an epoch by then",
             finding="ZCA in groups of 16 trains to {zca} nats of batch norm's loss, at "
             "{slowdown} times the time of a step; layer norm ends {layer_loss} higher "
             "at this rate.",

@@ -28,8 +28,8 @@ import subprocess
 import sys
 
 if importlib.util.find_spec("bn_jax") is None:
-    command = [sys.executable, "-m", "pip", "install", "-q", f"git+{REPOSITORY}"]
-    subprocess.run(command, check=True)
+    wanted = f"bn_jax[train] @ git+{REPOSITORY}"  # with data and training
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", wanted], check=True)
 
 # For a try, BN_JAX_EPOCHS=1 trains for one epoch, on an embedded sample of images.
 SMALL = "BN_JAX_EPOCHS" in os.environ
@@ -196,7 +196,8 @@ placement = parallel.place(config, devices=str(devices))
 together = loop.Trainer(config, data, placement=placement)
 (report,) = [report for report in together.train() if report is not None]
 first = losses[0][0]
-print(f"{devices} devices: {report.examples_per_second:,.0f} examples/s")
+where = "1 device" if devices == 1 else f"{devices} devices"
+print(f"{where}: {report.examples_per_second:,.0f} examples/s")
 print("first step:", abs(float(first - together.progress().step_losses[0])))
 
 # %% [markdown]
@@ -216,11 +217,12 @@ for norm in ("batch_norm", "none"):
         pass
     accuracy[norm] = [row["train_accuracy"][-1] for row in rates.rows(exact=False)]
 
+figure, panel = plt.subplots()
 for norm, values in accuracy.items():
-    plt.semilogx(RATES, [np.nan if v is None else v for v in values], ".-", label=norm)
-plt.xlabel("learning rate")
-plt.ylabel("training accuracy, first epoch")
-plt.legend()
+    points = [np.nan if value is None else value for value in values]
+    panel.semilogx(RATES, points, ".-", label=norm)
+panel.set(xlabel="learning rate", ylabel="training accuracy, first epoch")
+panel.legend()
 plt.show()
 
 # %% [markdown]

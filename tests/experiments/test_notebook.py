@@ -1,8 +1,12 @@
 """The notebook: paired with its text, without outputs, and running, each cell twice."""
 
+import importlib.util
+import re
+import subprocess
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 jupytext = pytest.importorskip("jupytext")
 nbclient = pytest.importorskip("nbclient")
@@ -26,6 +30,25 @@ def test_notebook_is_committed_without_outputs():
     for cell in jupytext.read(NOTEBOOK).cells:
         assert not cell.get("outputs")
         assert cell.get("execution_count") is None
+
+
+def test_where_it_is_missing_bn_jax_is_installed_with_what_training_needs(monkeypatch):
+    first = next(c for c in jupytext.read(NOTEBOOK).cells if c.cell_type == "code")
+    install, found, _ = first.source.partition("# For a try")
+    assert found
+    commands = []
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(subprocess, "run", lambda run, check: commands.append(run))
+    exec(install, {})
+    (command,) = commands
+    requirement = Requirement(command[-1])
+    assert (requirement.name, requirement.extras) == ("bn_jax", {"train"})
+
+
+def test_each_figure_of_the_notebook_is_its_own():
+    # Other functions of pyplot draw into the last figure, which a script keeps open.
+    text = NOTEBOOK.with_suffix(".py").read_text()
+    assert set(re.findall(r"\bplt\.(\w+)", text)) == {"subplots", "show"}
 
 
 @pytest.mark.slow

@@ -2,16 +2,38 @@
 
 from __future__ import annotations
 
+import math
+import re
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from bn_jax.plots import style
-from bn_jax.plots.style import BLUE, COLOURS, GREEN, GREY, LINES, ORANGE, PURPLE
+from bn_jax.plots.style import (
+    AMBER,
+    BLUE,
+    COLOURS,
+    GREEN,
+    GREY,
+    LINES,
+    ORANGE,
+    PURPLE,
+    SKY,
+)
+
+Layers = Mapping[str, Mapping[str, Sequence[float]]]
+
+# Where gamma and beta start, in the order of their panels.
+START = {"gamma": 1.0, "beta": 0.0}
+# More layers than these have a line each over depth instead of a dot a feature; of so
+# many names there is room beside each other, and names of so many characters.
+MOST_WITH_DOTS, MOST_NAMES, LONGEST_NAME = 8, 28, 32
 
 
 def curves(
@@ -23,26 +45,32 @@ def curves(
 ) -> None:
     """Draw loss, train and test accuracy by epoch, as the chapter's figure does.
 
+    Loss and accuracy on a validation set are drawn beside them where there is one.
+
     Args:
       metrics: rows of metrics.jsonl, at least one: losses in nats, accuracies as shares
-        of 1, all known.
+        of 1, all known but for losses on a validation set, which are by moving averages
+        and may be infinite or None.
       results: of results.json; its exact-statistics accuracy is marked at the end, if
         there is one. The row of a sweep's member will not do.
       path: of the image to write.
       title: what the run is.
     """
     has_averages = results.get("moving_averages", True)
-    tested = "test accuracy" + " (moving averages)" * has_averages
+    by_averages = " (moving averages)" * has_averages
     figure = style.figure(6, 3.8)
     axes = figure.subplots()
     epochs = [row["epoch"] for row in metrics]
     for name, label, dashes, colour in (
         ("loss", "train loss [nats]", "-", BLUE),
+        ("validation_loss", f"validation loss [nats]{by_averages}", "-", SKY),
         ("train_accuracy", "train accuracy", "--", PURPLE),
-        ("test_accuracy", tested, "-.", GREEN),
+        ("validation_accuracy", f"validation accuracy{by_averages}", ":", AMBER),
+        ("test_accuracy", f"test accuracy{by_averages}", "-.", GREEN),
     ):
-        values = [row[name] for row in metrics]
-        axes.plot(epochs, values, dashes, color=colour, label=label, marker=".")
+        if all(name in row for row in metrics):
+            values = _known(metrics, name)
+            axes.plot(epochs, values, dashes, color=colour, label=label, marker=".")
     if results["test_accuracy_exact"] is not None and has_averages:
         axes.plot(
             epochs[-1],
@@ -53,37 +81,128 @@ def curves(
             label="test accuracy (exact statistics)",
         )
     style.finish(axes, "epoch", "loss, accuracy")
-    axes.set_ylim(0, max(1, 1.05 * max(row["loss"] for row in metrics)))
+    axes.set_ylim(0, _top(metrics))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    lines = [*textwrap.wrap(title, 90), results["data_source"]]
+    lines = textwrap.wrap(title, 90) + textwrap.wrap(results["data_source"], 90)
     axes.set_title("\n".join(lines), fontsize=8, color=GREY)
     axes.legend(fontsize=8, frameon=False)
     style.save(figure, path)
 
 
-def gamma_beta(layers: Mapping[str, Mapping[str, Sequence[float]]], path: Path) -> None:
-    """Draw the learned gamma and beta of each layer, a dot a feature.
+def _known(metrics: Sequence[Mapping[str, Any]], name: str) -> list[float]:
+    """Return a value of each epoch, NaN where it is unknown."""
+    return [math.nan if row[name] is None else row[name] for row in metrics]
+
+
+def _top(metrics: Sequence[Mapping[str, Any]]) -> float:
+    """Return the upper end of the axis: it holds all training losses.
+
+    By moving averages the loss on a validation set may be a hundred times that of
+    training. It leaves the figure where it would press the other lines flat.
+    """
+    highest: float = max(row["loss"] for row in metrics)
+    validated = [
+        value
+        for row in metrics
+        if (value := row.get("validation_loss")) is not None and math.isfinite(value)
+    ]
+    return max(1.0, 1.05 * highest, min(1.05 * max(validated, default=0), 2 * highest))
+
+
+def gamma_beta(layers: Layers, path: Path) -> None:
+    """Draw the learned gamma and beta of each layer.
+
+    Of few layers each feature has a dot. Of more, each layer has its median, its
+    quartiles, and its least and greatest value, over the depth of the network.
 
     Args:
       layers: gamma and beta by layer, of results.json: lists of C numbers, one of them
-        perhaps missing.
+        perhaps missing. They are drawn in the order given, unless that is the
+        alphabet's, which has layer 10 before layer 2: numbers then go by their size.
       path: of the image to write.
     """
-    figure = style.figure(6, 3.2)
-    start = {"gamma": 1.0, "beta": 0.0}
-    for axes, greek, colour in zip(
-        figure.subplots(1, 2), start, (BLUE, ORANGE), strict=True
+    names = _in_order(list(layers))
+    draw: Callable[[Layers, Path], None]
+    draw = _dots if len(names) <= MOST_WITH_DOTS else _over_depth
+    draw({name: layers[name] for name in names}, path)
+
+
+def _in_order(names: Sequence[str]) -> list[str]:
+    """Return names of layers in the order of drawing."""
+
+    def by_size(name: str) -> list[tuple[str, int]]:
+        return [(text, int(n or 0)) for text, n in re.findall(r"(\D*)(\d*)", name)]
+
+    return sorted(names, key=by_size) if list(names) == sorted(names) else list(names)
+
+
+def _short(name: str) -> str:
+    """Return a layer's name, of a long one without its middle."""
+    if len(name) <= LONGEST_NAME:
+        return name
+    half = LONGEST_NAME // 2 - 2
+    return f"{name[:half]}...{name[-half:]}"
+
+
+def _dots(layers: Layers, path: Path) -> None:
+    """Draw a row for each layer, with a dot for each feature."""
+    figure = style.figure(
+        6, 1.1 + 0.45 * max(2, len(layers)), "a dot a feature, by size"
+    )
+    grid = figure.subplots(1, 2, sharey=True)
+    for axes, (greek, start), colour in zip(
+        grid, START.items(), (BLUE, ORANGE), strict=True
     ):
-        axes.axhline(start[greek], color=GREY, linewidth=0.8, linestyle=":")
-        for position, layer in enumerate(layers):
-            values = sorted(layers[layer].get(greek, ()))
+        axes.axvline(start, color=GREY, linewidth=0.8, linestyle=":")
+        for position, learned in enumerate(layers.values()):
+            values = sorted(learned.get(greek, ()))
             places = style.spread_out(values, position, 0.7)
-            axes.plot(places, values, ".", color=colour, markersize=4)
-        sizes = [max(map(len, layer.values()), default=0) for layer in layers.values()]
-        names = [f"{name}\n({n})" for name, n in zip(layers, sizes, strict=True)]
-        axes.set_xticks(range(len(layers)), names)
-        style.finish(axes, "layer (features, in order of size)", f"learned {greek}")
+            axes.plot(values, places, ".", color=colour, markersize=4)
+        axes.set_xlabel(f"learned {greek}")
+        axes.grid(axis="x", linewidth=0.4, color="#dddddd")
+        axes.locator_params(axis="x", nbins=5)
+    sizes = [max(map(len, learned.values()), default=0) for learned in layers.values()]
+    titles = [f"{_short(name)} ({n})" for name, n in zip(layers, sizes, strict=True)]
+    for axes in grid:
+        style.rows(axes, titles)
+    grid[0].set_ylabel("layer (features)")
+    grid[0].set_ylim(len(layers) - 0.4, -0.6)  # of both: the first layer is on top
     style.save(figure, path)
+
+
+def _over_depth(layers: Layers, path: Path) -> None:
+    """Draw a panel of gamma above one of beta, with a line for each layer."""
+    note = f"{len(layers)} layers; dot: median, thick: quartiles, thin: extremes"
+    figure = style.figure(6, 6, note)
+    grid = figure.subplots(2, 1, sharex=True)
+    for axes, (greek, start), colour in zip(
+        grid, START.items(), (BLUE, ORANGE), strict=True
+    ):
+        axes.axhline(start, color=GREY, linewidth=0.8, linestyle=":")
+        _quartiles(
+            axes, [learned.get(greek, ()) for learned in layers.values()], colour
+        )
+        style.finish(axes, "", f"learned {greek}")
+    places = range(0, len(layers), -(-len(layers) // MOST_NAMES))
+    names = [_short(name) for name in layers]
+    grid[1].set_xticks(places, [names[i] for i in places], rotation=90, fontsize=7)
+    grid[1].set_xlabel("layer" if len(places) == len(names) else "layer, some by name")
+    style.save(figure, path)
+
+
+def _quartiles(axes: Axes, layers: Sequence[Sequence[float]], colour: str) -> None:
+    """Draw median, quartiles and extremes of the values of each layer that has some."""
+    places = [place for place, values in enumerate(layers) if len(values)]
+    found = [
+        np.quantile(values, [0, 0.25, 0.5, 0.75, 1]) for values in layers if len(values)
+    ]
+    if not found:
+        return
+    least, first, median, third, greatest = np.transpose(found)
+    width = min(6.0, 200 / len(layers))  # in points; the panel has some 360
+    axes.vlines(places, least, greatest, color=colour, linewidth=0.2 * width, alpha=0.6)
+    axes.vlines(places, first, third, color=colour, linewidth=width, alpha=0.6)
+    axes.plot(places, median, ".", color="black", markersize=min(4.0, 1.2 * width))
 
 
 def members_by_epoch(
@@ -92,27 +211,39 @@ def members_by_epoch(
     """Draw training loss and test accuracy by epoch, a line for each group of members.
 
     Lines are means over a group's members, such as its seeds, and bands reach from the
-    least to the greatest.
+    least to the greatest. The accuracy on a validation set has a panel where there is
+    one.
 
     Args:
       groups: by label, at least one, rows with the per-epoch lists `loss`, in nats, and
-        `test_accuracy`, shares of 1, None after divergence.
+        `test_accuracy`, shares of 1, None after divergence; and `validation_accuracy`,
+        if there is one.
       path: of the image to write.
     """
     counts = sorted({len(rows) for rows in groups.values()})
-    note = f"{sum(map(len, groups.values()))} members"
+    note = style.counted(sum(map(len, groups.values())), "member")
     if counts[-1] > 1:
         note += (
             f"; n = {'-'.join(str(n) for n in sorted({counts[0], counts[-1]}))} seeds, "
             "band: least to greatest"
         )
-    figure = style.figure(8, 3.9, note)
-    panels = {"loss": "training loss [nats]", "test_accuracy": "test accuracy"}
+    panels = {
+        "loss": "training loss [nats]",
+        "validation_accuracy": "validation accuracy",
+        "test_accuracy": "test accuracy",
+    }
+    if not any(
+        "validation_accuracy" in row for rows in groups.values() for row in rows
+    ):
+        del panels["validation_accuracy"]
+    figure = style.figure(2 + 3 * len(panels), 3.9, note)
+    grid = figure.subplots(1, len(panels))
     colours = colormaps["viridis"]
-    for axes, (name, title) in zip(figure.subplots(1, 2), panels.items(), strict=True):
+    for axes, (name, title) in zip(grid, panels.items(), strict=True):
         for i, (label, rows) in enumerate(groups.items()):
-            longest = max(len(row[name]) for row in rows)
-            runs = [[*row[name], *[None] * (longest - len(row[name]))] for row in rows]
+            lists = [row[name] for row in rows if name in row]
+            longest = max(map(len, lists), default=0)
+            runs = [[*values, *[None] * (longest - len(values))] for values in lists]
             epochs, means, low, high = style.by_epoch(runs)
             colour = colours(i / max(len(groups) - 1, 1) * 0.9)
             axes.fill_between(epochs, low, high, color=colour, alpha=0.2, lw=0)
@@ -152,8 +283,8 @@ def arms_by_epoch(
     """
     seeds = len({row["config"]["seed"] for row in rows})
     note = (
-        f"n = {seeds} seeds; band: least to greatest; star: exact statistics; at the "
-        "right: published re-runs, mean and standard deviation"
+        f"n = {style.counted(seeds, 'seed')}; band: least to greatest; star: exact "
+        "statistics; at the right: published re-runs, mean and standard deviation"
     )
     figure = style.figure(10, 3.9, note)
     panels = {

@@ -222,3 +222,15 @@ def test_claims_are_drawn_one_above_the_other(tmp_path):
         with Image.open(tmp_path / name) as image:
             heights.append(image.height)
     assert heights[0] > 2 * heights[1]
+
+
+def test_verdicts_that_are_no_results_are_marked(drawn, tmp_path):
+    paths = [tmp_path / "result.png", tmp_path / "try.png"]
+    claim = [CLAIMS["supported"]]
+    plots.claims(claim, "note", paths[0])
+    plots.claims(claim, "note", paths[1], caution="A try of 2 seeds: no result")
+    assert drawn[0].get_suptitle() == "note"
+    assert drawn[1].get_suptitle() == "A try of 2 seeds: no result\nnote"
+    orange = [colours_of(path).get(ORANGE, 0) for path in paths]
+    assert orange[0] == 0
+    assert orange[1] > 100

@@ -30,13 +30,17 @@ class Judged(NamedTuple):
     outcome: str  # "supported", "refuted" or "undecided"
 
 
-def claims(judged: Sequence[Judged], note: str, path: Path) -> None:
+def claims(
+    judged: Sequence[Judged], note: str, path: Path, *, caution: str = ""
+) -> None:
     """Draw each claim's interval on an axis of its own, with what is claimed shaded.
 
     Args:
       judged: the claims, at least one, in the order of drawing.
       note: a line above.
       path: of the image to write.
+      caution: why these are no results, such as that the seeds are too few: a line in
+        large print above the note.
 
     Raises:
       KeyError: if an outcome is none of the three.
@@ -44,7 +48,9 @@ def claims(judged: Sequence[Judged], note: str, path: Path) -> None:
     titles = [textwrap.fill(claim.claim, LINE) for claim in judged]
     lines = [title.count("\n") for title in titles]
     heights = [0.6 + 0.16 * extra for extra in lines]
-    figure = style.figure(9, 0.4 + sum(heights), note)
+    figure = style.figure(9, 0.4 + 0.3 * bool(caution) + sum(heights), note)
+    if caution:
+        figure.suptitle(f"{caution}\n{note}", fontsize=11, color=ORANGE)
     grid = figure.subplots(len(judged), 1, squeeze=False, height_ratios=heights)
     for axes, claim, title in zip(grid.flat, judged, titles, strict=True):
         _draw(axes, claim)

@@ -2,8 +2,11 @@
 
 import importlib
 import inspect
+from pathlib import Path
 
 import pytest
+
+from bn_jax import variants
 
 # The public functions of these are what `__all__` names,
 PACKAGES = ["bn_jax"] + [
@@ -23,16 +26,9 @@ MODULES = [
         "variables",
     )
 ] + [
-    f"bn_jax.variants.{name}"
-    for name in (
-        "mabn",
-        "one_moment",
-        "per_example",
-        "pointwise",
-        "quantile",
-        "renorm",
-        "whitening",
-    )
+    f"bn_jax.variants.{path.stem}"
+    for path in sorted(Path(variants.__file__).parent.glob("[!_]*.py"))
+    if path.stem != "whitening_matrices"  # which whitening is made of
 ]
 WITHOUT = {
     # Needs the files that a set's authors publish, or a download.

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from absl import flags
 
+from bn_jax import models, transforms
+from bn_jax.data import sources
 from experiments import launch
 
 ROOT = Path(__file__).parents[2]
@@ -41,6 +43,20 @@ def test_links_inside_the_repository_lead_somewhere(document):
         assert found.exists(), target
         if anchor:
             assert anchor in anchors(found.read_text()), target
+
+
+@pytest.mark.parametrize(
+    ("flag", "names"),
+    [
+        ("norm", transforms.NORMS),
+        ("model", models.MODELS),
+        ("dataset", sources.SPECS),
+    ],
+)
+def test_readme_names_all_that_a_flag_takes(flag, names):
+    text = (ROOT / "README.md").read_text()
+    (row,) = re.findall(rf"^\| `--{flag}` \| (.*) \|$", text, re.MULTILINE)
+    assert set(names) <= set(re.findall(r"`(\w+)`", row))
 
 
 def commands():

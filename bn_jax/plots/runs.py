@@ -147,7 +147,7 @@ def _short(name: str) -> str:
 def _dots(layers: Layers, path: Path) -> None:
     """Draw a row for each layer, with a dot for each feature."""
     figure = style.figure(
-        6, 1.1 + 0.45 * max(2, len(layers)), "a dot a feature, by size"
+        6, 1.1 + 0.45 * max(3, len(layers)), "a dot a feature, by size"
     )
     grid = figure.subplots(1, 2, sharey=True)
     for axes, (greek, start), colour in zip(

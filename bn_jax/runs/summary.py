@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from flax import traverse_util
 
-from bn_jax.measures.layer_calls import layer_calls
+from bn_jax.measures.layer_calls import LayerCall, layer_calls
 from bn_jax.runs import results
 from bn_jax.training import loop
 from bn_jax.training.scoring import Score
 from bn_jax.training.state import Network
+
+T = TypeVar("T")
 
 _VALIDATION = ("validation_loss", "validation_accuracy")
 
@@ -35,7 +37,7 @@ def summary(
       best: of the epochs, on the validation set.
     """
     images = trainer.data.train.images
-    offsets = scale_offsets(trainer.network, variables, images[:1])
+    calls = _calls(trainer.network, variables, images[:1])
     last = trainer.history[-1]
     row = last.to_row()
     seconds = sum(report.seconds for report in trainer.history)
@@ -59,7 +61,7 @@ def summary(
         "class_names": list(trainer.data.class_names),
         "first_step_losses": losses[:20].astype(float).tolist(),
         "moving_averages": bool(jax.tree.leaves(variables["batch_stats"])),
-        "gamma_beta": gamma_beta(variables, offsets),
+        "gamma_beta": _in_order(gamma_beta(variables, _offsets(calls)), calls),
     }
     of_summary: dict[str, Any] = results.finite(values)
     return of_summary
@@ -82,11 +84,26 @@ def scale_offsets(
       variables: of the model.
       image: one, of shape `[1, H, W, C]`.
     """
+    return _offsets(_calls(network, variables, image))
+
+
+def _calls(network: Network, variables: Any, image: np.ndarray) -> list[LayerCall]:
+    """Return the calls of batch norm layers; none of a model with another norm."""
     try:
-        calls = layer_calls(network.predict, variables, image)
-    except ValueError:  # norms that are not batch norm have no offset
-        return {}
+        return layer_calls(network.predict, variables, image)
+    except ValueError:
+        return []
+
+
+def _offsets(calls: Sequence[LayerCall]) -> dict[str, float]:
     return {"/".join(c.path): c.scale_offset for c in calls if c.scale_offset}
+
+
+def _in_order(layers: Mapping[str, T], calls: Sequence[LayerCall]) -> dict[str, T]:
+    """Return layers in the order of their first calls, and the others after them."""
+    called = dict.fromkeys("/".join(call.path) for call in calls)
+    names = [name for name in called if name in layers]
+    return {name: layers[name] for name in dict.fromkeys((*names, *layers))}
 
 
 def gamma_beta(

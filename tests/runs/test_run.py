@@ -397,6 +397,15 @@ def test_gamma_and_beta_are_kept_of_norms_without_statistics_too():
     }
 
 
+def test_norms_are_listed_in_the_order_of_the_network(tmp_path, tiny_config, tiny_data):
+    config = dataclasses.replace(tiny_config, model="resnet:depth=8,width=2", epochs=1)
+    run = run_lib.train(config, tiny_data, workdir=tmp_path / "resnet")
+    names = [*run_lib.load(tmp_path / "resnet").results["gamma_beta"]]
+    assert names[:3] == ["stem_norm", "stage1_block1/norm1", "stage1_block1/norm2"]
+    assert sorted(names) == sorted(run.results["gamma_beta"])
+    assert len(names) == 7
+
+
 @pytest.mark.slow
 def test_run_without_norm_has_no_gamma_and_no_gap(tmp_path, tiny_config, tiny_data):
     config = dataclasses.replace(tiny_config, norm="none", epochs=1)

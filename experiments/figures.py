@@ -93,8 +93,16 @@ def _evaluate(part: Any, runs: Runs) -> Any:
     return part
 
 
-def draw_verdicts(verdicts: Sequence[Verdict], path: Path) -> None:
-    """Draw the intervals of verdicts against what is claimed; checks have none."""
+def draw_verdicts(
+    verdicts: Sequence[Verdict], path: Path, *, caution: str = ""
+) -> None:
+    """Draw the intervals of verdicts against what is claimed; checks have none.
+
+    Args:
+      verdicts: the verdicts.
+      path: of the image to write.
+      caution: see `plots.claims`.
+    """
     from bn_jax import plots  # Matplotlib takes a second to import.
 
     drawn = [
@@ -106,7 +114,7 @@ def draw_verdicts(verdicts: Sequence[Verdict], path: Path) -> None:
         return
     levels = {v.level for v in verdicts if v.level is not None}
     note = f"value, and its interval of {max(levels):.0%}; shaded: what is claimed"
-    plots.claims(drawn, note, path)
+    plots.claims(drawn, note, path, caution=caution)
 
 
 def spreads(scores: Mapping[str, Score], titled: Mapping[str, Choice]) -> Any:

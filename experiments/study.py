@@ -188,7 +188,11 @@ class Study:
 
     def draw(self, rows: Sequence[Row], folder: Path) -> None:
         """Write the figures whose runs are among the rows, and one of the verdicts."""
-        figures.draw_verdicts(self.verdicts(rows), folder / CLAIMS)
+        seeds = max(map(len, self.runs(rows).values()), default=0)
+        needed = self.looks.seeds[0]
+        few = f"No result, but a try: {seeds} of the {needed} seeds that claims need"
+        caution = few if seeds < needed else ""
+        figures.draw_verdicts(self.verdicts(rows), folder / CLAIMS, caution=caution)
         for name, figure in self.figures.items():
             figure.draw(self.runs(rows), folder / name)
 

@@ -15,7 +15,7 @@ from bn_jax.fields import ConfigError
 from bn_jax.plots import style
 from bn_jax.runs import results as results_lib
 from experiments import __main__ as command
-from experiments import launch, report, study
+from experiments import figures, launch, report, study
 from marks import slow_but
 
 app.define_help_flags()  # once in a process
@@ -547,3 +547,15 @@ def test_runs_to_choose_by_have_their_own_seeds_and_images(looking, tmp_path):
     others = [row for row in rows if row["arm"] != "tried"]
     assert {row["config"]["seed"] for row in others} == {5, 6}
     assert {row["config"]["validation"] for row in others} == {0}
+
+
+def test_verdicts_of_fewer_seeds_than_claims_need_are_marked(monkeypatch, tmp_path):
+    marks = []
+    monkeypatch.setattr(
+        figures, "draw_verdicts", lambda verdicts, path, caution: marks.append(caution)
+    )
+    made_up = study.Study(name="made_up", arms={}, claims=(), figures={})
+    for count in (2, 5, 20):
+        rows = [{"arm": "a", "config": {"seed": seed}} for seed in range(count)]
+        made_up.draw(rows, tmp_path)
+    assert marks == ["No result, but a try: 2 of the 5 seeds that claims need", "", ""]

@@ -22,6 +22,7 @@ from flax import traverse_util
 from jax import Array
 
 from bn_jax import tracing
+from bn_jax.contract import Transform
 from bn_jax.linear_pairs import (
     Flat,
     Pair,
@@ -34,7 +35,7 @@ from bn_jax.linear_pairs import (
     unstacked,
 )
 from bn_jax.measures.layer_calls import Predict
-from bn_jax.measures.models import check_array, resolve
+from bn_jax.measures.models import check_array, modules_of, resolve
 from bn_jax.moments import reduction_axes
 from bn_jax.variables import (
     Path,
@@ -46,6 +47,9 @@ from bn_jax.variables import (
 # How far the folded model may be from the model: by roundings, and by more than these
 # where large means cancel.
 _TOLERANCE = 1e-2
+# Flax's norms that keep no statistics of batches, of Linen and of NNX.
+_PER_EXAMPLE = {"LayerNorm", "RMSNorm", "GroupNorm", "InstanceNorm"}
+_CURVES = {"dyt", "derf"}  # transforms without any statistics
 
 
 def fold(model: Any, variables: Any, inputs: Array, *, without_norms: Any) -> Any:
@@ -87,8 +91,9 @@ def fold(model: Any, variables: Any, inputs: Array, *, without_norms: Any) -> An
     Raises:
       ValueError: if a norm cannot be folded; all such norms and reasons are named. If
         the model without norms cannot be run, leaves parameters out, or gives other
-        outputs. If outputs are not finite, or model, variables or inputs are something
-        else.
+        outputs; where it leaves out norms such as group norm, whose statistics depend
+        on the input, these are named. If outputs are not finite, or model, variables or
+        inputs are something else.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -136,7 +141,48 @@ def _fold(model: Any, variables: Any, inputs: Array, without_norms: Any) -> Any:
         shifts = outputs_of_norms(predict, zeroed, inputs)
         _refuse(_wrong_shifts(shifts, pairs, params, stats))
     folded = restacked(folded, stacked)
-    return _run_without_norms(without_norms, variables, folded, inputs, before)
+    try:
+        return _run_without_norms(without_norms, variables, folded, inputs, before)
+    except ValueError as error:
+        left_out = _per_example_norms(predict, variables, inputs)
+        left_out -= _per_example_norms(*_plain(without_norms, folded), inputs)
+        if not left_out:
+            raise
+        names = ", ".join(f"{path} ({kind})" for path, kind in sorted(left_out))
+        reason = "the statistics of such a norm depend on the input"
+        if all(kind in _CURVES for _, kind in left_out):
+            reason = "such a norm is a curve"
+        raise ValueError(
+            f"cannot fold {names}: {reason}, so that no layer before it can stand for "
+            "it. Leave it in the model without norms, which lacks batch norm alone; or "
+            f"predict with the model as it is ({error})"
+        ) from error
+
+
+def _plain(without_norms: Any, folded: Flat) -> tuple[Predict, Any]:
+    """Return a predict function of the model without norms, and its variables."""
+    nnx = sys.modules.get("flax.nnx")
+    if nnx is not None and isinstance(without_norms, nnx.Module):
+        return resolve(without_norms, None)
+    return resolve(without_norms, {"params": traverse_util.unflatten_dict(folded)})
+
+
+def _per_example_norms(
+    predict: Predict, variables: Any, inputs: Any
+) -> set[tuple[str, str]]:
+    """Return the path and the kind of norms that keep no statistics of batches."""
+    found = set()
+    for path, module in modules_of(predict, variables, inputs).items():
+        transform = getattr(module, "transform", None)
+        kinds = {
+            kind.__name__
+            for kind in type(module).__mro__
+            if kind.__module__.startswith("flax.")
+        } & _PER_EXAMPLE
+        if isinstance(transform, Transform) and not transform.uses_batch:
+            kinds = {transform.name}
+        found |= {(path or "the model itself", kind) for kind in kinds}
+    return found
 
 
 def _affine(pair: Pair, params: Flat, stats: Flat) -> tuple[Array, Array, Array]:

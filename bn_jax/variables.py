@@ -242,6 +242,11 @@ def check_variables(variables: Any) -> None:
         return
     if not isinstance(variables, Mapping):
         given = f"a {type(variables).__name__}"
+        if hasattr(variables, "params"):
+            given += (
+                " without batch_stats (give {'params': state.params, 'batch_stats': "
+                "...}, with the statistics that are kept beside it)"
+            )
     elif not variables or variables.keys() & {"params", "batch_stats"}:
         return
     else:

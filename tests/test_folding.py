@@ -12,9 +12,11 @@ from flax.core import freeze
 
 from bn_jax.folding import fold
 from bn_jax.linen import BatchNorm
+from bn_jax.linen import norm as linen_norm
 from bn_jax.models.lenet import LeNet
 from bn_jax.models.mlp import MLP
 from bn_jax.nnx import BatchNorm as NnxBatchNorm
+from bn_jax.nnx import norm as nnx_norm
 from marks import slow_but
 from reference import normal
 
@@ -625,4 +627,73 @@ def test_nnx_module_whose_layers_have_no_bias_is_refused():
     model, x = moved_nnx(nnx.BatchNorm), normal((2, 5, 5, 2))
     plain = NnxNet(None, nnx.Rngs(1), use_bias=False)
     with pytest.raises(ValueError, match="none besides, conv/bias missing; expected"):
+        fold(model, None, x, without_norms=plain)
+
+
+class Mixed(nn.Module):
+    """A layer with batch norm, and one with another norm, or none."""
+
+    norm: Any
+    batch_norm: bool = True
+    use_bias: bool = False
+
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.Dense(4, use_bias=self.use_bias, name="first")(x)
+        if self.batch_norm:
+            x = BatchNorm(use_running_average=not train, name="bn")(x)
+        x = nn.Dense(4, use_bias=self.use_bias, name="second")(nn.relu(x))
+        return x if self.norm is None else self.norm(name="other")(x)
+
+
+@pytest.mark.parametrize(
+    ("norm", "kind"),
+    slow_but(
+        [(linen_norm("group"), "group"), (nn.LayerNorm, "LayerNorm")],
+        [
+            (linen_norm("group"), "group"),
+            (linen_norm("instance:use_scale=false,use_bias=false"), "instance"),
+            (linen_norm("dyt"), "dyt"),
+            (nn.LayerNorm, "LayerNorm"),
+            (functools.partial(nn.GroupNorm, 2, use_bias=False), "GroupNorm"),
+        ],
+    ),
+)
+@pytest.mark.filterwarnings("ignore:x of shape .* has one value a group")
+def test_norms_of_each_example_are_refused_by_name_where_they_are_left_out(norm, kind):
+    x = normal((4, 3))
+    for batch_norm in (True, False):
+        model = Mixed(norm, batch_norm)
+        variables = jax.jit(functools.partial(model.init, train=False))(
+            jax.random.key(0), x
+        )
+        for plain in (
+            Mixed(None, batch_norm=False, use_bias=True),
+            functools.partial(Mixed(None, False, True).apply, train=False),
+        ):
+            reason = "is a curve" if kind == "dyt" else "depend on the input"
+            words = rf"^cannot fold other \({kind}\): .* {reason}, so"
+            with pytest.raises(ValueError, match=words):
+                fold(model, variables, x, without_norms=plain)
+
+
+def test_norms_of_each_example_stay_where_batch_norm_is_folded():
+    x = normal((4, 3))
+    model = Mixed(nn.LayerNorm, use_bias=True)
+    plain = Mixed(nn.LayerNorm, batch_norm=False, use_bias=True)
+    variables = moved(model, x)
+    folded = fold(model, variables, x, without_norms=plain)
+    assert "other" in folded
+    # A model that lacks biases is refused for that, not for the norm that it has.
+    without_bias = Mixed(nn.LayerNorm, batch_norm=False, use_bias=False)
+    with pytest.raises(ValueError, match="does not use the folded .* first/bias"):
+        fold(model, variables, x, without_norms=without_bias)
+
+
+def test_group_norm_of_an_nnx_module_is_refused_by_name():
+    group = nnx_norm("group:num_groups=1")
+    model, x = NnxNet(group, nnx.Rngs(0), use_bias=False), normal((2, 5, 5, 2))
+    plain = NnxNet(None, nnx.Rngs(1))
+    words = r"^cannot fold last \(group\), norm \(group\): .* depend on the input"
+    with pytest.raises(ValueError, match=words):
         fold(model, None, x, without_norms=plain)

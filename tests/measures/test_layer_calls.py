@@ -346,3 +346,125 @@ def test_what_is_no_model_is_refused_in_words():
         ValueError, match="the model is a ArrayImpl; expected a function"
     ):
         exact_statistics(X, variables, X, batch_size=2)
+
+
+def test_apply_of_a_module_is_taken_with_a_train_state():
+    model, variables, expected = net()
+    state = state_of(variables)
+    got = exact_statistics(state.apply_fn, state, X, batch_size=24)
+    chex.assert_trees_all_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_function_that_takes_no_train_state_is_refused_with_what_it_takes():
+    _, variables, _ = net()
+    with pytest.raises(ValueError, match='not take a TrainState.*"params": state.para'):
+        gap(
+            jax.jit(Net().apply),
+            state_of(variables),
+            X,
+            LABELS,
+            measure_on=X,
+            batch_size=12,
+        )
+    plain = train_state.TrainState.create(
+        apply_fn=Net().apply, params=variables["params"], tx=optax.sgd(0.1)
+    )
+    with pytest.raises(ValueError, match="TrainState without batch_stats .give"):
+        exact_statistics(plain.apply_fn, plain, X, batch_size=24)
+
+
+class Counter(nnx.Variable):
+    pass
+
+
+class NnxTrain(nnx.Module):
+    """Told by `train` what to do; it holds a variable of another kind, too."""
+
+    def __init__(self, rngs):
+        self.layers = nnx.List(
+            [nnx.Linear(3, 4, rngs=rngs), NnxBatchNorm(4, momentum=0.0, rngs=rngs)]
+        )
+        self.factor = Counter(jnp.ones(()))
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x, train):
+        dense, norm = self.layers
+        x = norm(dense(x), use_running_average=not train) * self.factor[...]
+        return self.dropout(x, deterministic=not train)
+
+
+def test_nnx_module_that_is_told_by_train_is_measured():
+    model = NnxTrain(nnx.Rngs(0))
+    got = exact_statistics(model, None, X, batch_size=24)
+    dense = model.layers[0](jnp.asarray(X))
+    np.testing.assert_allclose(got["layers"][1]["mean"][...], dense.mean(0), rtol=1e-5)
+
+
+def test_nnx_module_takes_the_variables_that_a_run_returns():
+    trained = NnxTrain(nnx.Rngs(1))
+    trained.layers[1].mean[...] = jnp.arange(4.0)
+    trained.factor[...] = jnp.asarray(2.0)
+    variables = NnxModel(trained).init(jax.random.key(0), X)
+    assert list(variables["params"]["layers"]) == ["0", "1"]  # texts
+    fresh = NnxTrain(nnx.Rngs(0))
+    by_name, by_module = (
+        gap(fresh, given, X, LABELS, measure_on=X, batch_size=12)
+        for given in (variables, trained)
+    )
+    assert by_name == by_module
+    assert fresh.layers[1].mean[...].tolist() == [0, 0, 0, 0]  # as it was
+    exact = exact_statistics(fresh, variables, X, batch_size=24)
+    nnx.update(fresh, exact)
+
+
+def test_variables_that_do_not_fit_an_nnx_module_are_refused_by_name():
+    variables = NnxModel(NnxTrain(nnx.Rngs(1))).init(jax.random.key(0), X)
+    of_norm = variables["params"]["layers"].pop("1")
+    variables["params"]["more"] = of_norm
+    variables["params"]["layers"]["0"]["kernel"] = jnp.ones((2, 4))
+    with pytest.raises(ValueError, match="fit the NNX module NnxTrain: ") as refusal:
+        exact_statistics(NnxTrain(nnx.Rngs(0)), variables, X, batch_size=24)
+    for words in (
+        "no params/layers/1/scale",
+        "unknown params/more/bias",
+        r"params/layers/0/kernel of shape [2, 4], not [3, 4]",
+        "nnx.restore_int_paths",
+    ):
+        assert words in str(refusal.value)
+
+
+class NnxLifted(nnx.Module):
+    """Calls its block by one of NNX's transforms."""
+
+    def __init__(self, lift, rngs):
+        self.lift = lift
+        self.first = NnxTrain(rngs)
+        if lift != "scan":
+            self.block = NnxBatchNorm(4, rngs=rngs)
+        else:
+            make = nnx.vmap(lambda rngs: NnxBatchNorm(4, rngs=rngs), out_axes=0)
+            self.block = make(rngs.split(2))
+
+    def __call__(self, x):
+        def call(block, x):
+            return block(x)
+
+        lifts = {
+            "jit": nnx.jit,
+            "remat": nnx.remat,
+            "scan": nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry),
+            "none": lambda call: call,
+        }
+        x = nnx.jit(NnxTrain.__call__, static_argnums=2)(self.first, x, False)
+        return lifts[self.lift](call)(self.block, x)
+
+
+@pytest.mark.parametrize("lift", slow_but(["scan"], ["jit", "remat", "scan"]))
+def test_nnx_modules_that_call_layers_by_nnx_transforms_are_measured(lift):
+    model = NnxLifted(lift, nnx.Rngs(0))
+    report = gap(model, None, X, LABELS, measure_on=X, batch_size=12)
+    assert set(report.running) == {"first/layers/1", "block"}
+    if lift != "scan":
+        plain = NnxLifted("none", nnx.Rngs(0))
+        expected = gap(plain, None, X, LABELS, measure_on=X, batch_size=12)
+        chex.assert_trees_all_close(report, expected, rtol=1e-4)

@@ -33,6 +33,9 @@ _NUMBER_OF_BATCHES = Range(
 AFFINE = ("scale", "bias")
 AVERAGES = ("mean", "var")
 
+# Choices that may be left open, and then follow from others.
+_MAY_BE_NONE = frozenset({"update_state", "update_average"})
+
 # How to come by what no init returns.
 _MADE_BY = {
     "states": "pass a bn_jax.BatchNormState of stacked arrays",
@@ -90,7 +93,7 @@ def check_batch_norm(
     check_state(state)
     if statistics is not None:
         check_fields(statistics=(statistics, AVERAGES))
-        check_features(x, feature_axis, mean=statistics.mean, var=statistics.var)
+        check_statistics(x, feature_axis, mean=statistics.mean, var=statistics.var)
     by_batch = train and statistics is None
     if not by_batch and not (train if update_state is None else update_state):
         return
@@ -175,18 +178,27 @@ def check_epsilon(epsilon: float | Array) -> None:
     check_known("epsilon", epsilon, POSITIVE)
 
 
-def check_static(**choices: bool | None) -> None:
-    """Refuse a choice that only the running program would know.
+def check_static(**choices: Any) -> None:
+    """Refuse a choice that is no boolean, or that only the running program knows.
+
+    Args:
+      **choices: by name, booleans of Python or NumPy. `update_state` and
+        `update_average` may be None.
 
     Raises:
-      TypeError: if one is a JAX array.
+      TypeError: if one is a JAX array, or no boolean.
     """
     for name, choice in choices.items():
+        if isinstance(choice, bool) or (choice is None and name in _MAY_BE_NONE):
+            continue
         if isinstance(choice, jax.Array):
             raise TypeError(
                 f"{name} must be a Python bool, known when the function is traced, but "
                 f"is {choice}; pass it through static_argnames or functools.partial"
             )
+        is_number = getattr(choice, "shape", None) == ()
+        if not (is_number and choice.dtype == bool):  # NumPy's are fine
+            raise TypeError(f"{name}={choice!r}; expected True or False")
 
 
 def check_not_empty(x: Array) -> None:
@@ -222,6 +234,57 @@ def check_features(
                 f"{expected[0] if len(expected) == 1 else expected}) or name the axis "
                 "that holds the features"
             )
+
+
+def check_statistics(
+    x: Array, feature_axis: int | Sequence[int], **per_feature: Array
+) -> None:
+    """Refuse statistics to normalise by that do not fit the features of `x`.
+
+    Raises:
+      ValueError: if one has another shape than the feature axes, or as
+        `bn_jax.moments.feature_axes` says.
+    """
+    axes = moments_lib.feature_axes(x.ndim, feature_axis)
+    expected = [x.shape[a] for a in axes]
+    for name, value in per_feature.items():
+        if list(jnp.shape(value)) != expected:
+            raise ValueError(
+                f"statistics.{name} has shape {list(jnp.shape(value))}, but x of shape "
+                f"{list(x.shape)} has {expected} features on its axis "
+                f"{feature_axis!r}; measure them of an array with the same features"
+            )
+
+
+def check_layer_fits(
+    layer: str, x: Array, axis: int | Sequence[int], **per_feature: Array | None
+) -> None:
+    """Refuse an input of other features than a module was made for.
+
+    Args:
+      layer: name of the module.
+      x: its input.
+      axis: of the features, as the module was given it.
+      **per_feature: arrays by name, each of shape `[C]`, or None.
+
+    Raises:
+      ValueError: saying how many features the module has, and how many x has.
+    """
+    axes = moments_lib.feature_axes(x.ndim, axis)
+    given = tuple(x.shape[a] for a in axes)
+    for name, value in per_feature.items():
+        if value is not None and jnp.shape(value) != given:
+            own, found = (_features(shape) for shape in (jnp.shape(value), given))
+            raise ValueError(
+                f"{layer} is made for {own} features, as its {name} is, but its input "
+                f"of shape {list(x.shape)} has {found} on axis={axis!r}; give it the "
+                f"inputs that it was made for, make it anew for {found}, or name as "
+                "axis= the axis that holds the features"
+            )
+
+
+def _features(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))
 
 
 def check_momentum(momentum: Any) -> None:

@@ -55,6 +55,7 @@ def init(
         a complex dtype the moving mean is complex.
 
     Raises:
+      TypeError: if `scale` or `bias` is no boolean.
       ValueError: if `num_features` is neither an integer nor a sequence of them, or
         one is negative.
 
@@ -66,6 +67,7 @@ def init(
       ([0.0, 0.0], [1.0, 1.0])
     """
     shape = checks.check_num_features(num_features)
+    checks.check_static(scale=scale, bias=bias)
     params = BatchNormParams(
         scale=jnp.ones(shape, dtype) if scale else None,
         bias=jnp.zeros(shape, dtype) if bias else None,
@@ -262,8 +264,8 @@ def batch_norm(
 
     Raises:
       TypeError: if `x` is of neither a floating-point nor a complex dtype, `train` or
-        `update_state` is a JAX array, or `params`, `state` or `statistics` is no
-        NamedTuple with its fields.
+        `update_state` is a JAX array or no boolean, or `params`, `state` or
+        `statistics` is no NamedTuple with its fields.
       ValueError: on a wrong rank, feature axis, feature count, dtype of the state,
         empty batch, weights, momentum, epsilon, axis name, groups, batch axis or ghost
         batch size; the message says which. What a call does not use is not checked.

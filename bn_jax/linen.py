@@ -22,7 +22,7 @@ from jax import Array
 from bn_jax import moments as moments_lib
 from bn_jax import transforms
 from bn_jax.averages import BatchNormState
-from bn_jax.checks import check_static
+from bn_jax.checks import AVERAGES, check_layer_fits, check_static
 from bn_jax.contract import Transform
 from bn_jax.moments import Moments
 from bn_jax.transforms import Average
@@ -98,6 +98,9 @@ class Norm(nn.Module):
       batch_axis: axis of the examples.
       zero_masked: whether the result is 0 where `mask` is False or `weights` are 0, as
         padding should be before it is summed; else it is normalised with the rest.
+      scale_init: initializer of the scale, such as `nn.initializers.zeros` for the last
+        norm of a residual branch; None for the transform's own, ones.
+      bias_init: initializer of the bias; None for the transform's own, zeros.
 
     Examples:
       >>> import jax
@@ -120,6 +123,8 @@ class Norm(nn.Module):
     ghost_batch_size: int | None = None
     batch_axis: int = 0
     zero_masked: bool = False
+    scale_init: initializers.Initializer | None = None
+    bias_init: initializers.Initializer | None = None
 
     @nn.compact
     def __call__(
@@ -147,10 +152,12 @@ class Norm(nn.Module):
 
         Raises:
           TypeError: if `use_running_average`, where there is a state, or
-            `update_average` is traced, or as the transform's function says.
+            `update_average` is traced or no boolean, or as the transform's function
+            says.
           ValueError: if `use_running_average` is given nowhere or twice, both mask and
-            weights are given, `batch_stats` lack a part of the state, the transform
-            does not take what is given, or as its function says.
+            weights are given, `batch_stats` lack a part of the state or are of other
+            features than x, the transform does not take what is given or lacks a
+            parameter that an initializer is given for, or as its function says.
         """
         return _apply(
             self,
@@ -161,6 +168,7 @@ class Norm(nn.Module):
             weights=weights,
             update_average=update_average,
             statistics=statistics,
+            initializers={"scale": self.scale_init, "bias": self.bias_init},
         )
 
     @property
@@ -279,11 +287,12 @@ class BatchNorm(nn.Module):
           Array of x's shape, in `dtype`.
 
         Raises:
-          TypeError: if `use_running_average` is traced, or `update_average` is a JAX
-            array.
+          TypeError: if `use_running_average` or `update_average` is traced, or no
+            boolean.
           ValueError: if `use_running_average` is given nowhere or twice, both mask and
             weights are given, `average` is unknown, `batch_stats` lack `count` or
-            another part of the state, or as `bn_jax.batch_norm` says.
+            another part of the state or are of other features than x, or as
+            `bn_jax.batch_norm` says.
         """
         transform = transforms.batch_norm(
             momentum=self.momentum,
@@ -302,7 +311,10 @@ class BatchNorm(nn.Module):
             weights=weights,
             update_average=update_average,
             statistics=statistics,
-            initializers={"scale": scale_init, "bias": self.bias_init},
+            initializers={
+                "scale": scale_init if self.use_scale else None,
+                "bias": self.bias_init if self.use_bias else None,
+            },
             scale_offset=self.scale_offset,
         )
 
@@ -318,7 +330,7 @@ def _apply(
     weights: Array | None,
     update_average: bool | None,
     statistics: Any,
-    initializers: Mapping[str, Callable[..., Array]] = MappingProxyType({}),
+    initializers: Mapping[str, Callable[..., Array] | None],
     scale_offset: float = 0.0,
 ) -> Array:
     """Apply a transform to parameters and a state that are variables of a module.
@@ -332,7 +344,7 @@ def _apply(
       weights: see `x`.
       update_average: see `x`.
       statistics: see `x`.
-      initializers: of parameters by name, instead of the transform's own values.
+      initializers: of parameters by name; None for the transform's own values.
       scale_offset: see `BatchNorm`.
     """
     transforms.check_transform(transform)
@@ -350,12 +362,15 @@ def _apply(
         name: module.variable("batch_stats", name, lambda value=value: value)
         for name, value in initial._asdict().items()
     }
+    averages = {k: v.value for k, v in variables.items() if k in AVERAGES}
+    check_layer_fits(_name(module), x, axis, **averages)
     first, _ = transform.init(num_features, module.param_dtype)
+    drawn_by = transforms.check_initializers(transform, first, initializers)
 
     def param(name: str, value: Array | None) -> Array | None:
         if value is None:
             return None
-        initializer = initializers.get(name, lambda *_: value)
+        initializer = drawn_by.get(name, lambda *_: value)
         return module.param(name, initializer, value.shape, value.dtype)
 
     params = type(first)(**{k: param(k, v) for k, v in first._asdict().items()})
@@ -369,7 +384,7 @@ def _apply(
         )
         check_static(use_running_average=predict)
         train = not predict
-    check_static(update_average=update_average)
+    check_static(update_average=update_average, zero_masked=module.zero_masked)
     moves = train if update_average is None else update_average
     options = {
         "weights": weights,
@@ -412,10 +427,14 @@ def _check_complete(module: Any, transform: Transform, names: Sequence[str]) -> 
     held = [name for name in names if module.has_variable("batch_stats", name)]
     missing = [name for name in names if name not in held]
     if held and missing:
-        where = "/".join(module.path) or type(module).__name__
         raise ValueError(
-            f"batch_stats of {where} hold {' and '.join(held)}, but no "
+            f"batch_stats of {_name(module)} hold {' and '.join(held)}, but no "
             f"{' and '.join(missing)}, which norm={transform.name!r} keeps, too; add "
             "what is missing: as count the number of batches in the averages, or a "
             "large one such as 10**6 where it is not known"
         )
+
+
+def _name(module: Any) -> str:
+    """Return the name of a module, for messages."""
+    return "/".join(module.path) or type(module).__name__

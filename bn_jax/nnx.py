@@ -24,7 +24,13 @@ from jax import Array, lax
 from bn_jax import moments as moments_lib
 from bn_jax import transforms
 from bn_jax.averages import BatchNormState
-from bn_jax.checks import check_one_integer, check_static
+from bn_jax.checks import (
+    AFFINE,
+    AVERAGES,
+    check_layer_fits,
+    check_one_integer,
+    check_static,
+)
 from bn_jax.contract import Transform
 from bn_jax.moments import Moments
 from bn_jax.transforms import Average
@@ -105,10 +111,15 @@ class Norm(nnx.Module):
         statistics; see `BatchNorm`.
       batch_axis: axis of the examples.
       zero_masked: see `bn_jax.linen.BatchNorm`.
-      rngs: accepted because other layers take it; no initial value is random.
+      scale_init: initializer of the scale, such as `nnx.initializers.zeros` for the
+        last norm of a residual branch; None for the transform's own, ones.
+      bias_init: initializer of the bias; None for the transform's own, zeros.
+      rngs: source of the keys for the initializers; without any, it need not be given.
 
     Raises:
-      ValueError: if there are several sizes, and the transform takes one feature axis.
+      ValueError: if there are several sizes, and the transform takes one feature axis;
+        if an initializer is given for a parameter that the transform does not have, or
+        without rngs.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -134,11 +145,26 @@ class Norm(nnx.Module):
         ghost_batch_size: int | None = None,
         batch_axis: int = 0,
         zero_masked: bool = False,
+        scale_init: nnx.Initializer | None = None,
+        bias_init: nnx.Initializer | None = None,
         rngs: nnx.Rngs | None = None,
     ) -> None:
-        del rngs
         _add_state(self, transform, num_features)
         params, _ = transform.init(num_features, param_dtype)
+        # Scale before bias, as in Flax: each draws a key.
+        drawn_by = transforms.check_initializers(
+            transform, params, {"scale": scale_init, "bias": bias_init}
+        )
+        if drawn_by and rngs is None:
+            raise ValueError(
+                f"{' and '.join(f'{name}_init' for name in drawn_by)} is given, but no "
+                "rngs to draw from; give rngs, such as nnx.Rngs(0)"
+            )
+        for name, initializer in drawn_by.items():
+            assert rngs is not None
+            value = getattr(params, name)
+            drawn = initializer(rngs.params(), value.shape, value.dtype)
+            params = params._replace(**{name: drawn})
         for name, value in params._asdict().items():
             setattr(self, name, nnx.data(None) if value is None else nnx.Param(value))
 
@@ -179,10 +205,11 @@ class Norm(nnx.Module):
 
         Raises:
           TypeError: if `use_running_average`, where there is a state, or
-            `update_average` is traced, or as the transform's function says.
-          ValueError: if `use_running_average` is given nowhere, both mask and weights
-            are given, the transform does not take what is given, or as its function
+            `update_average` is traced or no boolean, or as the transform's function
             says.
+          ValueError: if `use_running_average` is given nowhere, both mask and weights
+            are given, x has other features than the layer, the transform does not take
+            what is given, or as its function says.
         """
         return _apply(
             self,
@@ -311,6 +338,7 @@ class BatchNorm(nnx.Module):
         scale_offset: float = 0.0,
     ) -> None:
         shape = (check_one_integer(num_features),)
+        check_static(use_bias=use_bias, use_scale=use_scale)
 
         def param(
             used: bool, initializer: nnx.Initializer, metadata: Mapping[str, Any]
@@ -374,10 +402,11 @@ class BatchNorm(nnx.Module):
           Array of x's shape, in `dtype`.
 
         Raises:
-          TypeError: if `use_running_average` is traced, or `update_average` is a JAX
-            array.
+          TypeError: if `use_running_average` or `update_average` is traced, or no
+            boolean.
           ValueError: if `use_running_average` is given nowhere, both mask and weights
-            are given, or as `bn_jax.batch_norm` says.
+            are given, x has other features than the layer, or as `bn_jax.batch_norm`
+            says.
         """
         transform = transforms.batch_norm(
             momentum=self.momentum,
@@ -463,7 +492,7 @@ def _apply(
             )
         check_static(use_running_average=use_running_average)
         train = not use_running_average
-    check_static(update_average=update_average)
+    check_static(update_average=update_average, zero_masked=module.zero_masked)
     moves = train if update_average is None else update_average
 
     x, *promoted = promote_dtype((x, *state, *params), dtype=module.dtype)
@@ -473,6 +502,9 @@ def _apply(
         state = jax.tree.map(_widened, state)
     dtype = dtypes.canonicalize_dtype(x, *params, dtype=module.dtype)
     batch, axis, weights = transforms.as_batch(x, module.axis, mask, weights)
+    per_feature = {**state._asdict(), **params._asdict()}
+    per_feature = {k: v for k, v in per_feature.items() if k in (*AFFINE, *AVERAGES)}
+    check_layer_fits(type(module).__name__, batch, axis, **per_feature)
     options = transforms.taken(
         transform,
         weights=weights,

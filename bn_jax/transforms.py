@@ -414,6 +414,30 @@ def with_offset(params: Any, offset: float) -> Any:
     return params._replace(scale=params.scale + offset)
 
 
+def check_initializers(
+    transform: Transform, params: Any, initializers: Mapping[str, Any]
+) -> dict[str, Callable[..., Any]]:
+    """Return the initializers that are given, by the name of their parameter.
+
+    Args:
+      transform: whose parameters they are of.
+      params: as its init returns them.
+      initializers: functions of a key, a shape and a dtype, by the name of a parameter.
+        None stands for the transform's own values.
+
+    Raises:
+      ConfigError: if one is given for a parameter that the transform does not have.
+    """
+    given = {name: init for name, init in initializers.items() if init is not None}
+    for name in given:
+        if getattr(params, name, None) is None:
+            raise ConfigError(
+                f"{name}_init is given for norm={transform.name!r}, which has no "
+                f"{name} here; leave it out, or choose a norm that has one"
+            )
+    return given
+
+
 def taken(transform: Transform, **options: Any) -> dict[str, Any]:
     """Return those keyword arguments of a call that are given and change anything.
 

@@ -646,3 +646,99 @@ def test_names_agree_with_batch_norms_own_defaults():
     named = jax.jit(functools.partial(by_name.apply, train=True))
     itself = jax.jit(functools.partial(batch_norm, train=True, momentum=0.9))
     chex.assert_trees_all_equal(named(X, *initial), itself(X, *initial))
+
+
+INITIALISED = [spec for spec in SPECS if "average" not in spec]
+
+
+@pytest.mark.parametrize("spec", one_of_a_kind(INITIALISED))
+def test_scale_and_bias_start_from_initializers_in_linen_and_nnx(spec):
+    starts = {
+        "scale_init": nn.initializers.zeros,
+        "bias_init": nn.initializers.constant(0.5),
+    }
+    linen = linen_lib.norm(spec, **starts)(use_running_average=True)
+    nnx_layer = nnx_lib.norm(spec, **starts)(6, rngs=nnx.Rngs(0))
+    y, variables = linen.init_with_output(KEY, X)
+    for found in (variables["params"], nnx.to_pure_dict(nnx.state(nnx_layer))):
+        np.testing.assert_array_equal(found["scale"], np.zeros(6))
+        np.testing.assert_array_equal(found["bias"], np.full(6, 0.5))
+    np.testing.assert_array_equal(y, np.full(X.shape, 0.5))
+
+
+def test_initializers_draw_a_key_for_scale_before_one_for_bias_as_flax_does():
+    starts = {
+        "scale_init": nnx.initializers.normal(),
+        "bias_init": nnx.initializers.normal(),
+    }
+    ours = nnx_lib.norm("group", **starts)(6, rngs=nnx.Rngs(3))
+    flax = nnx.BatchNorm(6, rngs=nnx.Rngs(3), **starts)
+    np.testing.assert_array_equal(ours.scale[...], flax.scale[...])
+    np.testing.assert_array_equal(ours.bias[...], flax.bias[...])
+
+
+def test_initializer_of_what_a_norm_does_not_have_is_refused():
+    spec, zeros = "group:use_scale=false", nn.initializers.zeros
+    with pytest.raises(ConfigError, match="scale_init is given for norm='group', whic"):
+        linen_lib.norm(spec, scale_init=zeros)().init(KEY, X)
+    with pytest.raises(ConfigError, match="scale_init is given for norm='group', whic"):
+        nnx_lib.norm(spec, scale_init=zeros)(6, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="bias_init is given, but no rngs.*nnx.Rngs"):
+        nnx_lib.norm("group", bias_init=zeros)(6)
+    # Flax's own attributes may say what is not there.
+    batch_norm = linen_lib.BatchNorm(True, use_scale=False, scale_init=zeros)
+    assert sorted(batch_norm.init(KEY, X)["params"]) == ["bias"]
+
+
+@pytest.mark.parametrize("value", ["yes", 1, None, np.ones(2, bool)])
+def test_choices_that_are_no_booleans_are_refused(value):
+    x, nnx_layer = jnp.ones((4, 6)), nnx_lib.BatchNorm(6, rngs=nnx.Rngs(0))
+    expected = f"={re.escape(repr(value))}; expected True or False"
+    with pytest.raises(TypeError, match="train" + expected):
+        batch_norm(x, *transforms.batch_norm().init(6), train=value)
+    with pytest.raises(TypeError, match="scale" + expected):
+        transforms.group(use_scale=value).init(6)
+    with pytest.raises(TypeError, match="scale" + expected):
+        nnx_lib.BatchNorm(6, use_scale=value, rngs=nnx.Rngs(0))
+    with pytest.raises(TypeError, match="zero_masked" + expected):
+        linen_lib.BatchNorm(True, zero_masked=value).init(KEY, x)
+    if value is None:
+        return
+    with pytest.raises(TypeError, match="update_state" + expected):
+        batch_norm(x, *transforms.batch_norm().init(6), train=True, update_state=value)
+    with pytest.raises(TypeError, match="use_running_average" + expected):
+        linen_lib.BatchNorm(value).init(KEY, x)
+    with pytest.raises(TypeError, match="use_running_average" + expected):
+        nnx_layer(x, use_running_average=value)
+    with pytest.raises(TypeError, match="update_average" + expected):
+        nnx_layer(x, update_average=value)
+
+
+@pytest.mark.parametrize("train", [np.bool_(True), np.array(True)])
+def test_booleans_of_numpy_are_choices(train):
+    params, state = transforms.batch_norm().init(6)
+    y, _ = batch_norm(X, params, state, train=train)
+    np.testing.assert_array_equal(y, batch_norm(X, params, state, train=True)[0])
+
+
+def test_layer_says_for_how_many_features_it_is_made():
+    images, wrong = jnp.ones((4, 5, 5, 6)), jnp.ones((4, 6, 5, 5))
+    for layer in (
+        nnx_lib.BatchNorm(6, rngs=nnx.Rngs(0)),
+        nnx_lib.norm("group:num_groups=3")(6),
+        nnx_lib.BatchNorm(6, use_scale=False, use_bias=False, rngs=nnx.Rngs(0)),
+    ):
+        layer(images)
+        with pytest.raises(ValueError, match="is made for 6 features.* has 5 on axis"):
+            layer(wrong)
+    linen = linen_lib.BatchNorm(True, use_scale=False, use_bias=False, name="bn")
+    variables = linen.init(KEY, images)
+    with pytest.raises(ValueError, match="^BatchNorm is made for 6 features.* has 5 "):
+        linen.apply(variables, wrong)
+
+
+def test_statistics_to_normalise_by_of_other_features_are_refused():
+    params, state = transforms.batch_norm().init(6)
+    _, other = transforms.batch_norm().init(5)
+    with pytest.raises(ValueError, match=r"statistics.mean has shape \[5\].*measure"):
+        batch_norm(X, params, state, train=True, statistics=other)

@@ -117,7 +117,8 @@ def with_scale_init(
     if norm is None or not (takes_any or "scale_init" in known):
         raise ConfigError(
             f"{option}, and this norm's constructor takes no scale_init; give "
-            f"norm=batch_norm or norm=flax, or leave out {option.partition('=')[0]}"
+            f"norm=batch_norm, norm=group or another that does, or leave out "
+            f"{option.partition('=')[0]}"
         )
     return functools.partial(norm, scale_init=initializer)
 

@@ -7,6 +7,7 @@ gathered, so that one error names it all.
 from __future__ import annotations
 
 import numbers
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -118,6 +119,7 @@ class Problems:
         self.misshapen: list[str] = []
         self.unreadable: list[str] = []
         self.impossible: list[str] = []
+        self.hint = ""  # what may be the reason of it all, after a colon
 
     def refuse(self, library: str) -> None:
         """Raise the error, if there is anything to name."""
@@ -141,9 +143,50 @@ class Problems:
             given = "\n  ".join(lines)
             expected = ", ".join(PLACES[library].values()).replace("{}", "<layer>")
             raise ValueError(
-                f"the batch norm entries do not fit; expected for {library}: "
-                f"{expected}\n  {given}"
+                f"the batch norm entries do not fit{self.hint}; expected for "
+                f"{library}: {expected}\n  {given}"
             )
+
+
+def note_prefix(flat: Mapping[str, Any], problems: Problems) -> None:
+    """Note in `problems` which prefix the entries have that are missing without it."""
+    missing = [key for key in problems.missing if " " not in key]
+    found = Counter(
+        given[: -len(key)]
+        for key in missing
+        for given in flat
+        if given.endswith((f".{key}", f"/{key}"))
+    )
+    prefixes = [p for p, number in found.items() if 2 * number > len(missing)]
+    if len(prefixes) == 1:
+        problems.hint = stripping(prefixes[0], flat)
+    elif prefixes:
+        problems.hint = (
+            f": they are of several layers, {', '.join(sorted(prefixes))} (take one, "
+            "or all of them by name with layers_from)"
+        )
+
+
+def stripping(prefix: str, flat: Mapping[str, Any]) -> str:
+    """Return in words that entries have a prefix, and how it is stripped.
+
+    Args:
+      prefix: with its last separator, such as "module.".
+      flat: the entries by name.
+    """
+    folders, _, rest = prefix.rpartition("/")
+    if folders:
+        place = "".join(f"[{name!r}]" for name in folders.split("/"))
+        words = f": they are inside of {place}, so give entries{place}"
+        return words + (f", with {rest!r} stripped from their names" if rest else "")
+    number = sum(key.startswith(prefix) for key in flat)
+    others = f" if k.startswith({prefix!r})" if number < len(flat) else ""
+    return (
+        f": the names of {number} of {len(flat)} entries begin with {prefix!r} "
+        "(DataParallel puts module. there, torch.compile _orig_mod., Lightning "
+        f"model.), so strip it: {{k.removeprefix({prefix!r}): v for k, v in "
+        f"state_dict.items(){others}}}"
+    )
 
 
 def read_layer(
@@ -160,6 +203,8 @@ def read_layer(
     problems = Problems()
     roles = read_entries(library, dict(flatten(entries)), name, like, problems)
     note_impossible(PLACES[library], roles, name, problems)
+    if library == "torch":
+        note_prefix(dict(flatten(entries)), problems)
     problems.refuse(library)
     return roles_to_layer(roles, momentum)
 

@@ -15,6 +15,7 @@ from bn_jax.convert.entries import (
     check_momentum,
     layer_to_roles,
     note_impossible,
+    note_prefix,
     read_entries,
     roles_to_layer,
     unmapped,
@@ -84,6 +85,8 @@ def layers_from(
     for theirs, ours in chosen.items():
         note_impossible(PLACES[library], read[ours], theirs, problems)
     problems.extra += unmapped(library, flat, names)
+    if library == "torch":
+        note_prefix(flat, problems)
     problems.refuse(library)
     return {ours: roles_to_layer(roles, momentum) for ours, roles in read.items()}
 
@@ -156,6 +159,8 @@ def layers_into(
             if (there := as_array(flat.get(keys[role]))) is not None:
                 replaced[keys[role]] = _shaped_like(there, role, value)
     problems.extra += unmapped(library, flat, names)
+    if library == "torch":
+        note_prefix(flat, problems)
     problems.refuse(library)
     return replace_entries(entries, replaced)
 

@@ -14,6 +14,7 @@ such as the anti-aliased ones, with the same entries.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -32,6 +33,7 @@ from bn_jax.convert.entries import (
     note_impossible,
     read_entries,
     roles_to_layer,
+    stripping,
 )
 from bn_jax.convert.layer import DEFAULTS, Entries
 from bn_jax.convert.leaves import (
@@ -57,6 +59,8 @@ _LINEAR = {
     "flax": {"kernel": "params/{}/kernel", "bias": "params/{}/bias"},
 }
 _ROLES = {"count": "num_batches"}  # by entry in Flax; others are called as their role
+# What wrappers of a PyTorch network call it: DataParallel, torch.compile, Lightning.
+_WRAPPERS = ("module", "_orig_mod", "model", "net", "network")
 # Axes of PyTorch's kernels [O, I, H, W] and [O, I] in the order of Flax's [H, W, I, O]
 # and [I, O], and back.
 _AXES = {
@@ -260,8 +264,8 @@ class _Problems(Problems):
         if lines:
             listed = "\n  ".join(lines)
             raise ValueError(
-                f"{what}; expected layers of the same kinds and shapes, in the same "
-                f"order in the same modules\n  {listed}"
+                f"{what}{self.hint}; expected layers of the same kinds and shapes, in "
+                f"the same order in the same modules\n  {listed}"
             )
 
 
@@ -333,7 +337,27 @@ def _matches(
         if path in pairs
     ]
     problems.unlike += _unlike(network, epsilon)
+    if (problems.missing or problems.extra) and (prefix := _wrapper(flat)):
+        problems.hint = stripping(prefix, flat)
     return matches
+
+
+def _wrapper(flat: Mapping[str, Any]) -> str:
+    """Return the prefix that a wrapper has given to most names, but not to all."""
+    prefix, names = "", list(flat)
+    folders = Counter(name.rpartition("/")[0] for name in names)
+    folder = max(folders, key=lambda name: folders[name], default="")
+    if folder and 2 * folders[folder] > len(names):  # of a checkpoint with more in it
+        prefix = f"{folder}/"
+        names = [n.removeprefix(prefix) for n in names if n.startswith(prefix)]
+    while True:
+        first = Counter(name.partition(".")[0] for name in names)
+        known = [w for w in _WRAPPERS if 2 * first[w] > len(names)]
+        if not known:
+            return prefix if len(names) < len(flat) else ""
+        prefix += f"{known[0]}."
+        start = f"{known[0]}."
+        names = [name.removeprefix(start) for name in names if name.startswith(start)]
 
 
 def _unlike(network: Mapping[Path, _Layer], epsilon: float) -> Iterator[str]:

@@ -191,10 +191,10 @@ def _with_values(state: Any, variables: Mapping[str, Any], name: str) -> Any:
     if faults:
         raise ValueError(
             f"variables do not fit the NNX module {name}: "
-            f"{'; '.join(faults[:5])}{' and others' * (len(faults) > 5)}. Give those of "
-            "a run of this module; or None, for the values that the module holds, into "
-            "which nnx.update(module, nnx.restore_int_paths(part)) puts each part of a "
-            "run's"
+            f"{'; '.join(faults[:5])}{' and others' * (len(faults) > 5)}. Expected "
+            "those of a run of this module; or None, for the values that the module "
+            "holds: nnx.update(module, nnx.restore_int_paths(part)) puts each part of "
+            "a run's variables into it"
         )
     return nnx.from_flat_state(flat)
 

@@ -437,3 +437,23 @@ def test_variables_that_do_not_fit_are_named():
     with pytest.raises(ValueError, match="like does not fit.*\n.*missing.*: stage1/bl"):
         like = {k: v for k, v in state_dict().items() if "layer1.1" not in k}
         networks.network_to_torch(resnet(), variables, like=like)
+
+
+def test_wrapper_around_most_entries_is_named_with_how_to_strip_it():
+    entries = {f"model.module.{key}": value for key, value in state_dict().items()}
+    networks.network_from_torch(resnet(), entries)  # all of them have it
+    entries["loss.weight"] = np.ones(3, np.float32)
+    head = refusal(resnet(), entries).splitlines()[0]
+    assert f"names of {len(entries) - 1} of {len(entries)} entries begin with" in head
+    assert "'model.module.'" in head
+    stripped = eval(
+        head[head.index("{") : head.index("}") + 1], {"state_dict": entries}
+    )
+    assert stripped.keys() == state_dict().keys()
+
+
+def test_checkpoint_that_holds_a_state_dict_is_told_where_it_is():
+    checkpoint = {"state_dict": state_dict(), "epoch": np.int64(3)}
+    head = refusal(resnet(), checkpoint).splitlines()[0]
+    assert "inside of ['state_dict'], so give entries['state_dict']" in head
+    assert "begin with" not in refusal(resnet(34), state_dict())

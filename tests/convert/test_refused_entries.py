@@ -333,3 +333,49 @@ def test_two_layers_under_one_name_are_refused():
 def test_an_argument_out_of_place_is_refused(call, named):
     with pytest.raises(ValueError, match=named):
         call()
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.module.", "encoder."])
+def test_prefix_of_all_names_is_named_with_how_to_strip_it(prefix):
+    flat = {prefix + name: value for name, value in state_dict().items()}
+    from_torch = refusal(convert.layers_from, "torch", flat, NAMES)
+    layers = convert.layers_from("torch", state_dict(), NAMES)
+    into_torch = refusal(convert.layers_into, "torch", flat, layers, NAMES)
+    for message in (from_torch, into_torch):
+        head = message.splitlines()[0]
+        assert f"names of 12 of 12 entries begin with {prefix!r}" in head
+        stripping = head[head.index("{") : head.index("}") + 1]
+        stripped = eval(stripping, {"state_dict": flat})
+        assert list(convert.layers_from("torch", stripped, NAMES)) == [*NAMES.values()]
+
+
+def test_prefix_of_some_names_is_named_with_how_to_leave_out_the_others():
+    flat = {f"model.{name}": value for name, value in state_dict().items()}
+    flat["loss.weight"] = np.ones(3)
+    head = refusal(convert.layers_from, "torch", flat, NAMES).splitlines()[0]
+    assert "names of 12 of 13 entries begin with 'model.'" in head
+    stripped = eval(head[head.index("{") : head.index("}") + 1], {"state_dict": flat})
+    assert sorted(stripped) == sorted(state_dict())
+
+
+def test_checkpoint_that_holds_the_state_dict_is_told_where_it_is():
+    checkpoint = {"epoch": 3, "state_dict": state_dict()}
+    message = refusal(convert.layers_from, "torch", checkpoint, NAMES)
+    assert "inside of ['state_dict'], so give entries['state_dict']" in message
+    checkpoint["state_dict"] = {f"net.{k}": v for k, v in state_dict().items()}
+    message = refusal(convert.layers_from, "torch", checkpoint, NAMES)
+    assert "entries['state_dict'], with 'net.' stripped" in message
+
+
+def test_layer_of_a_model_is_not_taken_for_the_only_one():
+    of_one = {f"bn.{k}": v for k, v in convert.to_torch(LAYER).items()}
+    assert "begin with 'bn.'" in refusal(convert.from_torch, of_one)
+    assert "several layers, bn1., bn2. (take one" in refusal(
+        convert.from_torch, state_dict()
+    )
+
+
+def test_other_faults_are_not_laid_to_a_prefix():
+    flat = state_dict()
+    del flat["bn1.weight"]
+    assert "begin with" not in refusal(convert.layers_from, "torch", flat, NAMES)

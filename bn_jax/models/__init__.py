@@ -9,13 +9,20 @@ extras.need("flax", "flax")
 from flax import linen as nn
 
 from bn_jax.models import imagenet_resnet, lenet, mlp, resnet
-from bn_jax.models.contract import as_model, check_fits, logits_by_batch, name_of
+from bn_jax.models.contract import (
+    as_model,
+    axis_names,
+    check_fits,
+    logits_by_batch,
+    name_of,
+)
 from bn_jax.models.initialization import make_init
 from bn_jax.names import Table
 
 __all__ = [
     "MODELS",
     "as_model",
+    "axis_names",
     "check_fits",
     "logits_by_batch",
     "make_init",

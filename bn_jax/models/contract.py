@@ -20,6 +20,7 @@ from flax import linen as nn
 from jax import Array
 from jax.extend.core import jaxprs_in_params
 
+from bn_jax import tracing
 from bn_jax.fields import ConfigError
 
 
@@ -86,6 +87,46 @@ def name_of(model: Any) -> str:
     """
     name: str = type(model).__name__ if isinstance(model, nn.Module) else model.name
     return name
+
+
+def axis_names(model: Any, image_shape: tuple[int, ...]) -> dict[str, Any]:
+    """Return the `axis_name` of each layer with batch statistics, by its path.
+
+    Args:
+      model: as `as_model` returns it.
+      image_shape: `[H, W, C]`, which fits the model.
+
+    Examples:
+      >>> from bn_jax.linen import BatchNorm
+      >>> from bn_jax.models.mlp import MLP
+      >>> axis_names(MLP(widths=[3], norm=BatchNorm), (2, 2, 1))
+      {'norm1': None}
+    """
+    if not isinstance(model, nn.Module):
+        of_nnx: dict[str, Any] = model.axis_names()
+        return of_nnx
+    found: dict[str, Any] = {}
+
+    def note(
+        next_fun: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        context: nn.module.InterceptorContext,
+    ) -> Any:
+        y = next_fun(*args, **kwargs)
+        module: Any = context.module
+        if context.method_name == "__call__" and module.has_variable(
+            "batch_stats", "mean"
+        ):
+            found["/".join(module.path)] = getattr(module, "axis_name", None)
+        return y
+
+    def trace(key: jax.Array) -> Any:
+        with nn.intercept_methods(note):
+            return model.init(key, jnp.zeros((1, *image_shape)), train=False)
+
+    tracing.trace(trace, jax.random.key(0))
+    return found
 
 
 def check_fits(

@@ -96,7 +96,8 @@ def train(
         function of `nnx.Rngs` that makes one; by default the one that `config` names.
         An NNX module starts from the parameters that it holds, a Linen module from its
         initializers or from another run (`config.init_from`). On several devices by
-        pmap its norms need `axis_name="data"`; by jit they need none.
+        pmap its norms need `axis_name="data"`; by jit none; on one device, where they
+        are the one instance along whatever axis they name, any.
       workdir: the run's directory.
       options: how to carry it out, a `bn_jax.training.config.RunOptions`, such as
         `RunOptions(devices="2")`; by default on one device, unlike `RunOptions()`,

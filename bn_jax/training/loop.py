@@ -110,6 +110,7 @@ class Trainer:
             self.task,
             model=model,
             norm_attributes=parallel.norm_attributes(config, placement),
+            binds_axes=not placement.uses_axis,
         )
         self.network.check_fits(config.batch_size // len(placement.devices))
         if model is not None:

@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-from flax import linen as nn
-
-from bn_jax import models, tracing
+from bn_jax import models
 from bn_jax.fields import ConfigError
 from bn_jax.training import parallel
 from bn_jax.training.config import OWN_MODEL, TrainConfig
@@ -63,14 +58,23 @@ def check_sharing(
     Raises:
       ConfigError: naming the layers and what they need.
     """
-    if len(placement.devices) == 1:
+    if len(placement.devices) == 1:  # where `Network.apply` binds their axes
         return
+    names = models.axis_names(network.model, network.image_shape)
     if not placement.uses_axis:  # one program, whose statistics are global
         if placement.group_size < len(placement.devices):
             raise ConfigError(
                 f"batch_stats={config.batch_stats!r} and parallel='jit' with a model "
                 "that was passed in: one program has statistics of the whole batch; "
                 "give --parallel=pmap"
+            )
+        named = {path: name for path, name in names.items() if name is not None}
+        if named:
+            raise ConfigError(
+                f"parallel='jit' with norms with axis_name="
+                f"{next(iter(named.values()))!r}, {', '.join(sorted(named))} of the "
+                "model; one program has statistics of the whole batch, and no axis to "
+                "name: build the model without axis_name, or give --parallel=pmap"
             )
         return
     if 1 < placement.group_size < len(placement.devices):
@@ -79,9 +83,7 @@ def check_sharing(
             "synced or per_device"
         )
     wanted = parallel.DATA if placement.group_size > 1 else None
-    wrong = sorted(
-        name for name, axis_name in _axis_names(network).items() if axis_name != wanted
-    )
+    wrong = sorted(name for name, axis_name in names.items() if axis_name != wanted)
     if wrong:
         raise ConfigError(
             f"batch_stats={config.batch_stats!r} on {len(placement.devices)} devices "
@@ -89,32 +91,3 @@ def check_sharing(
             "model lack; build the model so, or give --parallel=jit (statistics of the "
             "whole batch) or --batch_stats=per_device (those of each device)"
         )
-
-
-def _axis_names(network: Network) -> dict[str, Any]:
-    """Return the axis names of the layers that hold batch statistics, by path."""
-    found: dict[str, Any] = {}
-    if not isinstance(network.model, nn.Module):
-        return network.model.axis_names()
-
-    def note(
-        next_fun: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        context: nn.module.InterceptorContext,
-    ) -> Any:
-        y = next_fun(*args, **kwargs)
-        module: Any = context.module
-        if context.method_name == "__call__" and module.has_variable(
-            "batch_stats", "mean"
-        ):
-            found["/".join(module.path)] = getattr(module, "axis_name", None)
-        return y
-
-    def trace(key: jax.Array) -> Any:
-        with nn.intercept_methods(note):
-            images = jnp.zeros((1, *network.image_shape))
-            return network.model.init(key, images, train=False)
-
-    tracing.trace(trace, jax.random.key(0))
-    return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -48,6 +49,8 @@ class Network:
       centre: cuts images of the data set to `image_shape` where nothing is random.
       products: precision of its matrix products and convolutions, forward and backward,
         as `jax.default_matmul_precision` takes it; None for the backend's default.
+      binds_axes: whether mapped axes that the model's norms name are bound in training
+        mode, with this one instance along each: as on one device.
     """
 
     model: Any
@@ -56,6 +59,7 @@ class Network:
     scale: Callable[[Array], Array] = to_unit
     centre: Callable[[Array], Array] = Unchanged().centre
     products: str | None = None
+    binds_axes: bool = False
 
     def check_fits(self, num_images: int = 2) -> None:
         """Refuse a model that does not fit the images, the classes or the memory.
@@ -82,7 +86,9 @@ class Network:
     def apply(self, variables: Any, images: Array, **options: Any) -> Any:
         """Apply the model to images given as bytes."""
         with self._precision():
-            return self.model.apply(variables, self.scale(images), **options)
+            call = functools.partial(self.model.apply, variables, **options)
+            images = self.scale(images)
+            return self._bound(call)(images) if options.get("train") else call(images)
 
     def predict(self, variables: Any, images: Array) -> Array:
         """Return the logits of images given as bytes, in prediction mode."""
@@ -95,15 +101,36 @@ class Network:
         Nothing is dropped, and the moving averages in `variables` are not used.
         """
         with self._precision():
-            return models.logits_by_batch(
-                self.model, variables, self.scale(self.centre(images))
-            )
+            call = functools.partial(models.logits_by_batch, self.model, variables)
+            logits: Array = self._bound(call)(self.scale(self.centre(images)))
+            return logits
+
+    def _bound(self, call: Callable[[Array], Any]) -> Callable[[Array], Any]:
+        """Return a function of images with the axes bound that the norms name."""
+        if not self.binds_axes:
+            return call
+        names = set()
+        for name in models.axis_names(self.model, self.image_shape).values():
+            names |= set(name) if isinstance(name, tuple) else {name}
+        for name in sorted(names - {None}, key=str):
+            call = _along(name, call)
+        return call
 
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
         """Return the context in which the model is traced."""
         if self.products is None:
             return contextlib.nullcontext()
         return jax.default_matmul_precision(self.products)
+
+
+def _along(axis_name: Any, call: Callable[[Array], Any]) -> Callable[[Array], Any]:
+    """Return a function that is the one instance along a mapped axis."""
+
+    def called(images: Array) -> Any:
+        outputs = jax.vmap(call, axis_name=axis_name)(images[None])
+        return jax.tree.map(lambda leaf: leaf[0], outputs)
+
+    return called
 
 
 def init_state(

@@ -105,6 +105,7 @@ def make_network(
     *,
     model: Any = None,
     norm_attributes: Mapping[str, Any] | None = None,
+    binds_axes: bool = True,
 ) -> Network:
     """Return the network that `config` names.
 
@@ -114,6 +115,8 @@ def make_network(
       model: the user's own, instead of the one that `config` names.
       norm_attributes: attributes of the norms besides their options, such as the axis
         that shares statistics.
+      binds_axes: whether axes that norms of the user's own model name are bound to this
+        one instance; False where the program is mapped over them.
 
     Raises:
       ConfigError: if the model is missing, or its norm does not take the attributes.
@@ -125,7 +128,8 @@ def make_network(
     products = "highest" if config.precision == "highest" else None
     if model is not None:
         model = models.as_model(model)
-        return Network(model, shape, task.num_classes, scale, augment.centre, products)
+        of_task = (shape, task.num_classes, scale, augment.centre, products)
+        return Network(model, *of_task, binds_axes=binds_axes)
     if config.model.startswith(OWN_MODEL):
         raise ConfigError(
             f"the run is of a model that was passed in, of the class "

@@ -21,6 +21,7 @@ from bn_jax.runs.results import RunError
 from bn_jax.training import members
 from bn_jax.training.config import RunOptions, TrainConfig
 from marks import slow_but
+from small_runs import trained as trained_to_the_end
 
 
 class Own(nn.Module):
@@ -181,6 +182,10 @@ def test_statistics_that_would_not_be_shared_as_asked_are_refused(
         runs.train(
             per_device, tiny_data, model=Own(), workdir=tmp_path, options=one_program
         )
+    with pytest.raises(ConfigError, match="axis_name='data', .*bn.* without axis_name"):
+        runs.train(
+            config, tiny_data, model=Own("data"), workdir=tmp_path, options=one_program
+        )
     assert not list(tmp_path.iterdir())
 
 
@@ -204,6 +209,47 @@ class SyncedNnx(nnx.Module):
 
 def synced(axis_name):
     return functools.partial(SyncedNnx, axis_name)
+
+
+@pytest.mark.parametrize(
+    ("make", "axis_name"),
+    slow_but(
+        [(Own, "data"), (synced, "batch")],
+        [
+            (make, axis_name)
+            for make in (Own, synced)
+            for axis_name in ("data", "batch", ("data", "model"))
+        ],
+    ),
+)
+def test_model_that_names_an_axis_trains_on_one_device_as_without_it(
+    make, axis_name, config, tiny_data
+):
+    config = dataclasses.replace(config, epochs=1, accumulate=2)
+    without, named = (
+        trained_to_the_end(config, tiny_data, model=make(name)).state().variables
+        for name in (None, axis_name)
+    )
+    chex.assert_trees_all_close(named, without, rtol=1e-5, atol=1e-6)
+
+
+def test_model_that_names_an_axis_trains_in_a_sweep_and_says_where_it_diverged(
+    config, tiny_data, tmp_path
+):
+    config = dataclasses.replace(config, epochs=1)
+    configs = members.parse("learning_rate=0.05,0.1", config)
+    rows = runs.sweep(configs, tiny_data, workdir=tmp_path / "a", model=Own("data"))
+    assert all(np.isfinite(row["loss"]).all() for row in rows)
+    diverging = dataclasses.replace(config, learning_rate=1e30)
+    for devices in ("1", "2"):
+        with pytest.raises(FloatingPointError, match="not finite at step 2.*those of"):
+            runs.train(
+                diverging,
+                tiny_data,
+                model=Own("data"),
+                workdir=tmp_path / devices,
+                options=RunOptions(devices=devices),
+            )
 
 
 def test_nnx_module_shares_its_statistics_over_devices_by_pmap(

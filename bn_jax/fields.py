@@ -105,6 +105,8 @@ def _expected(field: dataclasses.Field[Any], default: Any, value: Any) -> str | 
     if choices is not None and value not in choices:
         return f"one of {', '.join(choices)}{did_you_mean(str(value), choices)}"
     if type(value) is not kind and not (kind is float and type(value) is int):
+        if kind is str and valid is not None:
+            return f"a text, {valid.words}"
         return f"a value of type {kind.__name__}"
     if valid is not None and not valid.holds(value):
         words: str = valid.words

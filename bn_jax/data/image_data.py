@@ -2,13 +2,14 @@
 
 import dataclasses
 import math
+import zlib
 from typing import Literal, NamedTuple
 
 import numpy as np
 
 # Of source: a prepared TFDS set, the set's own files as its authors publish them, a
-# user's npz file, the embedded sample.
-Kind = Literal["tfds", "files", "npz", "sample"]
+# user's npz file, the embedded sample, a user's arrays.
+Kind = Literal["tfds", "files", "npz", "sample", "arrays"]
 
 _VALUES_PER_CHUNK = 1 << 22  # bounds the memory of the squares to 8 MiB
 
@@ -42,16 +43,76 @@ class Split(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ImageData:
-    """Labelled images for training and testing, and where they came from."""
+    """Labelled images for training and testing, and where they came from.
 
-    name: str  # of the set that was loaded, never "auto"
-    train: Split
-    test: Split
-    class_names: tuple[str, ...]
-    kind: Kind
-    source: str  # one short phrase for logs and results
+    Of arrays of your own, `train` and `test` are enough: classes are then numbered, and
+    a checksum in name and source tells them from others, so that a run of them is not
+    resumed with other images.
+
+    Raises:
+        TypeError: If `train` or `test` is missing.
+        DataError: If arrays of your own are no images as bytes, of one shape, with an
+            integer label each; or a class has no name, or, where they are numbered, no
+            training example.
+
+    Examples:
+        >>> import numpy as np
+        >>> images = np.zeros((4, 8, 8, 1), np.uint8)
+        >>> split = Split(images, labels=np.array([0, 1, 2, 1]))
+        >>> data = ImageData(train=split, test=split)
+        >>> data.class_names, data.source
+        (('0', '1', '2'), '4 + 4 images, arrays, crc32 ...')
+    """
+
+    name: str = ""  # of the set that was loaded, never "auto"
+    train: Split = None  # type: ignore[assignment]  # is refused below
+    test: Split = None  # type: ignore[assignment]  # likewise
+    class_names: tuple[str, ...] = ()
+    kind: Kind = "arrays"
+    source: str = ""  # one short phrase for logs and results
     fallback_reason: str | None = None  # why "auto" took the sample
     validation: Split | None = None  # set aside from the training examples
+
+    def __post_init__(self) -> None:
+        """Check a user's own arrays, and name what was not named."""
+        for name in ("train", "test"):
+            if getattr(self, name) is None:
+                raise TypeError(
+                    f"ImageData lacks {name}; expected train=Split(images, labels) and "
+                    "test=Split(images, labels)"
+                )
+        if self.kind != "arrays":
+            return
+        splits = {"train": self.train, "test": self.test, "validation": self.validation}
+        checked = {k: _checked(k, v) for k, v in splits.items() if v is not None}
+        shapes = {k: split.images.shape[1:] for k, split in checked.items()}
+        if len(set(shapes.values())) > 1:
+            raise DataError(
+                f"images of different shapes: {shapes}, expected one shape. Resize or "
+                "crop them"
+            )
+        names = tuple(self.class_names) or _numbered(checked["train"].labels)
+        for name, split in checked.items():
+            wrong = np.flatnonzero((split.labels < 0) | (split.labels >= len(names)))
+            if wrong.size:
+                raise DataError(
+                    f"{name} has the label {split.labels[wrong[0]]} at position "
+                    f"{wrong[0]:,} ({wrong.size:,} such), expected 0 to "
+                    f"{len(names) - 1}, by the class names or else the labels of the "
+                    "training examples. Number the classes from 0, or leave such "
+                    "examples out"
+                )
+        values = {**checked, "class_names": names}
+        if not (self.name and self.source):
+            crc32 = 0
+            for array in (array for split in checked.values() for array in split):
+                crc32 = zlib.crc32(array.data, crc32)
+            sizes = " + ".join(f"{len(split.labels):,}" for split in checked.values())
+            what = f"arrays, crc32 {crc32:08x}"
+            values["name"] = self.name or what
+            values["source"] = self.source or f"{sizes} images, {what}"
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
 
     @property
     def num_classes(self) -> int:
@@ -130,6 +191,51 @@ class ImageData:
         return dataclasses.replace(
             self, train=train, validation=validation, source=source
         )
+
+
+def _checked(name: str, split: Split) -> Split:
+    """Return images and labels of a user's own as a split is to be."""
+    if not isinstance(split, tuple) or len(split) != 2:
+        raise DataError(
+            f"{name} is of type {type(split).__name__}, expected Split(images, labels)"
+        )
+    images, labels = (np.asarray(array) for array in split)
+    if images.dtype != np.uint8 or images.ndim != 4 or 0 in images.shape:
+        raise DataError(
+            f"{name} has images of shape {list(images.shape)} and dtype "
+            f"{images.dtype}, expected at least one, uint8 [N, H, W, C]. Give them as "
+            "bytes, before any scaling, and one channel as images[..., None]"
+        )
+    if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
+        raise DataError(
+            f"{name} has labels of shape {list(labels.shape)} and dtype "
+            f"{labels.dtype} for {len(images):,} images, expected an integer for each, "
+            "[N]. Of one-hot rows give labels.argmax(axis=1)"
+        )
+    _, first, height, width = images.shape
+    if first in (1, 3) and height == width > 4:
+        raise DataError(
+            f"{name} has images of shape {list(images.shape)}, which looks like [N, C, "
+            "H, W], expected [N, H, W, C]. Give numpy.moveaxis(images, 1, -1)"
+        )
+    images = np.ascontiguousarray(images).view()
+    labels = labels.astype(np.int32, order="C")
+    for array in (images, labels):
+        array.setflags(write=False)
+    return Split(images, labels)
+
+
+def _numbered(labels: np.ndarray) -> tuple[str, ...]:
+    """Return the numbers of the classes as their names."""
+    present = np.unique(labels)
+    if len(present) < 2 or not np.array_equal(present, np.arange(len(present))):
+        raise DataError(
+            f"the training examples have {len(present):,} different labels, from "
+            f"{present[0]} to {present[-1]}, expected each class from 0 to K - 1 and "
+            "at least 2. Number them so, with numpy.unique(labels, "
+            "return_inverse=True)[1], or give class_names"
+        )
+    return tuple(map(str, present.tolist()))
 
 
 def channel_statistics(split: Split) -> tuple[np.ndarray, np.ndarray]:

@@ -439,7 +439,9 @@ class RunOptions:
     )
 
     def __post_init__(self) -> None:
-        """Check each field's type and range."""
+        """Check each field's type and range; a number of devices may be an integer."""
+        if type(self.devices) is int:
+            object.__setattr__(self, "devices", str(self.devices))
         check(self)
 
     def logs(self) -> list[str]:

@@ -32,7 +32,8 @@ def select(config: TrainConfig, data: data_lib.ImageData) -> data_lib.ImageData:
     if not isinstance(data, data_lib.ImageData):
         raise TypeError(
             f"data are a {type(data).__name__}; expected an ImageData, as "
-            'bn_jax.data.load("sample") returns it'
+            'bn_jax.data.load("sample") returns it; of arrays of your own make '
+            "ImageData(train=Split(images, labels), test=Split(images, labels))"
         )
     for images in (data.train.images, data.test.images):
         if images.dtype != np.uint8:

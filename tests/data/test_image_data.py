@@ -130,3 +130,62 @@ def test_constant_channel_is_refused():
     images[..., 1] = 7
     with pytest.raises(DataError, match="channel 1 is 7 in each of the 9 images"):
         channel_statistics(split_of(images))
+
+
+def own(count=6, classes=3, shape=(8, 8, 1)):
+    """Arrays as users have them: labels of 64 bits."""
+    rng = np.random.default_rng(count)
+    images = rng.integers(0, 256, (count, *shape), dtype=np.uint8)
+    return Split(images, np.arange(count) % classes)
+
+
+def test_train_and_test_are_enough_of_arrays_of_ones_own():
+    train, test = own(6), own(4)
+    data = ImageData(train=train, test=test)
+    assert data.class_names == ("0", "1", "2") and data.kind == "arrays"
+    assert data.train.labels.dtype == np.int32
+    np.testing.assert_array_equal(data.train.images, train.images)
+    assert not data.train.images.flags.writeable and train.images.flags.writeable
+    assert data.source.startswith("6 + 4 images, arrays, crc32 ")
+    part = data.with_validation(1).with_train_examples(4)
+    assert part.source.startswith(f"{data.source}, the last 1 of training")
+    assert part.name == data.name and part.class_names == data.class_names
+
+
+def test_name_of_arrays_tells_them_from_others():
+    data = ImageData(train=own(6), test=own(4))
+    again = ImageData(train=own(6), test=own(4))
+    changed = own(6)
+    changed.images[0, 0, 0] += 1
+    other = ImageData(train=changed, test=own(4))
+    assert (again.name, again.source) == (data.name, data.source)
+    assert other.name != data.name and other.source != data.source
+    named = ImageData("mine", own(6), own(4), ("a", "b", "c"), source="mine, twice")
+    assert (named.name, named.source) == ("mine", "mine, twice")
+    assert named.class_names == ("a", "b", "c")
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "message"),
+    [
+        (own()._replace(images=own().images / 255), own(), "float64.* as bytes"),
+        (own()._replace(images=own().images[..., 0]), own(), "images.*None"),
+        (own(shape=(3, 8, 8)), own(shape=(3, 8, 8)), r"looks like \[N, C, H, W\]"),
+        (own(), own(shape=(6, 8, 1)), "different shapes: .*'test': .6, 8, 1"),
+        (own()._replace(labels=np.eye(6)), own(), r"one-hot rows .*argmax\(axis=1\)"),
+        (own()._replace(labels=np.zeros(6)), own(), "labels .* float64 for 6 images"),
+        (own()._replace(labels=np.zeros(5, int)), own(), r"labels of shape \[5\]"),
+        (own()._replace(labels=1 + own().labels), own(), "class from 0 to K - 1"),
+        (own(classes=1), own(classes=1), "1 different labels"),
+        (own(), own(classes=4), "test has the label 3 at position 3 .*0 to 2"),
+        (own()._asdict(), own(), "train is of type dict, expected Split"),
+    ],
+)
+def test_arrays_that_are_no_labelled_images_are_refused(train, test, message):
+    with pytest.raises(DataError, match=message):
+        ImageData(train=train, test=test)
+
+
+def test_data_without_a_split_are_refused():
+    with pytest.raises(TypeError, match="lacks test; expected .*test=Split"):
+        ImageData(train=own())

@@ -276,7 +276,7 @@ def test_option_that_is_misspelled_is_recognised():
     ("field", "value", "expected"),
     [
         ("devices", "0", "all, or a number of devices"),
-        ("devices", 2, "of type str"),
+        ("devices", 2.0, "a text, all, or a number of devices"),
         ("parallel", "pjit", "one of pmap, jit"),
         ("input", "disk", "one of auto, memory, stream"),
         ("checkpoint_every", "0steps", "such as 1epoch, 2epochs or 500steps, or never"),
@@ -358,3 +358,15 @@ def test_every_field_has_a_flag_with_help(flag_values):
     for kind in (TrainConfig, RunOptions):
         for field in dataclasses.fields(kind):
             assert field.metadata["help"] in flag_values[field.name].help
+
+
+def test_number_of_devices_may_be_an_integer():
+    assert RunOptions(devices=8) == RunOptions(devices="8")
+    for devices in (0, -1, True, 2.0):
+        with pytest.raises(ConfigError, match=f"devices='?{devices}'?; expected .*all"):
+            RunOptions(devices=devices)
+
+
+def test_text_of_another_type_is_refused_with_what_it_may_say():
+    with pytest.raises(ConfigError, match="every=2; expected a text, a number of epo"):
+        RunOptions(checkpoint_every=2)

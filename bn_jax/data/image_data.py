@@ -102,7 +102,7 @@ class ImageData:
                     "training examples. Number the classes from 0, or leave such "
                     "examples out"
                 )
-        values = {**checked, "class_names": names}
+        values: dict[str, object] = {**checked, "class_names": names}
         if not (self.name and self.source):
             crc32 = 0
             for array in (array for split in checked.values() for array in split):

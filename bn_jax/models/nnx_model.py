@@ -67,6 +67,11 @@ class NnxModel:
             path: variable for path, variable in nnx.to_flat_state(state)
         }
 
+    @property
+    def is_made(self) -> bool:
+        """Whether the module was made already, and holds its initial variables."""
+        return self._factory is None
+
     def __repr__(self) -> str:
         return f"NnxModel({self.name})"
 

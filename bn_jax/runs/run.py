@@ -78,6 +78,7 @@ def train(
     data: data_lib.ImageData,
     *,
     model: Any = None,
+    variables: Any = None,
     workdir: str | Path,
     options: RunOptions | None = None,
 ) -> Run:
@@ -95,9 +96,14 @@ def train(
       model: your own Linen module, called as `model(images, train=...)`, NNX module, or
         function of `nnx.Rngs` that makes one; by default the one that `config` names.
         An NNX module starts from the parameters that it holds, a Linen module from its
-        initializers or from another run (`config.init_from`). On several devices by
-        pmap its norms need `axis_name="data"`; by jit none; on one device, where they
-        are the one instance along whatever axis they name, any.
+        initializers, from `variables` or from another run (`config.init_from`). On
+        several devices by pmap its norms need `axis_name="data"`; by jit none; on one
+        device, where they are the one instance along whatever axis they name, any.
+      variables: to start from instead of those that the seed draws, such as converted
+        ones: those of a Linen model, a TrainState, an NNX module or its state, with
+        the names and shapes of the model's own. `init_from` of the run's config has
+        their checksum, as it has that of the variables that an NNX module holds: a run
+        is resumed with the same ones alone.
       workdir: the run's directory.
       options: how to carry it out, a `bn_jax.training.config.RunOptions`, such as
         `RunOptions(devices="2")`; by default on one device, unlike `RunOptions()`,
@@ -109,8 +115,9 @@ def train(
     Raises:
       RunError: if `workdir` cannot take this run, or be written; nothing is
         overwritten. Also if `config.init_from` holds no finished run.
-      ConfigError: if the config does not fit the data, the model or the devices, a log
-        needs a package that is not installed, or `workdir` is no path of this machine.
+      ConfigError: if the config does not fit the data, the model or the devices,
+        variables are not the model's, a log needs a package that is not installed, or
+        `workdir` is no path of this machine.
       DataError: if there are too few examples, or a channel to standardise is constant.
       DistributedError: if processes differ; on the others, if process 0 cannot start.
       FloatingPointError: if the loss, a parameter or the test loss is not finite; the
@@ -132,10 +139,12 @@ def train(
     options = options or RunOptions(devices="1")
     if model is not None:
         config = own_models.named(config, model)
+    config, start = own_models.starting_from(config, model, variables)
     logs.check(options.logs())
     distributed.check_same(_agreed(config, options, data))
     selected = task.select(config, data)
-    earlier = load(config.init_from, model=model) if config.init_from else None
+    if start is None and config.init_from:
+        start = load(config.init_from, model=model).variables
     placement = parallel.place(
         config, devices=options.devices, parallel=options.parallel
     )
@@ -148,7 +157,7 @@ def train(
         placement=placement,
         stream=_is_streamed(options, selected),
         checkpoint_steps=checkpoint_steps,
-        start=None if earlier is None else earlier.variables,
+        start=start,
     )
     with contextlib.ExitStack() as stack:
         request = stack.enter_context(interrupt.listening())
@@ -201,6 +210,7 @@ def train_or_load(
     data: data_lib.ImageData,
     *,
     model: Any = None,
+    variables: Any = None,
     workdir: str | Path,
     options: RunOptions | None = None,
 ) -> Run | None:
@@ -212,6 +222,7 @@ def train_or_load(
       config: see `train`.
       data: see `train`.
       model: see `train`.
+      variables: see `train`.
       workdir: see `train`.
       options: see `train`.
 
@@ -243,6 +254,7 @@ def train_or_load(
             return b""
         run = load(workdir, model=model)
         named = config if model is None else own_models.named(config, model)
+        named, _ = own_models.starting_from(named, model, variables)
         there = {**run.config.to_dict(), "data": run.results["data_source"]}
         now = {**named.to_dict(), "data": task.select(named, data).source}
         faults = results.differences(there, now)
@@ -258,7 +270,14 @@ def train_or_load(
 
     # All processes train, or none does: the primary, which reads, decides.
     if not distributed.on_primary(is_done):
-        return train(config, data, model=model, workdir=workdir, options=options)
+        return train(
+            config,
+            data,
+            model=model,
+            variables=variables,
+            workdir=workdir,
+            options=options,
+        )
     return read[0] if read else None
 
 

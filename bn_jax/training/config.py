@@ -37,6 +37,9 @@ from bn_jax.transforms import NORMS
 
 # The start of `TrainConfig.model` where the user passed the model in, before its class.
 OWN_MODEL = "own:"
+# The start of `TrainConfig.init_from` where the user passed variables in, before their
+# checksum.
+OWN_VARIABLES = "variables:"
 
 # JAX's keys keep 32 bits of a seed: greater ones would repeat these.
 _SEED = Range("a number from 0 to 2**32 - 1", lambda v: 0 <= v < 2**32)
@@ -104,7 +107,8 @@ class TrainConfig:
     init_from: str = option(
         "",
         "Folder of a finished run of the same network, whose parameters and moving "
-        "statistics this one starts from; empty draws them by the seed.",
+        "statistics this one starts from; empty draws them by the seed. (Of variables "
+        "that are passed in, it is their checksum.)",
     )
     init_statistics: str = option(
         "kept",

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
+import zlib
+from collections.abc import Mapping
 from typing import Any
+
+import jax
+import numpy as np
+from flax import traverse_util
 
 from bn_jax import models
 from bn_jax.fields import ConfigError
 from bn_jax.training import parallel
-from bn_jax.training.config import OWN_MODEL, TrainConfig
+from bn_jax.training.config import OWN_MODEL, OWN_VARIABLES, TrainConfig
 from bn_jax.training.state import Network
+from bn_jax.variables import check_variables, collection
 
 
 def named(config: TrainConfig, model: Any) -> TrainConfig:
@@ -45,6 +53,88 @@ def named(config: TrainConfig, model: Any) -> TrainConfig:
             "of the config"
         )
     return dataclasses.replace(config, model=name)
+
+
+def starting_from(
+    config: TrainConfig, model: Any, variables: Any
+) -> tuple[TrainConfig, Any]:
+    """Return the config of a run that starts from the user's variables, and these.
+
+    The config names them by a checksum in `init_from`, so that a run from others is
+    another run.
+
+    Args:
+      config: of the run.
+      model: the user's own, or None. An NNX module that is made already holds the
+        variables that it starts from.
+      variables: that the run starts from: of Linen, a TrainState or of NNX; or None.
+
+    Returns:
+      The config, and variables as nested dictionaries of arrays; None where the run
+      starts from none of the user's.
+
+    Raises:
+      ConfigError: if they are no variables, hold other collections than parameters and
+        statistics, are missing in a run that started from some, or `config.init_from`
+        names another run.
+    """
+    is_named = config.init_from.startswith(OWN_VARIABLES)
+    if variables is None:
+        made: Any = None if model is None else models.as_model(model)
+        if getattr(made, "is_made", False) and (is_named or not config.init_from):
+            variables = made.init(jax.random.key(0), None)
+        elif is_named:
+            raise ConfigError(
+                f"init_from={config.init_from!r}: the run started from variables that "
+                "were passed in; pass them again as variables=..."
+            )
+        else:
+            return config, None
+    elif config.init_from and not is_named:
+        raise ConfigError(
+            f"init_from={config.init_from!r} together with variables that are passed "
+            "in; give one of them"
+        )
+    flat = _flat(variables)
+    crc32 = 0
+    for name, value in sorted(flat.items()):
+        header = f"{'/'.join(name)} {value.dtype} {value.shape}"
+        crc32 = zlib.crc32(value.tobytes(), zlib.crc32(header.encode(), crc32))
+    init_from = f"{OWN_VARIABLES}crc32={crc32:08x}"
+    if config.init_from not in ("", init_from):
+        raise ConfigError(
+            f"init_from={config.init_from!r} in the config, and variables with the "
+            f"checksum {crc32:08x}; pass those that the config is of, or leave "
+            "init_from out of it"
+        )
+    start = {"params": {}, "batch_stats": {}, **traverse_util.unflatten_dict(flat)}
+    return dataclasses.replace(config, init_from=init_from), start
+
+
+def _flat(variables: Any) -> dict[tuple[str, ...], np.ndarray]:
+    """Return the parameters and statistics in variables by collection and path."""
+    nnx = sys.modules.get("flax.nnx")
+    if nnx is not None and isinstance(variables, nnx.Module):
+        variables = nnx.state(variables)
+    try:
+        check_variables(variables)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    kinds = ("params", "batch_stats")
+    is_nnx = nnx is not None and isinstance(variables, nnx.State)
+    others = []
+    if isinstance(variables, Mapping) and not is_nnx:
+        others = sorted(variables.keys() - kinds)
+    if others:
+        raise ConfigError(
+            f"variables hold {', '.join(others)}; expected params and batch_stats "
+            "alone, which are all that training keeps"
+        )
+    return {
+        (kind, *path): np.asarray(value)
+        for kind in kinds
+        for path, value in collection(variables, kind).items()
+    }
 
 
 def check_sharing(

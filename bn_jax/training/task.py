@@ -9,14 +9,14 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from bn_jax import data as data_lib
 from bn_jax import linen, models, transforms
 from bn_jax.fields import ConfigError
 from bn_jax.training import inputs as inputs_lib
 from bn_jax.training.augment import AUGMENTATIONS
-from bn_jax.training.config import OWN_MODEL, TrainConfig
+from bn_jax.training.config import OWN_MODEL, OWN_VARIABLES, TrainConfig
 from bn_jax.training.state import Network
 
 
@@ -173,7 +173,8 @@ def started(config: TrainConfig, drawn: Any, start: Any) -> Any:
     Args:
       config: of the run.
       drawn: the network's initial variables.
-      start: those of the run in `config.init_from`; None where there is none.
+      start: those of the run in `config.init_from`, or that were passed in; None where
+        there are none.
 
     Raises:
       ConfigError: if they are missing, or are of another network.
@@ -185,23 +186,45 @@ def started(config: TrainConfig, drawn: Any, start: Any) -> Any:
             f"init_from={config.init_from!r} names a folder, which is not read here; "
             "give start=variables"
         )
-    shapes, other = (
-        {"/".join(path): leaf.shape for path, leaf in flatten_dict(tree).items()}
-        for tree in (drawn, start)
-    )
-    differ = sorted(
-        path
-        for path in shapes.keys() | other.keys()
-        if shapes.get(path) != other.get(path)
-    )
-    if differ:
+    passed_in = config.init_from.startswith(OWN_VARIABLES)
+    own, given = (flatten_dict(tree, sep="/") for tree in (drawn, start))
+    faults = {
+        name: fault
+        for name in sorted(own.keys() | given.keys())
+        if (fault := _misfit(own.get(name), given.get(name)))
+    }
+    if faults and passed_in:
+        listed = [f"{name} {fault}" for name, fault in faults.items()]
+        raise ConfigError(
+            f"the variables that were passed in are not the model's: "
+            f"{'; '.join(listed[:5])}{' and others' * (len(listed) > 5)}. Give those "
+            "that its init returns, or a conversion, with other numbers"
+        )
+    if faults:
+        differ = list(faults)
         raise ConfigError(
             f"init_from={config.init_from!r} is a run of another network: "
             f"{', '.join(differ[:3])}{' and others' * (len(differ) > 3)} differ; give "
             "the same model, norm and number of classes"
         )
+    if passed_in:  # in whatever precision
+        cast = {name: np.asarray(given[name], own[name].dtype) for name in own}
+        start = {"params": {}, "batch_stats": {}, **unflatten_dict(cast, sep="/")}
     statistics = start if config.init_statistics == "kept" else drawn
     return {"params": start["params"], "batch_stats": statistics["batch_stats"]}
+
+
+def _misfit(own: Any, given: Any) -> str | None:
+    """Describe how an array does not fit the one in its place, or return None."""
+    if own is None:
+        return "is unknown"
+    if given is None:
+        return "is missing"
+    if given.shape != own.shape:
+        return f"has shape {list(given.shape)}, not {list(own.shape)}"
+    if not np.can_cast(given.dtype, own.dtype, "same_kind"):
+        return f"has dtype {given.dtype}, not {own.dtype}"
+    return None
 
 
 def _frozen(norm: Callable[..., Any], **attributes: Any) -> Any:

@@ -22,6 +22,7 @@ from flax import linen as nn
 from flax.linen import initializers
 from jax import Array, lax
 
+from bn_jax.checks import check_static
 from bn_jax.fields import ConfigError, Range
 from bn_jax.models.blocks import Pair, conv2d_by_blocks
 
@@ -154,8 +155,9 @@ def normalise(
       Array of x's shape and dtype.
 
     Raises:
-      TypeError: if `norm` is not a constructor.
+      TypeError: if `norm` is not a constructor, or `train` no boolean.
     """
+    check_static(train=train)
     if norm is None or switch is False:
         return x
     if not callable(norm):

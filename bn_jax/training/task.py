@@ -9,7 +9,6 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
 
 from bn_jax import data as data_lib
 from bn_jax import linen, models, transforms
@@ -18,6 +17,7 @@ from bn_jax.training import inputs as inputs_lib
 from bn_jax.training.augment import AUGMENTATIONS
 from bn_jax.training.config import OWN_MODEL, OWN_VARIABLES, TrainConfig
 from bn_jax.training.state import Network
+from bn_jax.variables import collection, replaced
 
 
 def select(config: TrainConfig, data: data_lib.ImageData) -> data_lib.ImageData:
@@ -187,11 +187,18 @@ def started(config: TrainConfig, drawn: Any, start: Any) -> Any:
             "give start=variables"
         )
     passed_in = config.init_from.startswith(OWN_VARIABLES)
-    own, given = (flatten_dict(tree, sep="/") for tree in (drawn, start))
+    own, given = (
+        {
+            (kind, path): value
+            for kind in ("params", "batch_stats")
+            for path, value in collection(tree, kind).items()
+        }
+        for tree in (drawn, start)
+    )
     faults = {
-        name: fault
-        for name in sorted(own.keys() | given.keys())
-        if (fault := _misfit(own.get(name), given.get(name)))
+        "/".join((key[0], *key[1])): fault
+        for key in sorted(own.keys() | given.keys())
+        if (fault := _misfit(own.get(key), given.get(key)))
     }
     if faults and passed_in:
         listed = [f"{name} {fault}" for name, fault in faults.items()]
@@ -208,8 +215,8 @@ def started(config: TrainConfig, drawn: Any, start: Any) -> Any:
             "the same model, norm and number of classes"
         )
     if passed_in:  # in whatever precision
-        cast = {name: np.asarray(given[name], own[name].dtype) for name in own}
-        start = {"params": {}, "batch_stats": {}, **unflatten_dict(cast, sep="/")}
+        cast = {key: np.asarray(given[key], own[key].dtype) for key in own}
+        start = replaced(drawn, cast)
     statistics = start if config.init_statistics == "kept" else drawn
     return {"params": start["params"], "batch_stats": statistics["batch_stats"]}
 
@@ -222,9 +229,15 @@ def _misfit(own: Any, given: Any) -> str | None:
         return "is missing"
     if given.shape != own.shape:
         return f"has shape {list(given.shape)}, not {list(own.shape)}"
-    if not np.can_cast(given.dtype, own.dtype, "same_kind"):
+    if _kind(given.dtype) > _kind(own.dtype):
         return f"has dtype {given.dtype}, not {own.dtype}"
     return None
+
+
+def _kind(dtype: Any) -> int:
+    """Return 0 for integers and booleans, 1 for real and 2 for complex numbers."""
+    kinds = (jnp.inexact, jnp.complexfloating)
+    return sum(bool(jnp.issubdtype(dtype, kind)) for kind in kinds)
 
 
 def _frozen(norm: Callable[..., Any], **attributes: Any) -> Any:

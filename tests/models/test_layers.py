@@ -8,6 +8,7 @@ from flax import linen as nn
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from bn_jax.linen import BatchNorm
 from bn_jax.models import blocks, layers
 from marks import slow_but
 
@@ -338,3 +339,10 @@ def test_unknown_layout_is_refused_with_those_that_there_are(call):
 def test_bad_convolution_is_refused_with_what_was_given(kernel_shape, options, message):
     with pytest.raises(ValueError, match=message):
         layers.conv2d(np.ones((3, 5, 6, 2)), np.ones(kernel_shape), "CHWN", **options)
+
+
+@pytest.mark.parametrize("norm", [None, BatchNorm])
+def test_train_that_is_no_boolean_is_refused_in_our_models(norm):
+    x = jnp.ones((4, 3))
+    with pytest.raises(TypeError, match="train='yes'; expected True or False"):
+        layers.normalise(x, norm, train="yes", axis=-1, batch_axis=0, name="norm")

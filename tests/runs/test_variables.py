@@ -5,6 +5,7 @@ import signal
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
@@ -92,6 +93,32 @@ def test_training_starts_from_the_variables(tiny_data):
     fresh = dataclasses.replace(CONFIG, init_statistics="fresh")
     stats = start_of(made(), tiny_data, fresh)["batch_stats"]
     np.testing.assert_array_equal(stats["norm"]["mean"], np.zeros(4))
+
+
+class Pair(nnx.Variable):
+    pass
+
+
+class Nested(NnxNet):
+    """Holds an integer, and several arrays in one variable."""
+
+    def __init__(self, rngs):
+        super().__init__(rngs)
+        self.pair = Pair((jnp.ones(2), jnp.asarray(3)))
+
+
+def test_made_nnx_module_starts_from_all_that_it_holds(tiny_data):
+    module = Nested(nnx.Rngs(1))
+    module.norm.mean[...] = jnp.arange(4.0)
+    start = start_of(None, tiny_data, model=module)
+    np.testing.assert_array_equal(start["batch_stats"]["norm"]["mean"], np.arange(4))
+    np.testing.assert_array_equal(start["batch_stats"]["pair"][1], 3)
+    half = jax.tree.map(
+        lambda leaf: jnp.asarray(leaf, jnp.bfloat16),
+        start_of(None, tiny_data, model=module),
+    )
+    with pytest.raises(ConfigError, match="batch_stats/pair/1 has dtype bfloat16, not"):
+        start_of(half, tiny_data, model=Nested)
 
 
 def test_model_by_name_starts_from_variables_too(tiny_data, tmp_path):

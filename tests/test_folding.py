@@ -646,12 +646,15 @@ class Mixed(nn.Module):
         return x if self.norm is None else self.norm(name="other")(x)
 
 
+GROUP = linen_norm("group")
+
+
 @pytest.mark.parametrize(
     ("norm", "kind"),
     slow_but(
-        [(linen_norm("group"), "group"), (nn.LayerNorm, "LayerNorm")],
+        [(GROUP, "group"), (nn.LayerNorm, "LayerNorm")],
         [
-            (linen_norm("group"), "group"),
+            (GROUP, "group"),
             (linen_norm("instance:use_scale=false,use_bias=false"), "instance"),
             (linen_norm("dyt"), "dyt"),
             (nn.LayerNorm, "LayerNorm"),

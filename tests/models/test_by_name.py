@@ -189,8 +189,8 @@ def test_dropout_of_an_mlp_drops_in_training_alone():
 
 
 def test_gammas_of_lenet_may_start_from_draws():
-    def gammas(name):
-        model = make(name, norm=linen.norm("batch_norm"))
+    def gammas(name, norm="batch_norm"):
+        model = make(name, norm=linen.norm(norm))
         variables = model.init(jax.random.key(0), IMAGES[:1], train=False)
         return [variables["params"][f"norm{i}"]["scale"] for i in (1, 2, 3, 4)]
 
@@ -200,7 +200,9 @@ def test_gammas_of_lenet_may_start_from_draws():
         assert 0 <= gamma.min() < gamma.max() < 1
     # 120 draws have a mean of .5, with a deviation of .026.
     assert gammas("lenet:gamma=uniform")[2].mean() == pytest.approx(0.5, abs=0.1)
-    for norm in (None, linen.norm("layer")):
+    (last,) = gammas("lenet:gamma=uniform", "layer")[3:]
+    assert 0 <= last.min() < last.max() < 1
+    for norm in (None, lambda name: None):
         with pytest.raises(ConfigError, match="gamma=uniform draws.*no scale_init"):
             make("lenet:gamma=uniform", norm=norm)
 

@@ -262,13 +262,13 @@ def experiment(
     folder = workdir()
     with contextlib.ExitStack() as stack:
         if distributed.is_primary():
-            started = {"experiment": name, **config}
-            stack.enter_context(results.held(folder, started, repeat=True))
             if not repeat and (folder / results.RESULTS).exists():
                 raise results.RunError(
                     f"{folder} holds results, which would be lost: measuring again "
                     "gives others; give another folder with --workdir"
                 )
+            started = {"experiment": name, **config}
+            stack.enter_context(results.held(folder, started, repeat=True))
             results.start_run(folder, started)
         yield folder
 

@@ -53,8 +53,8 @@ class Small(nn.Module):
 def with_small_model():
     """Let the Trainer train `Small` within this context."""
 
-    def make_network(config, of, *, model=None, norm_attributes=None):
-        del config, model
+    def make_network(config, of, *, model=None, norm_attributes=None, **options):
+        del config, model, options
         return Network(Small(norm_attributes), of.image_shape, of.num_classes)
 
     return mock.patch.object(task, "make_network", make_network)

@@ -41,7 +41,7 @@ class Split(NamedTuple):
     labels: np.ndarray  # shape=[N], dtype=int32
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class ImageData:
     """Labelled images for training and testing, and where they came from.
 
@@ -50,7 +50,6 @@ class ImageData:
     resumed with other images.
 
     Raises:
-        TypeError: If `train` or `test` is missing.
         DataError: If arrays of your own are no images as bytes, of one shape, with an
             integer label each; or a class has no name, or, where they are numbered, no
             training example.
@@ -64,9 +63,9 @@ class ImageData:
         (('0', '1', '2'), '4 + 4 images, arrays, crc32 ...')
     """
 
+    train: Split
+    test: Split
     name: str = ""  # of the set that was loaded, never "auto"
-    train: Split = None  # type: ignore[assignment]  # is refused below
-    test: Split = None  # type: ignore[assignment]  # likewise
     class_names: tuple[str, ...] = ()
     kind: Kind = "arrays"
     source: str = ""  # one short phrase for logs and results
@@ -75,12 +74,6 @@ class ImageData:
 
     def __post_init__(self) -> None:
         """Check a user's own arrays, and name what was not named."""
-        for name in ("train", "test"):
-            if getattr(self, name) is None:
-                raise TypeError(
-                    f"ImageData lacks {name}; expected train=Split(images, labels) and "
-                    "test=Split(images, labels)"
-                )
         if self.kind != "arrays":
             return
         splits = {"train": self.train, "test": self.test, "validation": self.validation}

@@ -173,7 +173,14 @@ class Design(benchmark.Design):
         images[np.arange(n), 2 * labels + 4] = 255
         train, test = Split(images, labels), Split(images[:100], labels[:100])
         names = tuple(map(str, range(NUM_CLASSES)))
-        return ImageData("made-up", train, test, names, "sample", "made-up images")
+        return ImageData(
+            name="made-up",
+            train=train,
+            test=test,
+            class_names=names,
+            kind="sample",
+            source="made-up images",
+        )
 
     def config(self, precision: Precision = "highest") -> Mapping[str, Any]:
         """Return the choices of our trainer's config."""

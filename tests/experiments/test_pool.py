@@ -1,3 +1,4 @@
+import dataclasses
 import jax
 import pytest
 
@@ -76,8 +77,6 @@ def test_run_of_another_config_or_data_set_is_trained(tmp_path, trained):
     pool = Pool(tmp_path / "pool", RunOptions(devices="1"))
     pool.train([config(0)], data, name="a")
     pool.train([config(0, learning_rate=0.5)], data, name="a")
-    other = data_lib.ImageData(
-        data.name, data.train, data.test, data.class_names, data.kind, "elsewhere"
-    )
+    other = dataclasses.replace(data, source="elsewhere")
     pool.train([config(0)], other, name="a")
     assert trained == [[0], [0], [0]]

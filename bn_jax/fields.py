@@ -120,6 +120,11 @@ def did_you_mean(given: str, known: Iterable[str]) -> str:
     return f" (did you mean {close[0]}?)" if close else ""
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun, such as "1 seed" or "5 seeds"."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
 def parse(field: dataclasses.Field[Any], text: str) -> Any:
     """Return the value of a field that a text writes; its range is not checked.
 

@@ -256,7 +256,10 @@ def run(study: Study, design: Design, folder: Path) -> None:
     looks = study.looks.until(design.seeds)
     wanted = _settings(arms)
     for count in looks.seeds:
-        print(f"look at {count} seeds: {len(wanted)} settings", flush=True)
+        print(
+            f"look at {fields.counted(count, 'seed')}: {fields.counted(len(wanted), 'setting')}",
+            flush=True,
+        )
         seeds = range(looks.first_seed, looks.first_seed + count)
         trainer.reach(arms, wanted, seeds)
         rows = [*chosen, *trainer.rows]
@@ -394,7 +397,7 @@ class _Trainer:
     ) -> list[Row]:
         """Return a row for each choice and seed."""
         configs = self._design.configs(choices, seeds)
-        print(f"{arm}: {len(configs)} runs", flush=True)
+        print(f"{arm}: {fields.counted(len(configs), 'run')}", flush=True)
         if self._study.measure is not None:
             folder = self._folder / f"{arm}-{seeds[0]}-{seeds[-1]}"
             rows, seconds = self._study.measure(arm, folder, configs, self._data)

@@ -32,7 +32,7 @@ from absl import flags
 
 from bn_jax import paths, runs, transforms
 from bn_jax.data import ImageData
-from bn_jax.fields import ConfigError
+from bn_jax.fields import ConfigError, counted
 from bn_jax.runs import distributed, parts, results, sweeps
 from bn_jax.training import members, scoring, task
 from bn_jax.training.config import RunOptions, TrainConfig
@@ -176,7 +176,7 @@ def train_sweep(workdir: Path, spec: str, base: TrainConfig) -> None:
         launcher = jobs.launcher_of(flags.FLAGS.launcher)
     configs = members.parse(spec, base)
     data = launch.load_data(base.dataset)
-    print(f"{len(configs)} members of the sweep", flush=True)
+    print(f"{counted(len(configs), 'member')} of the sweep", flush=True)
     if launcher is not None:
         rows = _by_jobs(launcher, configs, data, workdir)
     else:
@@ -254,7 +254,7 @@ def _end_part(
     if left:
         numbers = ", ".join(str(p.number) for p in left[:12])
         more = ", ..." if len(left) > 12 else ""
-        print(f"{len(left)} parts are not finished: {numbers}{more}")
+        print(f"{counted(len(left), 'part')} left to be trained: {numbers}{more}")
         return
     parts.merge(configs, data, workdir=workdir, num_parts=part.num_parts)
     print(f"all parts are merged in {workdir}")

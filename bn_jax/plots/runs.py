@@ -14,6 +14,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
+from bn_jax.fields import counted
 from bn_jax.plots import style
 from bn_jax.plots.style import (
     AMBER,
@@ -221,7 +222,7 @@ def members_by_epoch(
       path: of the image to write.
     """
     counts = sorted({len(rows) for rows in groups.values()})
-    note = style.counted(sum(map(len, groups.values())), "member")
+    note = counted(sum(map(len, groups.values())), "member")
     if counts[-1] > 1:
         note += (
             f"; n = {'-'.join(str(n) for n in sorted({counts[0], counts[-1]}))} seeds, "
@@ -283,7 +284,7 @@ def arms_by_epoch(
     """
     seeds = len({row["config"]["seed"] for row in rows})
     note = (
-        f"n = {style.counted(seeds, 'seed')}; band: least to greatest; star: exact "
+        f"n = {counted(seeds, 'seed')}; band: least to greatest; star: exact "
         "statistics; at the right: published re-runs, mean and standard deviation"
     )
     figure = style.figure(10, 3.9, note)

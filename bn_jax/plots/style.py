@@ -72,11 +72,6 @@ def in_columns(figure: Figure, count: int, columns: int, **shared: Any) -> Any:
     return grid
 
 
-def counted(number: int, noun: str) -> str:
-    """Return a number with its noun, such as "1 seed" or "5 seeds"."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
 def spread_out(values: Sequence[float], position: int, width: float) -> list[float]:
     """Return places around a position at which dots do not hide each other."""
     count = len(values)

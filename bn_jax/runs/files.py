@@ -92,8 +92,10 @@ class Files:
         placement, batch_size = self._trainer.placement, self._config.batch_size
         num_devices = len(placement.devices)
         if num_devices > 1:
+            processes = jax.process_count()
+            of = "of one process" if processes == 1 else f"of {processes} processes"
             self._bar.write(
-                f"{num_devices} devices of {jax.process_count()} process(es) by "
+                f"{num_devices} devices {of} by "
                 f"{placement.parallel}, {batch_size // num_devices} of {batch_size} "
                 f"images each, statistics {self._config.batch_stats}"
             )

@@ -130,7 +130,7 @@ def test_folder_of_something_else_is_refused_before_a_job_starts(
 def test_a_part_is_trained_by_hand_and_the_last_merges(command):
     few = [*MEMBERS[:-1], "--sweep=seed=0..1"]
     said = command("--workdir=run", *few, "--part=2/2")
-    assert "1 parts are not finished: 1" in said
+    assert "1 part left to be trained: 1" in said
     said = command("--workdir=run", *few, "--part=1/2")
     assert "all parts are merged in run" in said
     rows = results.read_rows(Path("run/runs.jsonl"))

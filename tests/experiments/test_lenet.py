@@ -150,7 +150,7 @@ def test_flags_reach_the_devices_the_input_and_the_checkpoints(tmp_path):
     )
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.splitlines()[1:3] == [
-        "2 devices of 1 process(es) by jit, 300 of 600 images each, statistics "
+        "2 devices of one process by jit, 300 of 600 images each, statistics "
         "per_device",
         "training images are streamed to the devices",
     ]

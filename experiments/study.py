@@ -256,10 +256,8 @@ def run(study: Study, design: Design, folder: Path) -> None:
     looks = study.looks.until(design.seeds)
     wanted = _settings(arms)
     for count in looks.seeds:
-        print(
-            f"look at {fields.counted(count, 'seed')}: {fields.counted(len(wanted), 'setting')}",
-            flush=True,
-        )
+        settings = fields.counted(len(wanted), "setting")
+        print(f"look at {fields.counted(count, 'seed')}: {settings}", flush=True)
         seeds = range(looks.first_seed, looks.first_seed + count)
         trainer.reach(arms, wanted, seeds)
         rows = [*chosen, *trainer.rows]

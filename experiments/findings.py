@@ -12,8 +12,8 @@ SHORT = (
     "**It widens the range of learning rates that work**, by {learning_rates.width_50} "
     "decades, since weights grow until the rate fits: with their norms held, rate 10 "
     "changes the accuracy by {scale_invariance.held}.",
-    "**Removing the mean does nearly all of it**, {center_scale.center_norm} nats of "
-    "loss short of both, and one norm takes {which_layers.one} of what four take off "
+    "**Removing the mean does nearly all of it**: alone, it ends "
+    "{center_scale.center_norm} nats from both, and one norm takes {which_layers.one} of what four take off "
     "the loss. At rate 1 its moving averages cost {headline.exact} of the test set.",
 )
 LINES = (

@@ -13,8 +13,9 @@ SHORT = (
     "decades, since weights grow until the rate fits: with their norms held, rate 10 "
     "changes the accuracy by {scale_invariance.held}.",
     "**Removing the mean does nearly all of it**: alone, it ends "
-    "{center_scale.center_norm} nats from both, and one norm takes {which_layers.one} of what four take off "
-    "the loss. At rate 1 its moving averages cost {headline.exact} of the test set.",
+    "{center_scale.center_norm} nats from both, and one norm takes {which_layers.one} "
+    "of what four take off the loss. At rate 1 its moving averages cost "
+    "{headline.exact} of the test set.",
 )
 LINES = (
     "**What it buys.** In ten epochs LeNet with batch norm trains to a loss of "

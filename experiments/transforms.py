@@ -29,8 +29,8 @@ batch's own statistics.
 
 What came out (5 to 10 seeds, 3 epochs; all of it in experiments/README.md): ZCA in
 groups of 16 trains to .081 nats less than batch norm in as many steps, each of which
-takes 1.66 times as long on 2 cores, so that in as much time it is level, .41. Ranks
-take 13 times as long. By the batch's own statistics ZCA in groups predicts better, .878
+takes 1.64 times as long on 2 cores, so that in as much time it is level, .41. Ranks
+take 12 times as long. By the batch's own statistics ZCA in groups predicts better, .878
 to .853; by moving averages worse, .74 to .83. ZCA of all features leaves other images
 nearly as correlated (2.7) as ZCA in groups of 8 does, and by moving averages classifies
 29 points less than by the batch's statistics. PCA trains to 1.0 nats more than ZCA.

@@ -46,8 +46,8 @@ def norm(
         momentum of the first two is 0.9, not Flax's 0.99.
       options: values of options that go before those in `spec`, such as a traced
         `{"momentum": ...}`.
-      **attributes: further attributes of the layer, such as `axis_name`. None is the
-        same as none given.
+      **attributes: further attributes of the layer, such as `axis_name`, or options,
+        such as `momentum`. None is the same as none given.
 
     Raises:
       ConfigError: if there is no such name or option, a value is out of range, the norm

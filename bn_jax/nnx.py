@@ -53,8 +53,8 @@ def norm(
         others make `Norm`. Options that are not given have the defaults of `NORMS`: the
         momentum of the first two is 0.9, not Flax's 0.99.
       options: values of options that go before those in `spec`.
-      **attributes: further attributes of the layer, such as `axis_name`. None is the
-        same as none given.
+      **attributes: further attributes of the layer, such as `axis_name`, or options,
+        such as `momentum`. None is the same as none given.
 
     Raises:
       ConfigError: if there is no such name or option, a value is out of range, the norm

@@ -256,12 +256,12 @@ def layer_of(
     Args:
       spec: a name of `NORMS` with its options, or a transform.
       options: values that go before those in `spec`, perhaps traced.
-      attributes: of the layer. None leaves one out.
+      attributes: of the layer, or options. None leaves one out.
 
     Raises:
-      ConfigError: if there is no such name or option, a value is out of range, the norm
-        takes no such axis names or ghost batches, options are given for a transform, or
-        what is given is neither a name nor a transform.
+      ConfigError: if there is no such name or option, a value is out of range or given
+        twice, the norm takes no such axis names or ghost batches, options are given for
+        a transform, or what is given is neither a name nor a transform.
     """
     attributes = {k: v for k, v in attributes.items() if v is not None}
     sharing = {k: v for k, v in attributes.items() if k in _ABOUT_THE_BATCH}
@@ -278,6 +278,14 @@ def layer_of(
                 "bound; give a name instead, or bind them to the transform"
             )
         return Layer(None, spec, {}, others | taken(spec, **sharing))
+    # Options of norms, such as momentum, that are given as Flax's layers take them.
+    known = {option for row in NORMS.rows for option in NORMS.options(row)}
+    as_attributes = {k: v for k, v in others.items() if k in known}
+    twice = as_attributes.keys() & options.keys()
+    if twice:
+        raise ConfigError(f"{', '.join(sorted(twice))} is given twice; give it once")
+    options = {**options, **as_attributes}
+    others = {k: v for k, v in others.items() if k not in known}
     name, values = resolve(spec, options)
     made = NORMS.rows[name](**values) if options else _named(spec)
     if isinstance(made, Transform):

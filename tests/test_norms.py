@@ -512,6 +512,20 @@ def test_a_transform_leaves_numpy_states_as_they_are(spec):
     assert any((a != b).any() for a, b in zip(once[1], given[2], strict=True))
 
 
+def test_options_may_be_given_as_flaxs_layers_take_them():
+    layer = linen_lib.norm("batch_norm", momentum=0.5, use_bias=False)()
+    assert (layer.momentum, layer.use_bias) == (0.5, False)
+    layer = linen_lib.norm("renorm", momentum=0.5)(use_running_average=False)
+    x = jnp.array([[2.0], [4.0]])
+    _, variables = layer.init_with_output(jax.random.key(0), x)
+    _, updates = layer.apply(variables, x, mutable=["batch_stats"])
+    assert updates["batch_stats"]["mean"] == 1.5
+    with pytest.raises(ConfigError, match="'group' has no option 'momentum'; group t"):
+        linen_lib.norm("group", momentum=0.5)
+    with pytest.raises(ConfigError, match="momentum is given twice"):
+        linen_lib.norm("renorm", options={"momentum": 0.5}, momentum=0.5)
+
+
 def test_options_may_be_numbers_of_numpy_and_jax():
     for momentum in (np.float64(0.5), jnp.float32(0.5), np.array(0.5)):
         assert linen_lib.norm("batch_norm", options={"momentum": momentum})() == (

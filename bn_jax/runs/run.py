@@ -99,6 +99,9 @@ def train(
         initializers, from `variables` or from another run (`config.init_from`). On
         several devices by pmap its norms need `axis_name="data"`; by jit none; on one
         device, where they are the one instance along whatever axis they name, any.
+        A run that is resumed or read knows a model by its class and by the names and
+        shapes of its variables alone: keep its attributes (an activation, a norm's
+        momentum) as they were.
       variables: to start from instead of those that the seed draws, such as converted
         ones: those of a Linen model, a TrainState, an NNX module or its state, with
         the names and shapes of the model's own. `init_from` of the run's config has
@@ -338,7 +341,8 @@ def load(workdir: str | Path, *, model: Any = None) -> Run:
 
     Args:
       workdir: the directory that `train` wrote.
-      model: the user's own, of a run that it was passed to.
+      model: the user's own, of a run that it was passed to, with the attributes that
+        it had: it is known by its class and by the shapes of its variables alone.
 
     Returns:
       The run, as `train` returned it.

@@ -192,7 +192,8 @@ def filled(lines: Iterable[str], found: Mapping[str, Any]) -> list[str]:
 def summary(found: Mapping[str, Any]) -> list[str]:
     """Return the lines that open the index: the findings, and what is undecided."""
     undecided = [
-        f"{verdict['claim']} ({verdict['statistic']}: {number(verdict)})"
+        f"{verdict['claim']} ({verdict['statistic']}: {number(verdict)}"
+        f"{_at_most(verdict)})"
         for results in found.values()
         for verdict in verdicts_of(results)
         if verdict["verdict"] == "undecided"
@@ -201,6 +202,15 @@ def summary(found: Mapping[str, Any]) -> list[str]:
     if undecided:
         lines.append(f"- **What is not known.** Whether {'; '.join(undecided)}.")
     return lines
+
+
+def _at_most(verdict: Mapping[str, Any]) -> str:
+    """Return how far an undecided claim's statistic may reach on the claimed side."""
+    if verdict["threshold"].startswith(">") and verdict["high"] is not None:
+        return f"; at most {verdict['high']:.3g}"
+    if verdict["threshold"].startswith("<") and verdict["low"] is not None:
+        return f"; at least {verdict['low']:.3g}"
+    return ""
 
 
 def section(name: str, results: Mapping[str, Any]) -> list[str]:

@@ -307,6 +307,7 @@ def test_index_says_what_studies_found_with_their_numbers(monkeypatch):
     of_dropout = report.recorded()["dropout"]["verdicts"][4]
     assert of_dropout["verdict"] == "undecided"
     assert of_dropout["claim"] in unknown
+    assert f"; at most {of_dropout['high']:.3g})" in unknown
 
 
 @pytest.mark.slow

@@ -201,6 +201,12 @@ def train_sweep(workdir: Path, spec: str, base: TrainConfig) -> None:
         if "test_accuracy_exact" in row and transforms.is_batch_norm(config.norm):
             line += f", {row['test_accuracy_exact']:.3f} by exact statistics"
         print(line)
+    found = results.read_object(workdir / results.RESULTS)
+    if "best_by_validation" in found:
+        print(
+            f"best on the validation set: {found['best_by_validation']}, accuracy "
+            f"{found['best_validation_accuracy']:.3f}"
+        )
     print(f"written to {workdir}")
 
 

@@ -206,7 +206,7 @@ def _checked(name: str, split: Split) -> Split:
             "[N]. Of one-hot rows give labels.argmax(axis=1)"
         )
     _, first, height, width = images.shape
-    if first in (1, 3) and height == width > 4:
+    if (first == 3 and min(height, width) > 4) or (first == 1 and height == width > 4):
         raise DataError(
             f"{name} has images of shape {list(images.shape)}, which looks like [N, C, "
             "H, W], expected [N, H, W, C]. Give numpy.moveaxis(images, 1, -1)"

@@ -195,7 +195,7 @@ def _as_images(path: Path, part: str, images: np.ndarray) -> np.ndarray:
     if images.ndim == 3:
         return images[..., None]
     _, first, height, width = images.shape
-    if first in (1, 3) and height == width > 4:
+    if (first == 3 and min(height, width) > 4) or (first == 1 and height == width > 4):
         raise DataError(
             f"{path} holds {part} of shape {images.shape}, which looks like [N, C, H, "
             "W]; expected [N, H, W, C]. Save numpy.moveaxis(images, 1, -1)."

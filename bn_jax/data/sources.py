@@ -62,6 +62,8 @@ def check_name(name: str) -> None:
         return
     close = difflib.get_close_matches(name, DATASETS, 1) if is_text else []
     hint = f" Did you mean {close[0]}?" if close else ""
+    if is_text and name.endswith(".npz"):
+        hint = f" Did you mean {npz.PREFIX}{name}?"
     raise DataError(
         f"dataset {name!r} is unknown; expected one of {', '.join(DATASETS)}.{hint}"
     )

@@ -59,7 +59,7 @@ class Run(NamedTuple):
           Logits `[N, classes]`.
 
         Raises:
-          ValueError: if images are of another shape, or no integers.
+          ValueError: if images are of another shape, or no integers from 0 to 255.
         """
         images = images if isinstance(images, jax.Array) else np.asarray(images)
         expected = self.network.image_shape
@@ -70,6 +70,13 @@ class Run(NamedTuple):
                 "images that are scaled already, run.network.model.apply("
                 "run.variables, images, train=False) gives the logits"
             )
+        is_known = not isinstance(images, jax.core.Tracer)
+        if is_known and images.dtype != np.uint8 and images.size:
+            low, high = int(images.min()), int(images.max())
+            if low < 0 or high > 255:
+                raise ValueError(
+                    f"images hold values from {low} to {high}; expected bytes, 0 to 255"
+                )
         return self.network.predict(self.variables, images)
 
 

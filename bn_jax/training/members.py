@@ -125,6 +125,11 @@ def _with(config: TrainConfig, name: str, text: str) -> TrainConfig:
             hint = (
                 f"; the integers from {ends[1]} to {ends[2]} are {ends[1]}..{ends[2]}"
             )
+        elif "." not in name and re.search(r",\s*[a-z_]+(:|,|$)", text):
+            hint = (
+                "; names with options are set apart by |, as in "
+                "batch_norm|group:num_groups=2"
+            )
         raise ConfigError(f"{error}{hint} (in a sweep of {name})") from None
 
 

@@ -184,6 +184,7 @@ def test_name_of_arrays_tells_them_from_others():
         (own()._replace(images=own().images / 255), own(), "float64.* as bytes"),
         (own()._replace(images=own().images[..., 0]), own(), "images.*None"),
         (own(shape=(3, 8, 8)), own(shape=(3, 8, 8)), r"looks like \[N, C, H, W\]"),
+        (own(shape=(3, 9, 8)), own(shape=(3, 9, 8)), r"looks like \[N, C, H, W\]"),
         (own(), own(shape=(6, 8, 1)), "different shapes: .*'test': .6, 8, 1"),
         (own()._replace(labels=np.eye(6)), own(), r"one-hot rows .*argmax\(axis=1\)"),
         (own()._replace(labels=np.zeros(6)), own(), "labels .* float64 for 6 images"),

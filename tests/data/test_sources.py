@@ -83,6 +83,8 @@ def test_unknown_name_lists_the_names(call, name):
 def test_name_that_is_nearly_right_is_guessed():
     with pytest.raises(DataError, match="Did you mean cifar10?"):
         check_name("CIFAR10".lower().replace("1", "_1"))
+    with pytest.raises(DataError, match="Did you mean npz:mine/images.npz?"):
+        check_name("mine/images.npz")
 
 
 @pytest.mark.parametrize("name", [None, 3, Path("a.npz")])

@@ -135,6 +135,16 @@ def test_run_on_a_file_that_has_moved_is_evaluated_on_it(command, images, tmp_pa
 
 
 @pytest.mark.slow
+def test_best_member_by_validation_is_told(command, images):
+    images()
+    arguments = ("--epochs=1", "--validation=30", "--sweep=learning_rate=0.1,0.2")
+    said = command("--workdir=run", *OWN_IMAGES, *MLP, *arguments)
+    found = results.read_json(Path("run/results.json"))
+    label, accuracy = found["best_by_validation"], found["best_validation_accuracy"]
+    assert f"best on the validation set: {label}, accuracy {accuracy:.3f}" in said
+
+
+@pytest.mark.slow
 def test_losses_that_overflow_in_prediction_are_null_and_the_run_ends(command):
     options = ("--smoke", "--devices=1", "--model=mlp:widths=8x8")
     said = command("--workdir=run", "--learning_rate=1e30", *options)

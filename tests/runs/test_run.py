@@ -467,6 +467,15 @@ def test_images_that_are_no_bytes_of_the_runs_shape_are_refused(run, tiny_data, 
         run.predict(change(tiny_data.test.images))
 
 
+def test_integers_that_are_no_bytes_are_refused(run, tiny_data):
+    images = tiny_data.test.images[:2].astype(int)
+    np.testing.assert_array_equal(
+        run.predict(images), run.predict(images.astype(np.uint8))
+    )
+    with pytest.raises(ValueError, match="hold values from 0 to 510; expected bytes"):
+        run.predict(images * 0 + np.array([0, 510]).reshape(2, 1, 1, 1))
+
+
 def test_images_that_are_scaled_already_are_refused(tiny_config, tiny_data, tmp_path):
     images, labels = tiny_data.train
     scaled = tiny_data.train._replace(images=images / np.float32(255), labels=labels)

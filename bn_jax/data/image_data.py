@@ -186,6 +186,14 @@ class ImageData:
         )
 
 
+def has_channels_first(shape: tuple[int, ...]) -> bool:
+    """Return whether a shape looks like `[N, C, H, W]`, not `[N, H, W, C]`."""
+    _, first, height, width = shape
+    return (first == 3 and min(height, width) > 4) or (
+        first == 1 and height == width > 4
+    )
+
+
 def _checked(name: str, split: Split) -> Split:
     """Return images and labels of a user's own as a split is to be."""
     if not isinstance(split, tuple) or len(split) != 2:
@@ -205,8 +213,7 @@ def _checked(name: str, split: Split) -> Split:
             f"{labels.dtype} for {len(images):,} images, expected an integer for each, "
             "[N]. Of one-hot rows give labels.argmax(axis=1)"
         )
-    _, first, height, width = images.shape
-    if (first == 3 and min(height, width) > 4) or (first == 1 and height == width > 4):
+    if has_channels_first(images.shape):
         raise DataError(
             f"{name} has images of shape {list(images.shape)}, which looks like [N, C, "
             "H, W], expected [N, H, W, C]. Give numpy.moveaxis(images, 1, -1)"

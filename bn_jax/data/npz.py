@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bn_jax.data.image_data import DataError, ImageData, Split
+from bn_jax.data.image_data import DataError, ImageData, Split, has_channels_first
 from bn_jax.data.spec import PARTS, Part
 
 PREFIX = "npz:"
@@ -194,8 +194,7 @@ def _as_images(path: Path, part: str, images: np.ndarray) -> np.ndarray:
         )
     if images.ndim == 3:
         return images[..., None]
-    _, first, height, width = images.shape
-    if (first == 3 and min(height, width) > 4) or (first == 1 and height == width > 4):
+    if has_channels_first(images.shape):
         raise DataError(
             f"{path} holds {part} of shape {images.shape}, which looks like [N, C, H, "
             "W]; expected [N, H, W, C]. Save numpy.moveaxis(images, 1, -1)."

@@ -68,7 +68,7 @@ def summary(
 
 
 def _best(report: loop.EpochReport) -> dict[str, Any]:
-    """Return what is told of the epoch whose variables are kept as the best."""
+    """Return the number and the scores of the best epoch, as results.json has them."""
     row = report.to_row()
     names = ("epoch", *_VALIDATION, "test_loss", "test_accuracy")
     return {f"best_{name}": row[name] for name in names}
@@ -111,8 +111,8 @@ def gamma_beta(
 ) -> dict[str, dict[str, list[float]]]:
     """Return gamma and beta of each normalisation layer, by the layer's name.
 
-    A layer counts if it keeps statistics, or if it has a scale or a bias for each
-    feature and no kernel, as layer norm does.
+    Those are the layers that keep statistics, and those that have a scale or a bias
+    for each feature but no kernel, such as layer norm.
 
     Args:
       variables: of a model.

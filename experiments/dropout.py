@@ -45,16 +45,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import statistics
 from typing import Any
 
 from bn_jax import fields
 from bn_jax.training.config import TrainConfig, value_of
-from experiments import intervals, scores, sequential, study
+from experiments import scores, sequential, study
 from experiments.claims import THE_SIGN, Claim
-from experiments.estimate import Statistic, chosen, paired, spread
+from experiments.estimate import chosen, paired, spread
 from experiments.figures import accuracy_curves, curves_legend, figure, spreads
-from experiments.intervals import LEVEL, Interval
+from experiments.measurements.equal_loss import better_at_equal_loss
 from experiments.scores import Row, Runs
 
 
@@ -132,30 +131,6 @@ def gap(row: Row) -> float:
 def log_ratio(row: Row) -> float:
     """Return |log| of the last norm's moving variance to the exact one."""
     return abs(math.log(row["norm4_variance_ratio"]))
-
-
-def at_equal_loss(runs: Runs, *arms: str) -> list[list[float]]:
-    """Return by arm and seed the test accuracy when all first had the same loss.
-
-    That loss is, of each seed, the highest of the lowest losses that arms reached, as
-    means over epochs of training. A test accuracy is the mean over five epochs around.
-    """
-    found: list[list[float]] = [[] for _ in arms]
-    for rows in zip(*(runs[arm] for arm in arms), strict=True):
-        of_runs = [[math.inf if v is None else v for v in row["loss"]] for row in rows]
-        reached = max(map(min, of_runs))
-        for values, losses, row in zip(found, of_runs, rows, strict=True):
-            epoch = next(i for i, loss in enumerate(losses) if loss <= reached)
-            around = row["test_accuracy"][max(0, epoch - 2) : epoch + 3]
-            values.append(statistics.mean(v for v in around if v is not None))
-    return found
-
-
-def better_at_equal_loss(arm: str, other: str) -> Statistic:
-    def statistic(runs: Runs, *, level: float = LEVEL) -> Interval:
-        return intervals.of_difference(*at_equal_loss(runs, arm, other), level=level)
-
-    return statistic
 
 
 def replaces_dropout(size: str) -> Claim:

@@ -30,17 +30,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
-from typing import NamedTuple
 
 from bn_jax import fields
 from bn_jax.training.config import TrainConfig
-from experiments import intervals, scores, study
+from experiments import scores, study
 from experiments.claims import Claim
-from experiments.estimate import Statistic, spread
+from experiments.estimate import spread
 from experiments.figures import accuracy_curves, curves_legend, figure
-from experiments.intervals import LEVEL, Interval
-from experiments.scores import Row, Runs
+from experiments.measurements.workable_rates import Bar, rates_of, ratio, wider
+from experiments.scores import Row
 
 NORMS = {"batch_norm": "batch norm", "none": "no batch norm"}
 
@@ -70,18 +68,6 @@ def choice_of(row: Row) -> tuple[str, float]:
     return row["arm"], row["config"]["learning_rate"]
 
 
-def rates_of(runs: Runs) -> list[float]:
-    return sorted({rate for _, rate in runs})
-
-
-class Bar(NamedTuple):
-    """What a run has to reach for its rate to be workable."""
-
-    key: str
-    words: str
-    reached: Callable[[Row], bool]
-
-
 BARS = (
     Bar("loss", "training loss below .6 nats", lambda row: scores.loss(row) < 0.6),
     Bar(
@@ -90,59 +76,6 @@ BARS = (
         lambda row: scores.train_accuracy(row) >= 0.5,
     ),
 )
-
-
-def workable(runs: Runs, norm: str, bar: Bar) -> list[list[float]]:
-    """Return by seed the rates at which a run reaches a bar, in order of size."""
-    rates = rates_of(runs)
-    reached = [[bar.reached(row) for row in runs[norm, rate]] for rate in rates]
-    return [
-        [rate for rate, works in zip(rates, of_seed, strict=True) if works]
-        for of_seed in zip(*reached, strict=True)
-    ]
-
-
-def largest_rates(runs: Runs, bar: Bar) -> list[float]:
-    """Return by seed log10 of the largest workable rate with norm to that without.
-
-    It is infinite where no rate works without norm, or the largest that was tried works
-    with it: the ratio is then at least as large as any that is claimed.
-    """
-    found = []
-    for with_norm, without in zip(
-        *(workable(runs, norm, bar) for norm in NORMS), strict=True
-    ):
-        if not with_norm:
-            found.append(-math.inf if without else 0.0)
-        elif not without or with_norm[-1] == rates_of(runs)[-1]:
-            found.append(math.inf)
-        else:
-            found.append(math.log10(with_norm[-1] / without[-1]))
-    return found
-
-
-def widths(runs: Runs, norm: str, bar: Bar) -> list[float]:
-    """Return by seed the decades between the least and the largest workable rate."""
-    return [
-        math.log10(rates[-1] / rates[0]) if rates else 0.0
-        for rates in workable(runs, norm, bar)
-    ]
-
-
-def ratio(bar: Bar) -> Statistic:
-    return lambda runs, *, level=LEVEL: intervals.of_median(
-        largest_rates(runs, bar), level=level
-    )
-
-
-def wider(bar: Bar) -> Statistic:
-    def statistic(runs: Runs, *, level: float = LEVEL) -> Interval:
-        with_norm, without = (widths(runs, norm, bar) for norm in NORMS)
-        return intervals.by_ranks(
-            [a - b for a, b in zip(with_norm, without, strict=True)], level=level
-        )
-
-    return statistic
 
 
 def claims_with(bar: Bar) -> tuple[Claim, Claim]:

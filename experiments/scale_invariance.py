@@ -36,18 +36,16 @@ rate-tuning by batch normalization", arXiv:1812.03981.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
-from typing import Any
 
 from bn_jax import fields
 from bn_jax.training.config import TrainConfig
 from experiments import study
 from experiments.claims import Claim
-from experiments.estimate import mean, paired, spread
+from experiments.estimate import mean, paired
 from experiments.figures import Figure, figure
-from experiments.measurements import weights
-from experiments.scores import Row, Runs
+from experiments.measurements import weight_scores, weights
+from experiments.scores import Row
 
 NORMS = {"batch_norm": "batch norm", "none": "no batch norm"}
 
@@ -72,38 +70,13 @@ def arms(design: Design) -> study.Arms:
     }
 
 
-def largest_cosine(row: Row) -> float:
-    return max(row["mean_abs_cosine"])
-
-
-def growth_error(row: Row) -> float:
-    """Return the largest relative error of the formula for growth, over layers."""
-    pairs = zip(row["growth"], row["sum_of_squared_gradients"], strict=True)
-    return max(abs(g / (row["learning_rate"] ** 2 * sq) - 1) for g, sq in pairs)
-
-
-def effective_rate(row: Row) -> float:
-    r"""Return the geometric mean over layers of $\eta / |w|^2$ at the end."""
-    logs = [math.log(row["learning_rate"] / w) for w in row["final_squared_norm"]]
-    return math.exp(sum(logs) / len(logs))
-
-
-def final_accuracy(row: Row) -> float:
-    accuracy: float = row["final_accuracy"]
-    return accuracy if math.isfinite(accuracy) else 0.1
-
-
-def log_effective_rate(row: Row) -> float:
-    return math.log10(effective_rate(row))
-
-
 COSINE = "mean over steps of |cosine| at rate 1.0, of the layer where it is largest"
 CLAIMS = (
     Claim(
         "with batch norm, weights and their gradient are orthogonal",
         COSINE,
         key="cosine",
-        value=mean(largest_cosine, ("batch_norm", 1.0)),
+        value=mean(weight_scores.largest_cosine, ("batch_norm", 1.0)),
         below=0.01,
         reason="0 for epsilon 0; random directions of the smallest layer, 150 weights, "
         "have .065",
@@ -112,7 +85,7 @@ CLAIMS = (
         "without, they are not",
         COSINE,
         key="cosine_without",
-        value=mean(largest_cosine, ("none", 1.0)),
+        value=mean(weight_scores.largest_cosine, ("none", 1.0)),
         above=0.01,
         reason="the same threshold",
     ),
@@ -120,7 +93,7 @@ CLAIMS = (
         "squared norms grow by the rate squared times the sum of squared gradients",
         "relative difference at rate 1.0, of the layer where it is largest",
         key="growth",
-        value=mean(growth_error, ("batch_norm", 1.0)),
+        value=mean(weight_scores.growth_error, ("batch_norm", 1.0)),
         below=0.05,
         reason="exact for epsilon 0; a twentieth allows for epsilon",
     ),
@@ -128,14 +101,16 @@ CLAIMS = (
         "of rates 100 times apart, the effective ones end less than 10 times apart",
         "log10 of the ratio of effective rates, of rates 10 and .1",
         key="effective",
-        value=paired(log_effective_rate, ("batch_norm", 10.0), ("batch_norm", 0.1)),
+        value=paired(
+            weight_scores.log_effective_rate, ("batch_norm", 10.0), ("batch_norm", 0.1)
+        ),
         below=1.0,
         reason="half of the two decades between the rates",
     ),
     Claim(
         "without norm, they do not grow by that formula",
         "relative difference at rate 1.0, of the layer where it is largest",
-        value=mean(growth_error, ("none", 1.0)),
+        value=mean(weight_scores.growth_error, ("none", 1.0)),
         above=0.05,
         reason="the bound of the claim with batch norm",
     ),
@@ -144,45 +119,13 @@ CLAIMS = (
         "train worse",
         "paired difference of the training accuracy, mean over the last 100 steps",
         key="held",
-        value=paired(final_accuracy, (weights.HELD, 10.0), ("batch_norm", 10.0)),
+        value=paired(
+            weight_scores.final_accuracy, (weights.HELD, 10.0), ("batch_norm", 10.0)
+        ),
         below=-0.05,
         reason="5 points, several times what seeds differ by",
     ),
 )
-
-
-def by_step(runs: Runs, value: Callable[[Row, int], float]) -> Any:
-    """Return a panel with and without norm, and in it a line for each rate.
-
-    Args:
-      runs: all of them.
-      value: of a run at the k-th of its drawn steps.
-    """
-    panels: dict[str, Any] = {}
-    for (arm, rate), rows in runs.items():
-        shortest = min((row["drawn_steps"] for row in rows), key=len)
-        held = arm == weights.HELD
-        norm = "batch_norm" if held else arm
-        label = f"rate {rate:g}" + (", norm held" if held else "")
-        panels.setdefault(f"step, {NORMS[norm]}", {})[label] = {
-            1 + step: spread(lambda row, k=k: value(row, k), (arm, rate))
-            for k, step in enumerate(shortest)
-        }
-    return panels
-
-
-def squared_norm(row: Row, k: int) -> float:
-    return float(sum(row["squared_norm"][k]))
-
-
-def abs_cosine(row: Row, k: int) -> float:
-    return float(row["abs_cosine"][k])
-
-
-def effective_rate_at(row: Row, k: int) -> float:
-    """Return the geometric mean over layers of the effective rate at a drawn step."""
-    logs = [math.log(row["learning_rate"] / w) for w in row["squared_norm"][k]]
-    return math.exp(sum(logs) / len(logs))
 
 
 def lines(
@@ -190,7 +133,7 @@ def lines(
 ) -> Figure:
     return figure(
         "growth",
-        lambda runs: by_step(runs, value),
+        lambda runs: weight_scores.by_step(runs, value, NORMS),
         "n = {n} seeds; mean, and band from least to greatest",
         y_label=y_label,
         share_y=True,
@@ -209,7 +152,7 @@ STUDY = study.Study(
     claims=CLAIMS,
     figures={
         "norms.png": lines(
-            squared_norm,
+            weight_scores.squared_norm,
             "squared norm of the four weights",
             "With batch norm the weights grow with the rate, by the formula to a "
             "share of {growth}.",
@@ -217,7 +160,7 @@ STUDY = study.Study(
             "norm, without, and held at its start, a line for each rate.",
         ),
         "cosines.png": lines(
-            abs_cosine,
+            weight_scores.abs_cosine,
             "|cosine| of weights and gradient",
             "Weights and gradient are orthogonal with batch norm, {cosine}, and are "
             "not without, {cosine_without}.",
@@ -225,7 +168,7 @@ STUDY = study.Study(
             "norm, near 1 without.",
         ),
         "effective_rates.png": lines(
-            effective_rate_at,
+            weight_scores.effective_rate,
             "rate by squared norm",
             "Rates that are two decades apart end {effective} decades apart in what "
             "they do; with weights held at their norm, nothing shrinks rate 10.",

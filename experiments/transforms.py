@@ -42,20 +42,21 @@ written after a look at one network.
 
 from __future__ import annotations
 
-import itertools
 import math
 from typing import Any
-
-import numpy as np
 
 from bn_jax.data import ImageData
 from experiments import scores, study
 from experiments.claims import LOSS_DIFFERENCE, THE_SIGN, Claim
-from experiments.estimate import exactly, largest, mean, paired, spread_of
+from experiments.estimate import largest, mean, paired, spread_of
 from experiments.figures import figure, spreads
 from experiments.intervals import LOG
-from experiments.measurements.covariance import SHOWN, covariances
-from experiments.measurements.step_time import to_batch_norm
+from experiments.measurements import covariance
+from experiments.measurements.step_time import (
+    at_equal_time,
+    step_time,
+    to_batch_norm,
+)
 from experiments.scores import Row, Runs
 
 ITERNORM = [f"iternorm-16-{steps}" for steps in (1, 3, 5, 7)]
@@ -91,7 +92,8 @@ NORMS = {
     "uniform": ("quantile:target=uniform", "ranks to uniform"),
     "gaussian": ("quantile:target=gaussian", "ranks to Gaussian"),
 }
-TITLED = {title: arm for arm, (_, title) in NORMS.items()}
+TITLES = {arm: title for arm, (_, title) in NORMS.items()}
+TITLED = {title: arm for arm, title in TITLES.items()}
 ARMS: dict[str, Any] = {arm: [{"norm": norm}] for arm, (norm, _) in NORMS.items()}
 for of_convolutions in ("instance", "batch_norm_convolutions"):
     ARMS[of_convolutions][0]["model"] = "lenet:norm_layers=1100"
@@ -99,7 +101,7 @@ for of_convolutions in ("instance", "batch_norm_convolutions"):
 
 def loses(arm: str, name: str, other: str = "batch_norm") -> Claim:
     return Claim(
-        f"{name} trains to a higher loss than {NORMS[other][1].partition(',')[0]}"
+        f"{name} trains to a higher loss than {TITLES[other].partition(',')[0]}"
         f"{' after these' if other != 'batch_norm' else ''}",
         LOSS_DIFFERENCE,
         key=f"{arm}_loss",
@@ -109,25 +111,12 @@ def loses(arm: str, name: str, other: str = "batch_norm") -> Claim:
     )
 
 
-def convergence(runs: Runs) -> float:
-    """Return the largest ratio of IterNorm's distances to those two steps before."""
-    of_arms = [runs[arm] for arm in ITERNORM]
-    return max(
-        b[WITHIN_ON_BATCH] / a[WITHIN_ON_BATCH]
-        for of_seed in zip(*of_arms, strict=True)
-        for a, b in itertools.pairwise(of_seed)
-    )
-
-
 def probe(row: Row, variables: Any, data: ImageData) -> Row:
     """Return the covariances that a run's norm leaves, and the time of its step."""
     return {
-        **covariances(row, variables, data),
+        **covariance.covariances(row, variables, data),
         "step_time": to_batch_norm(row, data),
     }
-
-
-step_time = scores.final("step_time")
 
 
 def own_less_moving(row: Row) -> float:
@@ -135,10 +124,6 @@ def own_less_moving(row: Row) -> float:
 
 
 batch_accuracy = scores.final("test_accuracy_batch")
-ON_BATCH, ON_OTHER = (f"distance_on_{where}" for where in ("batch", "other"))
-WITHIN_ON_BATCH, WITHIN_ON_OTHER = (
-    f"distance_within_groups_on_{where}" for where in ("batch", "other")
-)
 DISTANCE = "distance of the covariance to the identity, by sqrt(C)"
 MOVING = "test accuracy by moving averages"
 
@@ -153,7 +138,9 @@ def on_other_images(
         "images",
         key=key,
         value=mean(
-            scores.final(WITHIN_ON_OTHER if within else ON_OTHER), arm, scale=LOG
+            covariance.within_groups_on_other if within else covariance.on_other,
+            arm,
+            scale=LOG,
         ),
         reason="twice what 256 images of independent features have",
         **bound,
@@ -203,7 +190,7 @@ CLAIMS = (
     Claim(
         "ZCA of all features leaves none on the batch whose statistics it takes",
         f"{DISTANCE}, the largest of the networks'",
-        value=largest(scores.final(ON_BATCH), "zca-all"),
+        value=largest(covariance.on_batch, "zca-all"),
         below=0.1,
         reason="epsilon, 1e-5 beside the least variances, keeps it from 0",
     ),
@@ -249,26 +236,11 @@ CLAIMS = (
         "each two steps of IterNorm come closer to the identity",
         "largest ratio of distances within groups, 3 to 1, 5 to 3, 7 to 5 steps, on "
         "the batch, over the networks",
-        value=exactly(convergence),
+        value=covariance.largest_ratio(ITERNORM),
         below=1.0,
         reason="Newton's iteration converges",
     ),
 )
-
-
-def at_equal_time(runs: Runs, arm: str) -> list[float]:
-    """Return the training loss of an arm's runs in the time of batch norm's epochs.
-
-    An epoch's loss is taken for that at its end, with straight lines between; NaN where
-    the arm is not through its first epoch by then.
-    """
-    found = []
-    for row in runs[arm]:
-        losses = [math.nan if loss is None else loss for loss in row["loss"]]
-        epochs = np.arange(1, len(losses) + 1)
-        trained = epochs[-1] / step_time(row)
-        found.append(float(np.interp(trained, epochs, losses, left=math.nan)))
-    return found
 
 
 def summary(runs: Runs) -> Row:
@@ -281,28 +253,18 @@ def summary(runs: Runs) -> Row:
     }
 
 
-def matrices(runs: Runs) -> Any:
-    """Return the covariances before all norms and after each."""
-    measured = {arm: rows[0] for arm, rows in runs.items() if "covariance" in rows[0]}
-    if not measured:
-        return {}
-    before = next(iter(measured.values()))["covariance_before"]  # the same for all
-    after = {NORMS[arm][1]: row["covariance"] for arm, row in measured.items()}
-    return {"before, as correlation": before, **after}
-
-
 def distances(runs: Runs) -> Any:
     """Return distances on the batch and on other images, of the norms measured."""
     titled = {
         title: arm
         for title, arm in TITLED.items()
-        if arm in runs and ON_BATCH in runs[arm][0]
+        if arm in runs and "distance_on_batch" in runs[arm][0]
     }
     return spreads(
         {
-            "distance, on the batch": scores.final(ON_BATCH),
-            "distance, on other images": scores.final(ON_OTHER),
-            "the same, within groups of 15": scores.final(WITHIN_ON_OTHER),
+            "distance, on the batch": covariance.on_batch,
+            "distance, on other images": covariance.on_other,
+            "the same, within groups of 15": covariance.within_groups_on_other,
         },
         titled,
     )
@@ -353,9 +315,9 @@ STUDY = study.Study(
         ),
         "covariance.png": figure(
             "matrices",
-            matrices,
-            f"covariance of the first {SHOWN} of 120 features, untrained LeNet; 256 "
-            "images other than those whose statistics are taken",
+            lambda runs: covariance.matrices(runs, TITLES),
+            f"covariance of the first {covariance.SHOWN} of 120 features, untrained "
+            "LeNet; 256 images other than those whose statistics are taken",
             finding="Batch norm leaves features correlated, at {correlated} from the "
             "identity; whitening leaves them less so, within its groups.",
             alt="Covariance of 24 features before any norm and after each transform, "

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,11 +16,17 @@ from bn_jax import linen, transforms
 from bn_jax.data import ImageData
 from bn_jax.training.config import TrainConfig, value_of
 from bn_jax.training.task import Task, make_network
-from experiments.scores import Row
+from experiments.estimate import Statistic, exactly
+from experiments.scores import Row, Runs, final
 
 GROUP = 15  # of the 120 features: the largest divisor up to 16
 SHOWN = 24  # features of the covariances that are kept
 BATCH = 256
+
+# Distances of the covariance to the identity, of a row of `covariances`.
+on_batch = final("distance_on_batch")
+on_other = final("distance_on_other")
+within_groups_on_other = final("distance_within_groups_on_other")
 
 
 def covariances(row: Row, variables: Any, data: ImageData) -> Row:
@@ -111,3 +119,31 @@ def normalised(
     )
     on_others = layer.apply({**variables, **state}, others, use_running_average=True)
     return np.asarray(y, np.float64), np.asarray(on_others, np.float64)
+
+
+def largest_ratio(arms: Sequence[str]) -> Statistic:
+    """Return the largest ratio of an arm's distance to that of the arm before it.
+
+    The distance is that within groups, on the batch; the largest is over arms and
+    seeds, and is taken as exact.
+    """
+    score = final("distance_within_groups_on_batch")
+
+    def ratio(runs: Runs) -> float:
+        return max(
+            score(row) / score(before)
+            for of_seed in zip(*(runs[arm] for arm in arms), strict=True)
+            for before, row in itertools.pairwise(of_seed)
+        )
+
+    return exactly(ratio)
+
+
+def matrices(runs: Runs, titles: Mapping[str, str]) -> Any:
+    """Return the covariances before all norms and after that of each arm, by title."""
+    measured = {arm: rows[0] for arm, rows in runs.items() if "covariance" in rows[0]}
+    if not measured:
+        return {}
+    before = next(iter(measured.values()))["covariance_before"]  # the same for all
+    after = {titles[arm]: row["covariance"] for arm, row in measured.items()}
+    return {"before, as correlation": before, **after}

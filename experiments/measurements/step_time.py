@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import statistics
 from collections.abc import Iterator
+
+import numpy as np
 
 from bn_jax.data import ImageData, Split
 from bn_jax.training.config import TrainConfig
 from bn_jax.training.loop import Trainer
-from experiments.scores import Row
+from experiments.scores import Row, Runs, final
 
 STEPS = 20  # of an epoch that is timed
 ROUNDS = 5
+step_time = final("step_time")
 
 
 def to_batch_norm(row: Row, data: ImageData) -> float:
@@ -43,3 +47,18 @@ def _epochs(norm: str, model: str, data: ImageData) -> Iterator[float]:
     reports = (report.seconds for report in trainer.train() if report is not None)
     next(reports)
     return reports
+
+
+def at_equal_time(runs: Runs, arm: str) -> list[float]:
+    """Return the training loss of an arm's runs in the time of batch norm's epochs.
+
+    An epoch's loss is taken for that at its end, with straight lines between; NaN where
+    the arm is not through its first epoch by then.
+    """
+    found = []
+    for row in runs[arm]:
+        losses = [math.nan if loss is None else loss for loss in row["loss"]]
+        epochs = np.arange(1, len(losses) + 1)
+        trained = epochs[-1] / step_time(row)
+        found.append(float(np.interp(trained, epochs, losses, left=math.nan)))
+    return found

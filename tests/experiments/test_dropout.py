@@ -5,6 +5,7 @@ import pytest
 from bn_jax.training import members
 from bn_jax.training.config import TrainConfig, value_of
 from experiments import dropout, scores
+from experiments.measurements import equal_loss
 
 
 def configs_of(**choices):
@@ -184,9 +185,9 @@ def test_arms_are_compared_where_both_first_had_the_same_loss():
     slow = run("slow", [1.0, 0.9, 0.6, 0.5, 0.4, None], [0.5] * 5 + [None])
     runs = dropout.STUDY.runs([fast, slow])
     # Both reach .4: in epochs 3 and 5.
-    found = dropout.at_equal_loss(runs, "fast", "slow")
+    found = equal_loss.at_equal_loss(runs, "fast", "slow")
     assert found == [[pytest.approx((0.1 + 0.2 + 0.3 + 0.4 + 0.9) / 5)], [0.5]]
-    assert dropout.at_equal_loss(runs, "slow", "fast") == found[::-1]
+    assert equal_loss.at_equal_loss(runs, "slow", "fast") == found[::-1]
 
 
 @pytest.mark.slow

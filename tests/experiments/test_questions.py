@@ -27,7 +27,14 @@ from experiments import (
     transforms,
     which_layers,
 )
-from experiments.measurements import biases, covariance, step_time, weights
+from experiments.measurements import (
+    biases,
+    covariance,
+    step_time,
+    weight_scores,
+    weights,
+    workable_rates,
+)
 
 
 def outcome(module, rows, claim):
@@ -102,7 +109,7 @@ def test_seed_for_which_no_rate_works_counts_by_a_bound():
         works = rate <= 32 if norm == "batch_norm" else rate == 1.0 and seed > 2
         return 0.9 if works else 0.1
 
-    found = learning_rates.largest_rates(
+    found = workable_rates.largest_rates(
         learning_rates.STUDY.runs(rate_rows(accuracy)), learning_rates.BARS[1]
     )
     assert found[:3] == [math.inf] * 3
@@ -114,7 +121,7 @@ def test_seed_for_which_no_rate_works_counts_by_a_bound():
     assert ratio.verdict == "supported"
     # Where the largest rate works with norm, how much larger could be is not known.
     everywhere = rate_rows(lambda norm, rate, seed: 0.9)
-    found = learning_rates.largest_rates(
+    found = workable_rates.largest_rates(
         learning_rates.STUDY.runs(everywhere), learning_rates.BARS[1]
     )
     assert found == [math.inf] * 10
@@ -284,11 +291,11 @@ def test_growth_and_effective_rate_are_by_the_formula():
         squared_gradient=np.array([[1.0] * 4, [1.0] * 4, [4.0] * 4]),
     )
     row = {"learning_rate": 2.0, **weights.summarize(probed)}
-    assert scale_invariance.growth_error(row) == pytest.approx(0)
+    assert weight_scores.growth_error(row) == pytest.approx(0)
     np.testing.assert_allclose(row["mean_abs_cosine"], 0.2)
-    assert scale_invariance.effective_rate(row) == pytest.approx(2 / 13)
+    assert weight_scores.log_effective_rate(row) == pytest.approx(math.log10(2 / 13))
     off = {**row, "growth": [8.0, 8.0, 10.0, 8.0]}
-    assert scale_invariance.growth_error(off) == pytest.approx(0.25)
+    assert weight_scores.growth_error(off) == pytest.approx(0.25)
     assert json.loads(json.dumps(row)) == row
 
 
@@ -434,9 +441,9 @@ def test_loss_in_batch_norms_time_lies_between_epochs():
         row("zca-16", 2.0, [2.0, 1.0, 0.5]),
     ]
     runs = transforms.STUDY.runs([*rows, row("pca-16", 4.0, [1.0, 1.0, 1.0])])
-    assert transforms.at_equal_time(runs, "batch_norm") == [1.0]
-    assert transforms.at_equal_time(runs, "zca-16") == [1.5]  # after 1.5 epochs
-    assert math.isnan(transforms.at_equal_time(runs, "pca-16")[0])
+    assert step_time.at_equal_time(runs, "batch_norm") == [1.0]
+    assert step_time.at_equal_time(runs, "zca-16") == [1.5]  # after 1.5 epochs
+    assert math.isnan(step_time.at_equal_time(runs, "pca-16")[0])
 
 
 # Designs: each choice that has a flag reaches the runs.

@@ -24,7 +24,7 @@ from __future__ import annotations
 from experiments import scores, study
 from experiments.claims import LOSS_DIFFERENCE, Claim
 from experiments.estimate import largest, largest_difference, paired, spread
-from experiments.figures import figure
+from experiments.figures import SPREAD, figure
 from experiments.measurements.biases import LAYERS, effects
 
 EXACTLY_0 = "exactly 0 but for rounding; a dependence would be of order 1"
@@ -86,7 +86,7 @@ STUDY = study.Study(
                     for layer in LAYERS
                 }
             },
-            "n = {n} seeds; line: least to greatest",
+            SPREAD,
             finding="Gradients of the biases are at most {gradient} of those of the "
             "weights, which is rounding in float64.",
             alt="The largest gradient of a bias by that of the weights, a dot for each "

@@ -39,7 +39,7 @@ from __future__ import annotations
 from experiments import scores, sequential, study
 from experiments.claims import LOSS_DIFFERENCE, THE_SIGN, Claim
 from experiments.estimate import paired
-from experiments.figures import figure, spreads
+from experiments.figures import SPREAD, figure, spreads, with_rates
 
 TITLES = {
     "batch_norm": "batch norm",
@@ -92,18 +92,14 @@ STUDY = study.Study(
     figures={
         "center_scale.png": figure(
             "estimates",
-            lambda runs: spreads(
+            spreads(
                 {
                     "training loss, nats": scores.loss,
                     "test accuracy, exact statistics": scores.test_accuracy,
                 },
-                {
-                    f"{title}, rate {runs[arm][0]['config']['learning_rate']:g}": arm
-                    for arm, title in TITLES.items()
-                    if arm in runs
-                },
+                with_rates(TITLES),
             ),
-            "n = {n} seeds; line: least to greatest",
+            SPREAD,
             finding="To batch norm's loss, removing the mean alone is {center_norm} "
             "nats, dividing by the deviation alone {scale_norm}.",
             alt="Training loss and test accuracy of batch norm, its two halves, "

@@ -52,7 +52,13 @@ from bn_jax.training.config import TrainConfig, value_of
 from experiments import scores, sequential, study
 from experiments.claims import THE_SIGN, Claim
 from experiments.estimate import chosen, paired, spread
-from experiments.figures import accuracy_curves, curves_legend, figure, spreads
+from experiments.figures import (
+    accuracy_curves,
+    curves_legend,
+    figure,
+    spreads,
+    with_rates,
+)
 from experiments.measurements.equal_loss import better_at_equal_loss
 from experiments.scores import Row, Runs
 
@@ -213,26 +219,20 @@ def curves(runs: Runs) -> Any:
     return {panel: accuracy_curves(by_norm) for panel, by_norm in panels.items()}
 
 
-def titled(runs: Runs) -> dict[str, str]:
-    """Return arms by title, with the rates that were chosen."""
-    return {
-        f"{title(rows[0])}, rate {rows[0]['config']['learning_rate']:g}": arm
-        for arm, rows in runs.items()
-    }
-
-
 def figures_on(size: str, images: str) -> dict[str, Any]:
     note = images + ", {epochs} epochs; n = {n} seeds; "
     return {
         f"dropout_{size}.png": figure(
             "estimates",
-            lambda runs: spreads(
+            spreads(
                 {
                     "training loss, nats": train_loss,
                     "test accuracy": scores.test_accuracy,
                     "training - test accuracy": gap,
                 },
-                titled(runs),
+                lambda runs: with_rates(
+                    {arm: title(rows[0]) for arm, rows in runs.items()}
+                )(runs),
             ),
             f"{note}line: least to greatest; without dropout, exact statistics",
             finding="Batch norm predicts better than the best dropout without norm, "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -117,17 +117,49 @@ def draw_verdicts(
     plots.claims(drawn, note, path, caution=caution)
 
 
-def spreads(scores: Mapping[str, Score], titled: Mapping[str, Choice]) -> Any:
+Titled = Mapping[str, Choice]  # choices by title, in the order of the rows
+SPREAD = "n = {n} seeds; line: least to greatest"
+
+
+def spreads(
+    scores: Mapping[str, Score], titled: Titled | Callable[[Runs], Titled]
+) -> Any:
     """Return a panel for each score, with a row for each choice that was trained.
 
     Args:
       scores: by label of the axis.
-      titled: choices by title.
+      titled: choices by title, or a function of the runs that returns them.
     """
-    return {
-        label: {title: spread(score, choice) for title, choice in titled.items()}
-        for label, score in scores.items()
-    }
+
+    def panel(score: Score) -> Callable[[Runs], Any]:
+        def rows(runs: Runs) -> Any:
+            choices = titled(runs) if callable(titled) else titled
+            return {title: spread(score, choice) for title, choice in choices.items()}
+
+        return rows
+
+    return {label: panel(score) for label, score in scores.items()}
+
+
+def with_rates(
+    titles: Mapping[Choice, str], tuned: Collection[Choice] | None = None
+) -> Callable[[Runs], Titled]:
+    """Return a function of the runs: choices by title, with their learning rates.
+
+    Args:
+      titles: by choice. A choice that was not trained is left out.
+      tuned: choices whose title gets the rate; by default all.
+    """
+
+    def titled(runs: Runs) -> Titled:
+        found = {}
+        for choice in filter(runs.__contains__, titles):
+            rate = runs[choice][0]["config"]["learning_rate"]
+            shown = f", rate {rate:g}" if tuned is None or choice in tuned else ""
+            found[titles[choice] + shown] = choice
+        return found
+
+    return titled
 
 
 def accuracy_curves(by_norm: Mapping[str, Choice]) -> Any:

@@ -45,9 +45,9 @@ from bn_jax.data import ImageData
 from experiments import scores, sequential, study
 from experiments.claims import LOSS_DIFFERENCE, THE_SIGN, TWO_DEVIATIONS, Claim
 from experiments.estimate import mean, paired
-from experiments.figures import Figure, figure, spreads
+from experiments.figures import Figure, figure, spreads, with_rates
 from experiments.intervals import LOGIT
-from experiments.scores import Row, Runs
+from experiments.scores import Row
 
 # The chapter's with sigmoids, and with ReLUs as in its later chapters.
 RATES = {"sigmoid": 1.0, "relu": 0.1}
@@ -161,29 +161,19 @@ def claims_on(activation: str) -> tuple[Claim, ...]:
     )
 
 
-def titled(runs: Runs, activation: str) -> dict[str, tuple[str, str]]:
-    """Return choices by title, with the learning rate where one was chosen."""
-    found = {}
-    for title in TITLES:
-        choice = (activation, title)
-        if choice not in runs:
-            continue
-        rate = runs[choice][0]["config"]["learning_rate"]
-        chosen = f", rate {rate:g}" if title in (NORM, RANDOM) else ""
-        found[title + chosen] = choice
-    return found
-
-
 def scores_with(activation: str) -> Figure:
     return figure(
         "estimates",
-        lambda runs: spreads(
+        spreads(
             {
                 "training loss, nats": scores.loss,
                 "test accuracy, exact statistics": scores.test_accuracy,
                 f"share of |gamma| < {SMALL}": share_off,
             },
-            titled(runs, activation),
+            with_rates(
+                {(activation, title): title for title in TITLES},
+                tuned=[(activation, title) for title in (NORM, RANDOM)],
+            ),
         ),
         f"what learns; {activation}, rate {RATES[activation]:g} but where said; n = "
         "{n} seeds; line: least to greatest",

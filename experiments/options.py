@@ -40,7 +40,7 @@ from bn_jax.training.config import value_of
 from experiments import scores, study
 from experiments.claims import LOSS_DIFFERENCE, THE_SIGN, TWO_DEVIATIONS, Claim
 from experiments.estimate import Statistic, largest_difference, mean, paired, spread
-from experiments.figures import figure, spreads
+from experiments.figures import SPREAD, figure, spreads
 from experiments.scores import Row, Runs
 
 # By arm, with the chapter's momentum and epsilon: a norm, and a title.
@@ -208,14 +208,14 @@ STUDY = study.Study(
     figures={
         "options.png": figure(
             "estimates",
-            lambda runs: spreads(
+            spreads(
                 {
                     "training loss, nats": scores.loss,
                     **{f"test accuracy, {by}": a for by, a in ACCURACIES.items()},
                 },
-                {option: option for option in runs},
+                lambda runs: {option: option for option in runs},
             ),
-            "n = {n} seeds; line: least to greatest",
+            SPREAD,
             finding="Without scale and bias the loss is higher by {neither} nats; an "
             "epsilon of 1e-3 changes it by {epsilon}.",
             alt="Training loss, and test accuracy by moving averages and by exact "

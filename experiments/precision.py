@@ -20,8 +20,8 @@ from __future__ import annotations
 
 from experiments import scores, study
 from experiments.claims import LOSS_DIFFERENCE, Claim
-from experiments.estimate import paired, spread
-from experiments.figures import figure
+from experiments.estimate import paired
+from experiments.figures import SPREAD, figure, spreads
 
 RESNET = {
     "model": "resnet:depth=8,width=8",
@@ -63,18 +63,16 @@ STUDY = study.Study(
     figures={
         "precision.png": figure(
             "estimates",
-            {
-                "training loss, nats": {
-                    label: spread(scores.loss, arm)
-                    for arm, label in {
-                        "lenet": "LeNet, float32",
-                        "lenet_bfloat16": "LeNet, bfloat16",
-                        "resnet": "ResNet, float32",
-                        "resnet_bfloat16": "ResNet, bfloat16",
-                    }.items()
-                }
-            },
-            "n = {n} seeds; line: least to greatest",
+            spreads(
+                {"training loss, nats": scores.loss},
+                {
+                    "LeNet, float32": "lenet",
+                    "LeNet, bfloat16": "lenet_bfloat16",
+                    "ResNet, float32": "resnet",
+                    "ResNet, bfloat16": "resnet_bfloat16",
+                },
+            ),
+            SPREAD,
             finding="In bfloat16 LeNet's loss is {lenet} nats higher, the ResNet's "
             "{resnet}.",
             alt="Training loss of LeNet and of a ResNet, in float32 and in bfloat16.",

@@ -253,21 +253,13 @@ def summary(runs: Runs) -> Row:
     }
 
 
-def distances(runs: Runs) -> Any:
-    """Return distances on the batch and on other images, of the norms measured."""
-    titled = {
+def measured(runs: Runs) -> dict[str, str]:
+    """Return the arms by title whose covariances were measured."""
+    return {
         title: arm
         for title, arm in TITLED.items()
         if arm in runs and "distance_on_batch" in runs[arm][0]
     }
-    return spreads(
-        {
-            "distance, on the batch": covariance.on_batch,
-            "distance, on other images": covariance.on_other,
-            "the same, within groups of 15": covariance.within_groups_on_other,
-        },
-        titled,
-    )
 
 
 STUDY = study.Study(
@@ -303,7 +295,14 @@ STUDY = study.Study(
         ),
         "distances.png": figure(
             "estimates",
-            distances,
+            spreads(
+                {
+                    "distance, on the batch": covariance.on_batch,
+                    "distance, on other images": covariance.on_other,
+                    "the same, within groups of 15": covariance.within_groups_on_other,
+                },
+                measured,
+            ),
             "of the covariance to the identity; 120 features of untrained LeNets; "
             "n = {n}; line: least to greatest",
             reference=0.0,

@@ -42,7 +42,7 @@ from experiments.estimate import (
     paired,
     spread,
 )
-from experiments.figures import figure, spreads
+from experiments.figures import SPREAD, figure, spreads
 from experiments.scores import Row, Runs
 
 ARMS = {
@@ -185,14 +185,14 @@ STUDY = study.Study(
     figures={
         "which_layers.png": figure(
             "estimates",
-            lambda runs: spreads(
+            spreads(
                 {
                     "training loss, nats": scores.loss,
                     "test accuracy": scores.test_accuracy,
                 },
-                titles(runs),
+                titles,
             ),
-            "n = {n} seeds; line: least to greatest; test by exact statistics",
+            f"{SPREAD}; test by exact statistics",
             finding="Norms after the dense layers alone end {dense} nats above all "
             "four, norms after the convolutions alone {convolutions} above that.",
             alt="Training loss and test accuracy of the 16 subsets of four norms, in "

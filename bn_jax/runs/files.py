@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from bn_jax.runs import checkpoint, logs, results
+from bn_jax.runs import checkpoint, logs, results, same_model
 from bn_jax.runs import summary as summary_lib
 from bn_jax.runs.results import RunError
 from bn_jax.training import loop, parallel, schedules
@@ -39,10 +39,16 @@ class Files:
         )
 
     def held(self, *, resume: bool) -> contextlib.AbstractContextManager[Path]:
-        """Return the context that holds the directory for this run."""
-        return results.held(
-            self._workdir, self._config.to_dict(), resume=resume, grows=self._grows
-        )
+        """Return the context that holds the directory for this run.
+
+        Raises:
+          RunError: if it cannot take this run, or one there is of another model.
+        """
+        config = self._config.to_dict()
+        options = {"resume": resume, "grows": self._grows}
+        results.check_free(self._workdir, config, **options)
+        same_model.check(self._workdir, self._config, self._trainer.network)
+        return results.held(self._workdir, config, **options)
 
     def start(self, like: TrainState) -> Progress | None:
         """Make the directory ready; return the progress to resume from."""
@@ -58,7 +64,8 @@ class Files:
             )
         if finished:
             results.set_results_aside(self._workdir)
-        results.start_run(self._workdir, self._config.to_dict())
+        of_model = same_model.recorded(self._config, self._trainer.network)
+        results.start_run(self._workdir, self._config.to_dict(), of_model)
         history = () if progress is None else progress.history
         rows = (results.finite(report.to_row()) for report in history)
         results.write_metrics(self._workdir, rows)

@@ -16,7 +16,7 @@ import numpy as np
 
 from bn_jax import data as data_lib
 from bn_jax import paths
-from bn_jax.runs import checkpoint, results, sweeps
+from bn_jax.runs import checkpoint, results, same_model, sweeps
 from bn_jax.runs.run import Run
 from bn_jax.runs.sweeps import Finished, Part
 from bn_jax.training import members, own_models
@@ -117,7 +117,8 @@ def merge(
             summaries.append(results.read_object(folder / results.RESULTS))
         if is_there:
             results.set_results_aside(workdir)
-        results.start_run(workdir, identity)
+        of_model = same_model.recorded(configs[0], runs[0].network)
+        results.start_run(workdir, identity, of_model)
         sweeps.finish(
             workdir,
             configs,

@@ -226,14 +226,21 @@ def set_results_aside(workdir: Path) -> None:
         (workdir / RESULTS).rename(workdir / f"results_{epochs}_epochs.json")
 
 
-def start_run(workdir: Path, config: Mapping[str, Any]) -> None:
+def start_run(
+    workdir: Path, config: Mapping[str, Any], of_model: Mapping[str, Any] | None = None
+) -> None:
     """Write what a run is, and where it runs now.
+
+    Args:
+      workdir: the directory.
+      config: the run's config.
+      of_model: what `same_model.recorded` returns, to stand beside the environment.
 
     Raises:
       RunError: if it cannot be written.
     """
     write_json(workdir / CONFIG, config)
-    write_json(workdir / ENVIRONMENT, environment())
+    write_json(workdir / ENVIRONMENT, {**environment(), **(of_model or {})})
 
 
 def finish_run(

@@ -15,7 +15,14 @@ import numpy as np
 from bn_jax import data as data_lib
 from bn_jax import paths
 from bn_jax.fields import ConfigError
-from bn_jax.runs import checkpoint, distributed, interrupt, logs, results
+from bn_jax.runs import (
+    checkpoint,
+    distributed,
+    interrupt,
+    logs,
+    results,
+    same_model,
+)
 from bn_jax.runs import summary as summary_lib
 from bn_jax.runs.files import Files
 from bn_jax.runs.results import RunError
@@ -106,9 +113,10 @@ def train(
         initializers, from `variables` or from another run (`config.init_from`). On
         several devices by pmap its norms need `axis_name="data"`; by jit none; on one
         device, where they are the one instance along whatever axis they name, any.
-        A run that is resumed or read knows a model by its class and by the names and
-        shapes of its variables alone: keep its attributes (an activation, a norm's
-        momentum) as they were.
+        A run knows a model by its class, by the names and shapes of its variables and,
+        where it is resumed or read by the same versions on the same kind of device, by
+        what it computes: with other attributes (an activation, a norm's momentum) it
+        is refused.
       variables: to start from instead of those that the seed draws, such as converted
         ones: those of a Linen model, a TrainState, an NNX module or its state, with
         the names and shapes of the model's own. `init_from` of the run's config has
@@ -154,7 +162,7 @@ def train(
     distributed.check_same(_agreed(config, options, data))
     selected = task.select(config, data)
     if start is None and config.init_from:
-        start = load(config.init_from, model=model).variables
+        start = _read(config.init_from, model).variables  # whatever its attributes
     placement = parallel.place(
         config, devices=options.devices, parallel=options.parallel
     )
@@ -349,13 +357,14 @@ def load(workdir: str | Path, *, model: Any = None) -> Run:
     Args:
       workdir: the directory that `train` wrote.
       model: the user's own, of a run that it was passed to, with the attributes that
-        it had: it is known by its class and by the shapes of its variables alone.
+        it had: see `train`.
 
     Returns:
       The run, as `train` returned it.
 
     Raises:
-      RunError: if the directory does not hold a finished run, or files are damaged.
+      RunError: if the directory does not hold a finished run, files are damaged, or
+        the model computes something else than that of the run.
       ConfigError: if its config is of another version of the program, its model was
         passed in and is not now or is of another class, or `workdir` is no path of this
         machine.
@@ -372,6 +381,13 @@ def load(workdir: str | Path, *, model: Any = None) -> Run:
       >>> loaded.results == trained.results
       True
     """
+    run = _read(workdir, model)
+    same_model.check(paths.local(workdir, "workdir"), run.config, run.network)
+    return run
+
+
+def _read(workdir: str | Path, model: Any) -> Run:
+    """Read a finished run, of a model of the class and shapes that are given."""
     workdir = paths.local(workdir, "workdir")
     values = results.read_object(workdir / results.CONFIG)
     if results.is_sweep(values):

@@ -14,7 +14,7 @@ import numpy as np
 from bn_jax import data as data_lib
 from bn_jax import paths
 from bn_jax.fields import ConfigError
-from bn_jax.runs import checkpoint, interrupt, results
+from bn_jax.runs import checkpoint, interrupt, results, same_model
 from bn_jax.runs.run import Run, read_config
 from bn_jax.runs.sweep_program import Program
 from bn_jax.training import members, own_models, schedules, task
@@ -144,9 +144,12 @@ def sweep(
     numbers = {i: place for place, i in enumerate(own)}
     groups = [[own[i] for i in g] for g in members.grouped([configs[i] for i in own])]
     devices = _devices(options, max(map(len, groups)))
-    place = results.held(
-        workdir, config, resume=options.resume, repeat=True, grows=grows
-    )
+    first = configs[0]
+    network = make_network(first, Task.of(first, task.select(first, data)), model=model)
+    allowed = {"resume": options.resume, "repeat": True, "grows": grows}
+    results.check_free(workdir, config, **allowed)
+    same_model.check(workdir, first, network)
+    place = results.held(workdir, config, **allowed)
     with interrupt.listening() as request, place:
         if (workdir / results.RESULTS).exists():
             results.check_finished(workdir, others=results.OF_A_SWEEP)
@@ -155,7 +158,9 @@ def sweep(
             ):
                 return results.read_rows(workdir / results.ROWS)
             results.set_results_aside(workdir)
-        start = functools.partial(results.start_run, workdir, config)
+        start = functools.partial(
+            results.start_run, workdir, config, same_model.recorded(first, network)
+        )
         if not (workdir / results.CONFIG).exists():
             start()
         rows: list[Any] = [None] * len(own)
@@ -324,7 +329,8 @@ def load(workdir: str | Path, *, model: Any = None) -> list[Run]:
       member's row, and it has no `average`.
 
     Raises:
-      RunError: if `workdir` holds none, or files are damaged.
+      RunError: if `workdir` holds none, files are damaged, or the model computes
+        something else than that of the sweep.
       ConfigError: as `run.load` says.
     """
     workdir = paths.local(workdir, "workdir")
@@ -350,6 +356,7 @@ def load(workdir: str | Path, *, model: Any = None) -> list[Run]:
         for place, (i, network) in enumerate(zip(group, networks, strict=True)):
             own = jax.tree.map(lambda leaf, at=place: np.asarray(leaf[at]), stacked)
             runs[i] = Run(configs[i], network, own, _by_epoch(rows[i]), rows[i])
+    same_model.check(workdir, configs[0], runs[0].network)
     return runs
 
 

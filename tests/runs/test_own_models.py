@@ -16,6 +16,7 @@ import bn_jax.nnx
 from bn_jax import runs
 from bn_jax.fields import ConfigError
 from bn_jax.linen import BatchNorm
+from bn_jax.runs import same_model
 from bn_jax.runs.interrupt import Interrupted
 from bn_jax.runs.results import RunError
 from bn_jax.training import members
@@ -394,3 +395,117 @@ def test_gamma_is_what_multiplies_where_it_is_stored_less_an_offset(
     names = (tmp_path / "run" / "metrics.csv").read_text().split("\n")[0].split(",")
     logged = dict(zip(names, row.split(","), strict=True))
     assert float(logged["norm/gamma/mean"]) == pytest.approx(gamma.mean())
+
+
+class Plain(nn.Module):
+    """Whose attributes leave the shapes of its variables as they are."""
+
+    momentum: float = 0.9
+    activation: object = nn.relu
+    kernel: object = nn.initializers.lecun_normal()
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, x, *, train):
+        x = nn.Dense(5, kernel_init=self.kernel)(x.reshape(len(x), -1))
+        x = BatchNorm(
+            use_running_average=not train,
+            momentum=self.momentum,
+            axis_name=self.axis_name,
+        )(x)
+        return nn.Dense(10)(self.activation(x))
+
+
+@pytest.fixture(scope="module")
+def plain(config, tiny_data, tmp_path_factory):
+    """The folder of a finished run of `Plain`, and of a sweep of two."""
+    folder = tmp_path_factory.mktemp("plain")
+    runs.train(config, tiny_data, model=Plain(), workdir=folder / "run")
+    configs = members.parse("seed=0..1", config)
+    runs.sweep(configs, tiny_data, model=Plain(), workdir=folder / "sweep")
+    return folder
+
+
+OTHERS = {
+    "momentum": ({"momentum": 0.5}, "in training the model"),
+    "activation": (
+        {"activation": nn.tanh},
+        "in prediction and training the model",
+    ),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_run_is_not_read_with_a_model_of_other_attributes(other, plain):
+    attributes, message = OTHERS[other]
+    with pytest.raises(RunError, match=f"holds a run of another Plain: .*{message}"):
+        runs.load(plain / "run", model=Plain(**attributes))
+    with pytest.raises(RunError, match=message):
+        runs.sweeps.load(plain / "sweep", model=Plain(**attributes))
+    # Neither where statistics are shared nor initial values matter to what is read.
+    for harmless in ({}, {"axis_name": "data"}):
+        assert runs.load(plain / "run", model=Plain(**harmless)).metrics
+
+
+def test_finished_run_of_other_attributes_is_not_taken_for_it(config, tiny_data, plain):
+    for attributes in ({"momentum": 0.5}, {"kernel": nn.initializers.ones}):
+        with pytest.raises(RunError, match="another Plain"):
+            runs.train_or_load(
+                config, tiny_data, model=Plain(**attributes), workdir=plain / "run"
+            )
+    again = runs.train_or_load(config, tiny_data, model=Plain(), workdir=plain / "run")
+    assert again.results == runs.load(plain / "run", model=Plain()).results
+
+
+def test_sweep_of_other_attributes_is_not_taken_for_it(config, tiny_data, plain):
+    configs = members.parse("seed=0..1", config)
+    sweep = functools.partial(runs.sweep, configs, tiny_data, workdir=plain / "sweep")
+    with pytest.raises(RunError, match="another Plain"):
+        sweep(model=Plain(momentum=0.5))
+    assert len(sweep(model=Plain())) == 2
+
+
+def test_stopped_run_is_not_resumed_with_other_attributes(
+    config, tiny_data, tmp_path, signal_at, monkeypatch
+):
+    train = functools.partial(
+        runs.train, config, tiny_data, workdir=tmp_path / "run", options=OPTIONS
+    )
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        signal_at(4, signal.SIGTERM, patch)
+        train(model=Plain())
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    with pytest.raises(RunError, match="another Plain"):
+        train(model=Plain(activation=nn.tanh))
+    assert before == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    assert len(train(model=Plain()).metrics) == config.epochs
+
+
+def test_longer_run_starts_from_a_run_of_other_attributes(
+    config, tiny_data, plain, tmp_path
+):
+    """As fine-tuning does: it takes the variables alone."""
+    tuned = dataclasses.replace(config, init_from=str(plain / "run"), epochs=1)
+    run = runs.train(
+        tuned, tiny_data, model=Plain(momentum=0.5), workdir=tmp_path / "tuned"
+    )
+    assert run.metrics
+
+
+@pytest.mark.parametrize("change", ["versions", "before"])
+def test_run_of_other_versions_is_known_by_class_and_shapes(
+    change, plain, tmp_path, monkeypatch
+):
+    """What they traced may be another program for the same model."""
+    real = same_model.results.read_object
+
+    def read(path):
+        found = real(path)
+        if path.name != "environment.json":
+            return found
+        if change == "versions":
+            return {**found, "jax": "0.1"}
+        return {name: v for name, v in found.items() if name != same_model.PROGRAMS}
+
+    monkeypatch.setattr(same_model.results, "read_object", read)
+    assert runs.load(plain / "run", model=Plain(momentum=0.5)).metrics

@@ -35,10 +35,14 @@ class DataNotFoundError(DataError):
 
 
 class Split(NamedTuple):
-    """Images with their labels; C-contiguous, read-only, perhaps memory-mapped."""
+    """Images with their labels; C-contiguous, read-only, perhaps memory-mapped.
+
+    A user's own may be of any integer type; `ImageData` checks and converts them. Of
+    one-hot labels give `labels.argmax(-1)`.
+    """
 
     images: np.ndarray  # shape=[N, H, W, C], dtype=uint8
-    labels: np.ndarray  # shape=[N], dtype=int32
+    labels: np.ndarray  # shape=[N] (a user's own also [N, 1]), dtype=int32
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -50,9 +54,9 @@ class ImageData:
     resumed with other images.
 
     Raises:
-        DataError: If arrays of your own are no images as bytes, of one shape, with an
-            integer label each; or a class has no name, or, where they are numbered, no
-            training example.
+        DataError: If arrays of your own are not images as bytes, of one shape, with an
+            integer label each (of one-hot labels give `labels.argmax(-1)`); or if a
+            class has no name or, where classes are numbered, no training example.
 
     Examples:
         >>> import numpy as np
@@ -194,6 +198,44 @@ def has_channels_first(shape: tuple[int, ...]) -> bool:
     )
 
 
+def as_labels(holder: str, labels: np.ndarray, count: int) -> np.ndarray:
+    """Check the labels of `count` images, and drop a second axis of size 1.
+
+    Args:
+        holder: What has them, such as "train has labels": how a message begins.
+        labels: Integers, shape=[N] or [N, 1].
+        count: How many there should be.
+
+    Returns:
+        The labels, shape=[N], of the dtype they came in.
+
+    Raises:
+        DataError: If they are of another shape, or no integers.
+    """
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    if labels.shape != (count,):
+        mend = "Give one label for each image."
+        if labels.ndim == 2 and len(labels) == count:
+            mend = "If each row is one-hot, give labels.argmax(-1)."
+        raise DataError(
+            f"{holder} of shape {labels.shape}, expected ({count},) or ({count}, 1) "
+            f"for its {count:,} images. {mend}"
+        )
+    if labels.dtype.kind not in "iu":
+        mend = "Number the classes and give labels.astype(numpy.int64)."
+        if labels.dtype.kind in "US":
+            mend = (
+                "Number the classes: names, numbers = numpy.unique(labels, "
+                "return_inverse=True); give the numbers as labels, and the names as "
+                "class_names."
+            )
+        raise DataError(
+            f"{holder} of dtype {labels.dtype}, expected integers from 0. {mend}"
+        )
+    return labels
+
+
 def _checked(name: str, split: Split) -> Split:
     """Return images and labels of a user's own as a split is to be."""
     if not isinstance(split, tuple) or len(split) != 2:
@@ -207,12 +249,7 @@ def _checked(name: str, split: Split) -> Split:
             f"{images.dtype}, expected at least one, uint8 [N, H, W, C]. Give them as "
             "bytes, before any scaling, and one channel as images[..., None]"
         )
-    if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
-        raise DataError(
-            f"{name} has labels of shape {list(labels.shape)} and dtype "
-            f"{labels.dtype} for {len(images):,} images, expected an integer for each, "
-            "[N]. Of one-hot rows give labels.argmax(axis=1)"
-        )
+    labels = as_labels(f"{name} has labels", labels, len(images))
     if has_channels_first(images.shape):
         raise DataError(
             f"{name} has images of shape {list(images.shape)}, which looks like [N, C, "

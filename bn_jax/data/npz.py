@@ -12,7 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
-from bn_jax.data.image_data import DataError, ImageData, Split, has_channels_first
+from bn_jax.data.image_data import (
+    DataError,
+    ImageData,
+    Split,
+    as_labels,
+    has_channels_first,
+)
 from bn_jax.data.spec import PARTS, Part
 
 PREFIX = "npz:"
@@ -61,9 +67,8 @@ def load(name: str) -> ImageData:
     pairs = {}
     for split in ("train", "test"):
         images = _as_images(path, f"{split}_images", arrays[f"{split}_images"])
-        labels = _as_labels(
-            path, f"{split}_labels", arrays[f"{split}_labels"], len(images)
-        )
+        part = f"{split}_labels"
+        labels = as_labels(f"{path} holds {part}", arrays[part], len(images))
         pairs[split] = (images, labels)
     shapes = {split: images.shape[1:] for split, (images, _) in pairs.items()}
     if shapes["train"] != shapes["test"]:
@@ -200,33 +205,6 @@ def _as_images(path: Path, part: str, images: np.ndarray) -> np.ndarray:
             "W]; expected [N, H, W, C]. Save numpy.moveaxis(images, 1, -1)."
         )
     return images
-
-
-def _as_labels(path: Path, part: str, labels: np.ndarray, count: int) -> np.ndarray:
-    """Check type and number of labels, and drop a second axis of size 1."""
-    if labels.ndim == 2 and labels.shape[1] == 1:
-        labels = labels[:, 0]
-    if labels.shape != (count,):
-        mend = "Save one label for each image."
-        if labels.ndim == 2 and len(labels) == count:
-            mend = "If each row is one-hot, save labels.argmax(axis=1)."
-        raise DataError(
-            f"{path} holds {part} of shape {labels.shape}, expected ({count},) or "
-            f"({count}, 1) for its {count:,} images. {mend}"
-        )
-    if labels.dtype.kind not in "iu":
-        mend = "Number the classes and save labels.astype(numpy.int64)."
-        if labels.dtype.kind in "US":
-            mend = (
-                "Number the classes: names, numbers = numpy.unique(labels, "
-                "return_inverse=True); save the numbers as labels, and the names as "
-                "class_names."
-            )
-        raise DataError(
-            f"{path} holds {part} of dtype {labels.dtype}, expected integers from 0. "
-            f"{mend}"
-        )
-    return labels
 
 
 def _count_classes(path: Path, labels: np.ndarray) -> tuple[str, ...]:

@@ -178,6 +178,12 @@ def test_name_of_arrays_tells_them_from_others():
     assert named.class_names == ("a", "b", "c")
 
 
+def test_labels_in_a_column_are_taken_as_they_are():
+    column = own()._replace(labels=own().labels[:, None])
+    data = ImageData(train=column, test=column)
+    np.testing.assert_array_equal(data.train.labels, own().labels)
+
+
 @pytest.mark.parametrize(
     ("train", "test", "message"),
     [
@@ -186,9 +192,10 @@ def test_name_of_arrays_tells_them_from_others():
         (own(shape=(3, 8, 8)), own(shape=(3, 8, 8)), r"looks like \[N, C, H, W\]"),
         (own(shape=(3, 9, 8)), own(shape=(3, 9, 8)), r"looks like \[N, C, H, W\]"),
         (own(), own(shape=(6, 8, 1)), "different shapes: .*'test': .6, 8, 1"),
-        (own()._replace(labels=np.eye(6)), own(), r"one-hot rows .*argmax\(axis=1\)"),
-        (own()._replace(labels=np.zeros(6)), own(), "labels .* float64 for 6 images"),
-        (own()._replace(labels=np.zeros(5, int)), own(), r"labels of shape \[5\]"),
+        (own()._replace(labels=np.eye(6)), own(), r"one-hot, give labels.argmax\(-1\)"),
+        (own()._replace(labels=np.zeros(6)), own(), "dtype float64, .*astype"),
+        (own()._replace(labels=np.array([*"aabbcc"])), own(), "<U1.*numpy.unique"),
+        (own()._replace(labels=np.zeros(5, int)), own(), r"\(5,\), .* one label for"),
         (own()._replace(labels=1 + own().labels), own(), "class from 0 to K - 1"),
         (own(classes=1), own(classes=1), "1 different labels"),
         (own(), own(classes=4), "test has the label 3 at position 3 .*0 to 2"),

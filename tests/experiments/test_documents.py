@@ -1,10 +1,14 @@
 """What the documents promise: links that lead somewhere, commands that parse."""
 
+import inspect
 import re
 import runpy
 import shlex
+import types
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 from absl import flags
 
@@ -57,6 +61,64 @@ def test_readme_names_all_that_a_flag_takes(flag, names):
     text = (ROOT / "README.md").read_text()
     (row,) = re.findall(rf"^\| `--{flag}` \| (.*) \|$", text, re.MULTILINE)
     assert set(names) <= set(re.findall(r"`(\w+)`", row))
+
+
+def layers_by_library(library):
+    """Return objects that have the arguments and arrays of a library as attributes."""
+    if library == "Flax":
+        from flax import linen
+
+        variables = linen.BatchNorm(False).init(jax.random.key(0), jnp.ones((2, 3)))
+        call = parameters(linen.BatchNorm.__call__)
+        return [linen.BatchNorm(), types.SimpleNamespace(**flat(variables)), call]
+    if library == "PyTorch":
+        torch = pytest.importorskip("torch")
+        return [torch.nn, torch.nn.BatchNorm2d(3), torch.nn.SyncBatchNorm(3)]
+    if library == "Keras":
+        keras = pytest.importorskip("keras")
+        layer = keras.layers.BatchNormalization()
+        layer.build((None, 3))
+        return [layer, parameters(layer.call)]
+    haiku = pytest.importorskip("haiku")
+    apply = haiku.transform_with_state(
+        lambda x: haiku.BatchNorm(True, True, 0.9)(x, is_training=True)
+    )
+    params, state = apply.init(jax.random.key(0), jnp.ones((2, 3)))
+    names = {path.split("~/")[-1]: 0 for path in state} | flat(params)
+    return [
+        types.SimpleNamespace(**names),
+        parameters(haiku.BatchNorm.__init__),
+        parameters(haiku.BatchNorm.__call__),
+    ]
+
+
+def flat(variables):
+    return {name: 0 for group in variables.values() for name in group}
+
+
+def parameters(function):
+    return types.SimpleNamespace(**inspect.signature(function).parameters)
+
+
+@pytest.mark.parametrize("library", ["Flax", "PyTorch", "Keras", "Haiku"])
+def test_names_of_other_libraries_are_theirs(library, monkeypatch):
+    monkeypatch.setenv("KERAS_BACKEND", "jax")
+    text = (ROOT / "README.md").read_text().split("## Names in other libraries")[1]
+    head, _, *rows = re.findall(r"^\|(.*)\|$", text.split("\n## ")[0], re.MULTILINE)
+    column = [cell.strip() for cell in head.split("|")].index(library)
+    theirs = layers_by_library(library)
+    checked = 0
+    for row in rows:
+        for name, value in re.findall(
+            r"`\.?(\w+)(?:=(\S+?))?(?:\(\))?`", row.split("|")[column]
+        ):
+            found = [getattr(of, name) for of in theirs if hasattr(of, name)]
+            assert found, name
+            if re.fullmatch(r"-?[\d.e-]+", value):
+                defaults = {getattr(of, "default", of) for of in found}
+                assert float(value) in defaults, name
+            checked += 1
+    assert checked > 8
 
 
 def commands():

@@ -124,7 +124,7 @@ def check_known(name: str, value: Any, valid: Range) -> None:
       valid: the range.
 
     Raises:
-      ValueError: if a number is complex or out of range, or the value is no number.
+      ValueError: if a number is complex or out of range, or the value is not a number.
     """
     if isinstance(value, jax.core.Tracer):
         return
@@ -179,7 +179,7 @@ def check_epsilon(epsilon: float | Array) -> None:
 
 
 def check_static(**choices: Any) -> None:
-    """Refuse a choice that is no boolean, or that only the running program knows.
+    """Refuse a choice that is not a boolean, or that only the running program knows.
 
     Args:
       **choices: by name, booleans of Python or NumPy. `update_state` and
@@ -309,7 +309,7 @@ def check_state(state: Any) -> None:
     """Refuse a NamedTuple of averages in a dtype that momentum near 1 would freeze.
 
     Raises:
-      TypeError: if one is no array.
+      TypeError: if one is not an array.
       ValueError: if one is not in float32 or wider.
     """
     for name, value in state._asdict().items():
@@ -331,8 +331,8 @@ def check_ghosts(
     """Refuse ghost batches that are not parts of the batch.
 
     Raises:
-      ValueError: if `batch_axis` is no axis or a feature axis, or `size` is no divisor
-        of x's size along it.
+      ValueError: if `batch_axis` is not an axis, or is a feature axis, or if `size`
+        does not divide the size of x along it.
     """
     axis = batch_axis + x.ndim if batch_axis < 0 else batch_axis
     if axis not in moments_lib.reduction_axes(x.ndim, feature_axis):
@@ -376,7 +376,7 @@ def warn_of_one_value(
       stacklevel: of the user's call, counted as `warnings.warn` does from here.
 
     Raises:
-      ValueError: if an axis name is not bound, or the groups are no partition.
+      ValueError: if an axis name is not bound, or the groups are not a partition.
     """
     axes = moments_lib.reduction_axes(len(shape), feature_axis)
     n = math.prod(shape[a] for a in axes)

@@ -55,7 +55,7 @@ def init(
         a complex dtype the moving mean is complex.
 
     Raises:
-      TypeError: if `scale` or `bias` is no boolean.
+      TypeError: if `scale` or `bias` is not a boolean.
       ValueError: if `num_features` is neither an integer nor a sequence of them, or
         one is negative.
 
@@ -359,8 +359,8 @@ def _normalize_by_batch(
 ) -> tuple[Array, Moments]:
     """Return y by the batch's own moments, and these.
 
-    On a mesh the parts that lie on its devices are measured apart, and their moments
-    merged, which costs one exchange. A ghost batch is one part, or several.
+    On a mesh each device measures its own part, and the moments are merged, which costs
+    one exchange. A ghost batch is one part, or several.
 
     Args:
       x: the batch.

@@ -51,8 +51,9 @@ def find_pairs(
     is stays the same object; one that an operation takes is said to be used.
 
     Args:
-      predict: applies the model, as `bn_jax.measures.models.resolve` returns it.
-      variables: of the model, as returned there.
+      predict: the function that applies the model, from
+        `bn_jax.measures.models.resolve`.
+      variables: of the model, from there, too.
       inputs: examples, shape `[N, ...]`, or a tree of such arrays.
 
     Raises:

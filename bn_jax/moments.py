@@ -65,7 +65,7 @@ def feature_axes(rank: int, feature_axis: int | Sequence[int]) -> tuple[int, ...
       feature_axis: one axis or several, negative ones counted from the end.
 
     Raises:
-      ValueError: if an axis is no integer, out of range or given twice.
+      ValueError: if an axis is not an integer, out of range or given twice.
     """
     given: tuple[Any, ...] = (feature_axis,)
     if isinstance(feature_axis, Iterable) and not isinstance(feature_axis, str):
@@ -382,8 +382,8 @@ def merge_across(
       Moments of the same shapes, the same on all instances that were merged.
 
     Raises:
-      ValueError: if an axis name is not bound, or the groups are no such partition or
-        not to be had under the transform.
+      ValueError: if an axis name is not bound, if the groups are not such a
+        partition, or if the transform does not allow groups.
 
     Examples:
       >>> import jax, jax.numpy as jnp

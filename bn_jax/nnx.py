@@ -294,7 +294,7 @@ class BatchNorm(nnx.Module):
       scale_offset: see there.
 
     Raises:
-      ValueError: if `average` is unknown, or `num_features` is no integer.
+      ValueError: if `average` is unknown, or `num_features` is not an integer.
 
     Examples:
       >>> import jax.numpy as jnp

@@ -54,7 +54,7 @@ _ABOUT_THE_BATCH = frozenset({"axis_name", "axis_index_groups", "ghost_batch_siz
 
 
 class FlaxBatchNorm(NamedTuple):
-    """The attributes of Flax's own batch norm layer, which is no function of ours."""
+    """The attributes of Flax's own batch norm layer, which has no function of ours."""
 
     momentum: Any
     epsilon: Any
@@ -333,7 +333,7 @@ def keeps_statistics(spec: str) -> bool:
 
 
 def check_transform(given: Any) -> None:
-    """Refuse what is no transform.
+    """Refuse what is not a transform.
 
     Raises:
       TypeError: naming it.

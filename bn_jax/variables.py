@@ -233,7 +233,7 @@ def batch_stats_of(variables: Any) -> Any:
 
 
 def check_variables(variables: Any) -> None:
-    """Refuse what are no variables of a model, in which no layer would be found.
+    """Refuse what is not the variables of a model: no layer would be found in it.
 
     Raises:
       ValueError: naming what was given.

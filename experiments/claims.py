@@ -119,7 +119,7 @@ class Claim:
 
         Raises:
           NotTrained: if runs are missing for the first look.
-          ValueError: if the statistic is no interval; see `intervals.check`.
+          ValueError: if the statistic is not an interval; see `intervals.check`.
         """
         verdict = None
         for count in looks.seeds:
@@ -156,7 +156,7 @@ class Claim:
         Neither does a single observation, unless the statistic is exact.
 
         Raises:
-          ValueError: if it is no interval.
+          ValueError: if it is not an interval.
         """
         intervals.check(found)
         if not (found.n > 1 or isinstance(found, Exact)):

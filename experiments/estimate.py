@@ -107,7 +107,7 @@ def spread(score: Score, choice: Choice) -> Statistic:
     """Return the mean of a score over seeds, from the least to the greatest."""
 
     def statistic(runs: Runs, *, level: float = LEVEL) -> Interval:
-        del level  # it is no confidence interval
+        del level  # it is not a confidence interval
         return spread_of(_scores(runs, score, choice))
 
     return statistic
@@ -125,7 +125,7 @@ def exactly(value: Callable[[Runs], float]) -> Statistic:
     """Return a single number, which is taken as exact."""
 
     def statistic(runs: Runs, *, level: float = LEVEL) -> Interval:
-        del level  # it is no confidence interval
+        del level  # it is not a confidence interval
         found = value(runs)
         return Exact(found, found, found, 1)
 
@@ -136,7 +136,7 @@ def largest(score: Score, choice: Choice) -> Statistic:
     """Return the largest of a score over seeds, which is taken as exact."""
 
     def statistic(runs: Runs, *, level: float = LEVEL) -> Interval:
-        del level  # it is no confidence interval
+        del level  # it is not a confidence interval
         values = _scores(runs, score, choice)
         return Exact(*[max(values)] * 3, len(values))
 
@@ -156,7 +156,7 @@ def largest_difference(
     """
 
     def statistic(runs: Runs, *, level: float = LEVEL) -> Interval:
-        del level  # it is no confidence interval
+        del level  # it is not a confidence interval
         of_seeds = list(zip(*_rows_together(runs, *choices), strict=True))
         value = max(
             max(at_once) - min(at_once)
@@ -207,7 +207,7 @@ def _rows_together(runs: Runs, *choices: Choice) -> list[list[Row]]:
 
 
 def _together(runs: Runs, score: Score, *choices: Choice) -> list[list[float]]:
-    """Return the scores of choices at the seeds that all of them have, in order."""
+    """Return the scores of each choice, at the seeds that all choices share."""
     return [[score(row) for row in of] for of in _rows_together(runs, *choices)]
 
 

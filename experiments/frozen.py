@@ -1,20 +1,21 @@
 r"""What do gamma and beta do, when they are fixed, and when nothing else learns?
 
 The chapter's fifth exercise asks to fix them and to look. The chapter has them learned,
-to give back the freedom that standardising takes away. This trains LeNet, with sigmoids
-and with ReLUs, with both, one or neither of them fixed at 1 and 0; and, the other way
-round, with all other parameters frozen as they were initialised: gamma and beta alone
-learn, or these and the last layer, or as many other parameters chosen at random.
+to give back the freedom that standardising takes away. This trains LeNet, with
+sigmoids and with ReLUs, with gamma fixed at 1, with beta fixed at 0, with both fixed
+and with neither. Then it freezes all other parameters at their initial values: gamma
+and beta alone learn, or these and the last layer, or as many other parameters chosen at
+random.
 
   python -m experiments.frozen --workdir=runs/frozen --devices=2             40 minutes
   python -m experiments.frozen --workdir=runs/frozen-try --smoke              a minute
 
-Frankle et al. find that gamma and beta alone learn more than as many other parameters,
-as many of each channel, and that they do so by switching a third of the features off.
-Theirs are ResNets that train for 160 epochs from gammas drawn from [0, 1), so that two
-arms start from such gammas, one of which is five times as long. The two arms that are
-compared, gamma and beta alone and the others, each train at the rate, of four, at which
-their validation accuracy is highest on seeds of their own.
+Frankle et al. find that gamma and beta alone learn more than an equal number of other
+parameters, two of each channel, and that they do so by switching off a third of the
+features. Their ResNets train for 160 epochs from gammas drawn from [0, 1). So two arms
+here start from such gammas, and one of them trains five times as long. The two arms
+that are compared, gamma and beta alone and the others, each train at the best of four
+rates by validation accuracy, on seeds apart from those that judge.
 
 Losses are means over the last epoch as it was trained; a run that diverged has that of
 guessing, ln 10. Test accuracy is by exact statistics. Figures: sigmoid.png and

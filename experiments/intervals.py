@@ -99,7 +99,7 @@ def of_mean(
 
     Raises:
       ValueError: if there are no values, one is not finite or not on the scale, or the
-        level is no share.
+        level is not between 0 and 1.
     """
     _check_level(level)
     x = _on(scale, values)
@@ -182,7 +182,7 @@ def of_median(values: Sequence[float], *, level: float = LEVEL) -> Interval:
 
     Raises:
       ValueError: if there are no values, one is NaN, the median lies between -inf and
-        inf, or the level is no share.
+        inf, or the level is not between 0 and 1.
     """
     from scipy import stats
 

@@ -233,7 +233,7 @@ def given_or(name: str, smoke: Mapping[str, Any]) -> Any:
 
 
 def check_no_arguments(argv: Sequence[str]) -> None:
-    """Refuse arguments that are no flags, such as a forgotten `--`."""
+    """Refuse arguments that are not flags, such as a forgotten `--`."""
     if len(argv) > 1:
         words = ", ".join(map(repr, argv[1:]))
         raise ConfigError(

@@ -122,7 +122,7 @@ class Study:
 
     Attributes:
       name: of the file, and of the folder of results.
-      place: in the index, whose order is that of the chapter's questions.
+      place: position in the index, which has the order of the chapter's questions.
       design: a dataclass of what is chosen, with a flag for each field.
       arms: what is trained, from each seed; or a function of the design that returns
         it. An arm is one sweep: its runs may differ only in what a sweep can vary.

@@ -6,7 +6,7 @@ layers; this trains all 16 subsets of the four.
   python -m experiments.which_layers --workdir=runs/layers --devices=2     30 minutes
   python -m experiments.which_layers --workdir=runs/layers-try --smoke      a minute
 
-A run that diverged has the loss of guessing, ln 10. Norms do much the same as each
+A run that diverged counts with the loss of guessing, ln 10. Norms stand in for each
 other: what one adds depends on how many there are, so that a mean effect says little.
 Which subset is best, of all but the full one and of those of a single norm, is chosen
 by the training loss, which the claims are on, on seeds of their own. Figures:

@@ -1,6 +1,6 @@
 r"""Batch norm layers to and from PyTorch, Keras 3, Haiku, Equinox and Flax.
 
-Batch renorm layers, too, of SBX, CrossQ and PureJaxQL.
+Also batch renorm layers of SBX, CrossQ and PureJaxQL.
 
 Everything goes through one form, `BatchNormLayer`: parameters, moving averages, and the
 number of batches in them. `from_*` and `to_*` convert a single layer, `layers_from` and

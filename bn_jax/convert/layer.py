@@ -54,7 +54,7 @@ DEFAULTS: Mapping[str, Hyperparameters] = types.MappingProxyType(
 
 
 def check_is_layer(layer: Any) -> None:
-    """Refuse what is no layer of ours.
+    """Refuse what is not a layer of ours.
 
     Raises:
       TypeError: naming what was given.

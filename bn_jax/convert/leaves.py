@@ -22,7 +22,7 @@ def flatten(entries: Entries, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the leaves with their levels joined by "/"; None counts as absent.
 
     Raises:
-      TypeError: if entries are no mapping.
+      TypeError: if entries are not a mapping.
     """
     if not isinstance(entries, Mapping):
         raise TypeError(

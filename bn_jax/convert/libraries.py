@@ -236,7 +236,7 @@ def from_haiku(
       like: see `from_torch`.
 
     Raises:
-      ValueError: if params or state is no mapping, the two counters differ, or as
+      ValueError: if params or state is not a mapping, the two counters differ, or as
         `from_torch` says.
 
     Examples:

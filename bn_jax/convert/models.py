@@ -41,7 +41,7 @@ def layers_from(
 
     Args:
       library: torch, keras, flax, nnx, haiku, equinox_ema, equinox_batch, sbx, crossq
-        or purejaxql. Of the last three the limits r_max and d_max are no part of the
+        or purejaxql. Of the last three the limits r_max and d_max are not part of the
         result: `from_batch_renorm` returns them for a layer.
       entries: of the model, with entries other than batch norm's or without:
         torch, its `state_dict()`; keras, `{w.path: w.numpy() for w in model.weights}`;
@@ -54,7 +54,7 @@ def layers_from(
       momentum: see `from_equinox`; for equinox_batch alone.
 
     Raises:
-      TypeError: if entries, names or like are no mapping.
+      TypeError: if entries, names or like are not mappings.
       ValueError: if entries of the named layers are missing, misshapen, no arrays of
         numbers, or impossible, as NaN or a negative variance is; or there are others,
         of these or of batch norm layers without a name, or `like` names others; all
@@ -117,7 +117,7 @@ def layers_into(
       the layers' entries and all others, and r_max and d_max, as they were.
 
     Raises:
-      TypeError: if entries, names or layers are no mapping, or a layer is no
+      TypeError: if entries, names or layers are not mappings, or a layer is not a
         BatchNormLayer.
       ValueError: if entries of the layers are missing, extra, misshapen or no arrays of
         numbers in one or the other, which are all named; if a layer has a NaN, a

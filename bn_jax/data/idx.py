@@ -54,7 +54,7 @@ def find(folder: Path, spec: DatasetSpec) -> dict[str, Path]:
         The path of each part.
 
     Raises:
-        DataError: If `folder` is no folder, or lacks files; all of them are named.
+        DataError: If `folder` is not a folder, or lacks files; all of them are named.
     """
     del spec
     if not folder.is_dir():

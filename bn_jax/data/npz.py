@@ -172,7 +172,7 @@ def _array(path: Path, file: np.lib.npyio.NpzFile, key: str) -> np.ndarray:
             f"{path} is damaged: {key} cannot be read ({type(error).__name__}: "
             f"{words}). Save the file again."
         ) from None
-    if not isinstance(array, np.ndarray):  # numpy gives what is no array as bytes
+    if not isinstance(array, np.ndarray):  # numpy gives what is not an array as bytes
         raise DataError(
             f"{path} holds {key}, which is no array. Save it with numpy.savez."
         )

@@ -85,12 +85,12 @@ def load(
     2. A TFDS set already prepared below `data_dir`, through the arrays cached beside
        it.
     3. For Fashion-MNIST, the IDX files of Debian's package `dataset-fashion-mnist`.
-    4. A download by TFDS, which prepares the set below `data_dir`.
+    4. TFDS's download, which TFDS prepares below `data_dir`.
 
     Args:
         name: One of `DATASETS`. "sample" is the embedded sample of Fashion-MNIST;
             "auto" is "fashion_mnist", or the sample where none of its sources is at
-            hand; "npz:PATH" is a file of one's own, see `npz.load`.
+            hand; "npz:PATH" is your own file, see `npz.load`.
         data_dir: TFDS's root folder; by default the environment variable TFDS_DATA_DIR,
             else `~/tensorflow_datasets`.
         data_files: A folder with the files that the set's authors publish: the four IDX
@@ -104,7 +104,7 @@ def load(
     Raises:
         DataError: If the name is unknown, the data is missing or damaged, or
             `data_files` is given for the sample or an npz file.
-        ConfigError: If a folder is no path of this machine.
+        ConfigError: If a folder is not a path of this machine.
 
     Examples:
         >>> from bn_jax import data
@@ -151,7 +151,7 @@ def prepare(
 
     Raises:
         DataError: If the name cannot be prepared, or the data is missing or damaged.
-        ConfigError: If a folder is no path of this machine.
+        ConfigError: If a folder is not a path of this machine.
     """
     check_name(name)
     if name not in SPECS:

@@ -86,8 +86,8 @@ def gap(
       of the batches of `inputs`, the layers' gaps by those of `measure_on`.
 
     Raises:
-      ValueError: if inputs or labels are no arrays, there is not one label for each
-        input, labels are no classes, outputs are no logits, or as `exact_statistics`
+      ValueError: if inputs or labels are not arrays, there is not one label for each
+        input, labels are not classes, outputs are not logits, or as `exact_statistics`
         says.
 
     Examples:
@@ -179,7 +179,7 @@ def _gap(
 
 
 def _check_labels(labels: Array, logits: Array) -> None:
-    """Refuse labels that are no classes of the logits.
+    """Refuse labels that are not classes of the logits.
 
     Raises:
       ValueError: saying which labels there are.

@@ -100,7 +100,7 @@ def _resolve(model: Any, variables: Any) -> tuple[Predict, Any]:
 
 
 def check_array(name: str, value: Any) -> None:
-    """Refuse what is no array of examples.
+    """Refuse what is not an array of examples.
 
     Raises:
       ValueError: naming what it is.

@@ -78,12 +78,12 @@ def exact_statistics(
 
     Raises:
       ValueError: if the model or variables are none that `resolve` takes; there are no
-        examples, or fewer than num_examples; the batch size is missing or no positive
-        integer; the mode is unknown; weights do not fit, are negative or all 0, or a
-        layer's input has no axis of examples for them; batches are no arrays, come with
-        weights or a batch size, or can be iterated over only once; a layer's calls
-        cannot be seen, or it predicts by other statistics than a mean and a variance;
-        or `jax.vmap` maps a layer over the batch in mode "one_pass".
+        examples, or fewer than num_examples; the batch size is missing or not a
+        positive integer; the mode is unknown; weights do not fit, are negative or all
+        0, or a layer's input has no axis of examples for them; batches are not arrays,
+        come with weights or a batch size, or can be iterated over only once; a layer's
+        calls cannot be seen, or it predicts by other statistics than a mean and a
+        variance; or `jax.vmap` maps a layer over the batch in mode "one_pass".
 
     References:
       Wu and Johnson, 2021, "Rethinking 'Batch' in BatchNorm", arXiv:2105.07576.

@@ -146,7 +146,7 @@ def examples(
       num_examples: see `inputs`.
 
     Raises:
-      ValueError: if they are no examples, or what else is given does not fit them.
+      ValueError: if they are not examples, or what else is given does not fit them.
     """
     if num_examples is not None and not isinstance(num_examples, int | np.integer):
         raise ValueError(f"num_examples={num_examples!r}; expected an integer")

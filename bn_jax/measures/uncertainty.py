@@ -43,7 +43,7 @@ def monte_carlo_batch_norm(
       Outputs of shape `[T, N, ...]`.
 
     Raises:
-      ValueError: if inputs or train_inputs are no array, there is no pass, a batch is
+      ValueError: if inputs or train_inputs are not arrays, there is no pass, a batch is
         empty or larger than the training set, or as `batch_moments` says.
 
     References:

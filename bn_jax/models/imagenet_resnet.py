@@ -79,7 +79,7 @@ def _check(
     if not DEPTHS.holds(depth):
         raise fields.ConfigError(f"depth={depth}; expected {DEPTHS.words}")
     if zero_init_residual and (norm is None or callable(norm)):
-        _of_last(norm)  # what is no constructor is refused where it is called
+        _of_last(norm)  # what is not a constructor is refused where it is called
 
 
 def _of_last(norm: layers.NormConstructor | None) -> layers.NormConstructor:

@@ -32,7 +32,7 @@ class NnxModel:
     Args:
       source: a function that makes the module of an `nnx.Rngs`, such as
         `lambda rngs: Net(10, rngs=rngs)` or a class whose `__init__` needs `rngs`
-        alone; or a module that is made already, of which a copy is taken.
+        alone; or a module itself, of which a copy is taken.
 
     Raises:
       TypeError: if `source` is neither, or makes something else.
@@ -69,7 +69,7 @@ class NnxModel:
 
     @property
     def is_made(self) -> bool:
-        """Whether the module was made already, and holds its initial variables."""
+        """Whether a module was given, which holds its initial variables."""
         return self._factory is None
 
     def __repr__(self) -> str:
@@ -79,7 +79,7 @@ class NnxModel:
         """Return initial variables.
 
         Args:
-          key: the module is made with `nnx.Rngs(key)`. A module that was made already
+          key: the module is made with `nnx.Rngs(key)`. A module that was given
             has the variables that it had then, whatever the key.
           images: not used; NNX modules know their shapes.
           train: not used.

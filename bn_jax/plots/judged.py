@@ -39,7 +39,7 @@ def claims(
       judged: the claims, at least one, in the order of drawing.
       note: a line above.
       path: of the image to write.
-      caution: why these are no results, such as that the seeds are too few: a line in
+      caution: why these are not results, such as that the seeds are too few: a line in
         large print above the note.
 
     Raises:

@@ -91,7 +91,7 @@ def curves(
 
 
 def _known(metrics: Sequence[Mapping[str, Any]], name: str) -> list[float]:
-    """Return a value of each epoch, NaN where it is unknown."""
+    """Return one value per epoch, NaN where it is unknown."""
     return [math.nan if row[name] is None else row[name] for row in metrics]
 
 

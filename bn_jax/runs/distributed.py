@@ -54,7 +54,7 @@ def is_detected(environment: Mapping[str, str] = os.environ) -> bool:
     """Return whether Slurm, Kubernetes or a TPU pod has started several processes.
 
     Raises:
-      DistributedError: if Slurm's variable is no number.
+      DistributedError: if Slurm's variable is not a number.
     """
     tpu_hosts = environment.get("TPU_WORKER_HOSTNAMES", "").split(",")
     tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
@@ -269,7 +269,7 @@ def end_with_others(is_whole: bool) -> NoReturn:
 
 
 def leave() -> None:
-    """Leave the others at the end of a run; one that has died by then is no matter."""
+    """Leave the others at the end of a run, also where one of them has died by then."""
     if not jax.distributed.is_initialized() or jax.process_count() == 1:
         return
     try:

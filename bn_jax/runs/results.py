@@ -69,7 +69,7 @@ def locked(workdir: str | Path, *, seconds: float = 0) -> Iterator[Path]:
 
     Raises:
       RunError: if the directory cannot be written, or another process holds it.
-      ConfigError: if it is no path of this machine.
+      ConfigError: if it is not a path of this machine.
     """
     workdir = paths.local(workdir, "workdir")
     lock = FileLock(workdir / LOCK, timeout=seconds)
@@ -116,7 +116,7 @@ def held(
 
     Raises:
       RunError: as `check_free` and `locked` say.
-      ConfigError: if it is no path of this machine.
+      ConfigError: if it is not a path of this machine.
     """
     workdir = paths.local(workdir, "workdir")
     check_free(workdir, config, **options)

@@ -135,7 +135,7 @@ def train(
         overwritten. Also if `config.init_from` holds no finished run.
       ConfigError: if the config does not fit the data, the model or the devices,
         variables are not the model's, a log needs a package that is not installed, or
-        `workdir` is no path of this machine.
+        `workdir` is not a path of this machine.
       DataError: if there are too few examples, or a channel to standardise is constant.
       DistributedError: if processes differ; on the others, if process 0 cannot start.
       FloatingPointError: if the loss, a parameter or the test loss is not finite; the
@@ -365,9 +365,9 @@ def load(workdir: str | Path, *, model: Any = None) -> Run:
     Raises:
       RunError: if the directory does not hold a finished run, files are damaged, or
         the model computes something else than that of the run.
-      ConfigError: if its config is of another version of the program, its model was
-        passed in and is not now or is of another class, or `workdir` is no path of this
-        machine.
+      ConfigError: if its config is of another version of the program, if its model was
+        passed in and now is not or is of another class, or if `workdir` is not a path
+        of this machine.
 
     Examples:
       >>> import tempfile

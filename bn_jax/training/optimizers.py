@@ -63,7 +63,7 @@ def make_optimizer(
 
     parts = []
     if not _is_zero(config.clip_norm):
-        if freeze is not None:  # Frozen parameters are no part of the norm.
+        if freeze is not None:  # Frozen parameters are not part of the norm.
             parts.append(freeze)
         parts.append(optax.clip_by_global_norm(config.clip_norm))
     parts.append(

@@ -65,8 +65,8 @@ def starting_from(
 
     Args:
       config: of the run.
-      model: the user's own, or None. An NNX module that is made already holds the
-        variables that it starts from.
+      model: the user's own, or None. An NNX module, as opposed to its
+        class, holds the variables that it starts from.
       variables: that the run starts from: of Linen, a TrainState or of NNX; or None.
 
     Returns:
@@ -74,7 +74,7 @@ def starting_from(
       starts from none of the user's.
 
     Raises:
-      ConfigError: if they are no variables, hold other collections than parameters and
+      ConfigError: if they are not variables, hold other collections than parameters and
         statistics, are missing in a run that started from some, or `config.init_from`
         names another run.
     """

@@ -214,13 +214,13 @@ def _of_all(
 def _of_each_channel(
     key: Array, norms_have: Sequence[Array], others: Sequence[Array]
 ) -> list[Array]:
-    """Return which parameters are chosen of each output of a kernel.
+    """Choose as many parameters of each channel of the kernels as the norms have.
 
-    A kernel's outputs are its last axis.
+    A kernel's channels are those of its output, its last axis.
 
     Raises:
-      ConfigError: if norms have a number of channels that is no kernel's, or kernels
-        have too few parameters for as many to be chosen.
+      ConfigError: if norms have a number of channels that no kernel has, or the kernels
+        have fewer parameters per channel than have to be chosen.
     """
     wanted = collections.Counter[int]()  # by number of channels, of one channel
     for leaf in norms_have:

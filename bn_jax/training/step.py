@@ -274,8 +274,8 @@ def run_steps(
 ) -> tuple[TrainState, Metrics]:
     """Take the steps from `start` to `stop`, or to the first that is not finite.
 
-    As `start` and `stop` are no part of the program, a run that is cut into other parts
-    gives the same numbers, bit for bit.
+    As `start` and `stop` are not part of the program, a run that is cut into other
+    parts gives the same numbers, bit for bit.
 
     Args:
       train_step: as `make_train_step` returns it.
@@ -351,7 +351,7 @@ def evaluate(
       predict: gives the logits of a batch of images; see `Network.predict`.
       variables: what `predict` takes.
       batches: images and labels with a leading axis of batches, `[T, N, ...]`.
-      counts: booleans `[T, N]`; False leaves an example out, such as one of padding.
+      counts: booleans `[T, N]`; False leaves an example out, such as padding.
     """
 
     def add_batch(total: Sums, batch: tuple[Batch, Array]) -> tuple[Sums, None]:

@@ -25,7 +25,7 @@ def select(config: TrainConfig, data: data_lib.ImageData) -> data_lib.ImageData:
 
     Raises:
       TypeError: if data are none.
-      DataError: if there are too few examples, or images are no bytes.
+      DataError: if there are too few examples, or images are not bytes.
       ConfigError: if a batch is larger than the training set, or an option does not fit
         the images.
     """

@@ -23,8 +23,8 @@ does, with the mask of `bn_jax.variables.moving_param_mask`. Any other step make
 averages wrong.
 
 The authors' code holds r at 1 for the first thousand batches, and its moving average
-has its momentum from the first batch on. Here r corrects from the warm-up on, and until
-then the average is that of all batches.
+has its momentum from the first batch on. Here r is 1 during the warm-up, and the moving
+average weighs all batches until then equally; afterwards it has its momentum.
 
 References:
   Yan et al., 2020, "Towards Stabilizing Batch Statistics in Backward Propagation of
@@ -316,7 +316,7 @@ def mabn_transform(
 
     Args:
       num_batches: over which statistics are averaged, forward and backward.
-      warm_up: number of batches, at least `num_batches`, before that begins.
+      warm_up: number of batches, at least `num_batches`, before the averages are used.
       r_max: largest correction towards the moving average, at least 1.
       momentum: weight of the OLD average after the warm-up, in [0, 1]; the authors
         take .98.

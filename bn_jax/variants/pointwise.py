@@ -128,7 +128,7 @@ def dyt(
       TypeError: if `x` is not of a real floating-point dtype, or `params` is no
         NamedTuple with its fields.
       ValueError: on a wrong rank, feature axis or feature count, or an alpha or s that
-        is no scalar.
+        is not a scalar.
 
     References:
       Zhu, Chen, He, LeCun and Liu, 2025, "Transformers without Normalization",

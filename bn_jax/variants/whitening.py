@@ -21,8 +21,8 @@ al.). With $\Sigma + \epsilon I = V \Lambda V^T = L L^T$:
 
 What is averaged for prediction is the covariance, not the matrix W. Training and
 prediction then apply the same function to their moments, so that they agree when the
-batch is the data. An average of W is no function of the average covariance, and of
-pca's W, which jumps from batch to batch, it is no whitening at all.
+batch is the data. An average of W is not a function of the average covariance, and of
+pca's W, which jumps from batch to batch, it is not whitening at all.
 """
 
 from __future__ import annotations

@@ -206,7 +206,7 @@ def _refined(g: Array, right: Array) -> Array:
     to first order $r_j + \sum_i r_i X_{ij}$ with
     $X_{ij} = a_i \cdot a_j / (|a_j|^2 - |a_i|^2)$ have none. They are brought back to
     length 1. The overlaps are accurate to the rounding of $|a_i| |a_j|$, whatever the
-    scales. Where X is no small number, of eigenvalues that rounding does not tell
+    scales. Where X is not a small number, of eigenvalues that rounding does not tell
     apart, it is left out.
 
     References:

@@ -53,7 +53,7 @@ def ours(design: Design, *, precision: Precision) -> benchmark.Ready:
 
 
 def torch(design: Design, *, precision: Precision) -> benchmark.Ready:
-    """Set up PyTorch, in the fastest of the ways that the design allows."""
+    """Set up PyTorch in the fastest of the ways to run it that the design allows."""
     data = design.load()
     trainer = training.trainer(data, **design.config())
     order = training.first_order(trainer)

@@ -19,7 +19,7 @@
 # GPU and all cores of a TPU; each cell can be run twice.
 
 # %%
-# Elsewhere than in a checkout, as on Colab, say where the repository is.
+# Outside of a checkout, as on Colab, set the address of the repository.
 REPOSITORY = "https://github.com/OWNER/bn_jax"
 
 import importlib.util

@@ -69,10 +69,10 @@ def fold(model: Any, variables: Any, inputs: Array, *, without_norms: Any) -> An
       largest, or four roundings of their dtype where that is more.
 
     Last, the model without norms is run on them. It must use all parameters, and give
-    the same outputs, to 1% of the largest, or 32 roundings of their dtype. In all this
-    products of float32 are those of float32 on every backend. The folded
-    model rounds elsewhere than the model. Where that matters, as in half precision or
-    under inputs far from 0, compare their outputs.
+    the same outputs, to 1% of the largest, or 32 roundings of their dtype. All these
+    checks compute float32 products in float32 on every backend. The folded model rounds
+    at other places than the model. Where that matters, as in half precision or for
+    inputs far from 0, compare their outputs.
 
     Args:
       model: function of `(variables, inputs)` that applies the model in prediction

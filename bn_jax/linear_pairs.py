@@ -24,7 +24,8 @@ Flat = dict[Path, Array]
 class Pair(NamedTuple):
     """A norm and the linear layer whose output it is given.
 
-    Of layers that `nn.scan` stacks, each is one of its own; its path ends in a number.
+    Each of the layers that `nn.scan` stacks counts by itself; its path ends in a
+    number.
     """
 
     norm: Path

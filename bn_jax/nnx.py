@@ -224,7 +224,7 @@ class Norm(nnx.Module):
         )
 
     def set_view(self, use_running_average: bool | None = None) -> None:
-        """Set what `nnx.view` changes in a copy of a model.
+        """Set the attributes of this layer for `nnx.view`, which calls it on a copy.
 
         Args:
           use_running_average: True in prediction, False in training; None leaves it as
@@ -429,7 +429,7 @@ class BatchNorm(nnx.Module):
         )
 
     def set_view(self, use_running_average: bool | None = None) -> None:
-        """Set what `nnx.view` changes in a copy of a model.
+        """Set the attributes of this layer for `nnx.view`, which calls it on a copy.
 
         Args:
           use_running_average: True normalises by the running averages, False by the

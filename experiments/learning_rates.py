@@ -18,12 +18,12 @@ apart, or bands as wide as each other.
 
 It ends at 10 seeds, as 20 would take more than three hours.
 
-What came out (10 seeds, 10 epochs; all of it in experiments/README.md): below a loss of
-.6 batch norm trains at all rates from .03 to 18 or 32, no norm at 1 and 1.8, and for
-some seeds up to 5.6: the largest rate is 10 times that without (median; 3 to 18, so
-that whether it is 5 times or more is undecided), the band wider by 2.5 decades. To an
-accuracy of .5 the largest rate is 10 times that without, too (6 to 18), and the band
-wider by 3.1 decades, at least: with norm the least rate that was tried gets there.
+What came out (10 seeds, 10 epochs; all of it in experiments/README.md): with batch norm
+the loss falls below .6 at all rates from .03 to 18 or 32, without at 1 and 1.8, and for
+some seeds up to 5.6. So the largest rate is 10 times that without (median; 3 to 18:
+whether it is 5 times or more is undecided), and the band is wider by 2.5 decades. An
+accuracy of .5 is reached at rates up to 10 times those without, too (6 to 18). Its band
+is wider by at least 3.1 decades, as with norm the least rate that was tried reaches it.
 """
 
 from __future__ import annotations

@@ -149,7 +149,7 @@ class Problems:
 
 
 def note_prefix(flat: Mapping[str, Any], problems: Problems) -> None:
-    """Note in `problems` which prefix the entries have that are missing without it."""
+    """Note in `problems` a prefix with which the missing entries are there."""
     missing = [key for key in problems.missing if " " not in key]
     found = Counter(
         given[: -len(key)]

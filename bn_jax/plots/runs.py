@@ -99,7 +99,7 @@ def _top(metrics: Sequence[Mapping[str, Any]]) -> float:
     """Return the upper end of the axis: it holds all training losses.
 
     By moving averages the loss on a validation set may be a hundred times that of
-    training. It leaves the figure where it would press the other lines flat.
+    training. Where it would flatten the other lines, it runs out of the figure.
     """
     highest: float = max(row["loss"] for row in metrics)
     validated = [

@@ -245,7 +245,8 @@ def train_or_load(
       options: see `train`.
 
     Returns:
-      The run; None on processes other than the primary, where it was read.
+      The run. If it was read and not trained, it is None on all processes but the
+        primary.
 
     Raises:
       RunError: if `workdir` holds another run; this and other errors also as `train`

@@ -308,7 +308,7 @@ BENCHMARK = benchmark.Benchmark(
         "seconds": 0.02,
         "shapes": (shape_name(SHAPES[0]), shape_name(SHAPES[2])),
     },
-    needed=(FLOOR,),  # all ratios are to it
+    needed=(FLOOR,),  # all others are divided by it
 )
 
 if __name__ == "__main__":

@@ -155,7 +155,7 @@ def compare(
     Args:
       measured: what the arms took.
       quantity: its name in the measurements.
-      reference: the arm that ratios are to.
+      reference: the arm by which the others are divided.
       ratio: heads the column of ratios, and labels the figure.
       value: heads the column of values.
     """

@@ -79,7 +79,8 @@ def compare_speeds(
     """Compare examples/s with PyTorch's; titles say which variant of an arm it was.
 
     Returns:
-      The arm that ratios are to, the first where PyTorch's is left out; the comparison.
+      The arm by which the others are divided, PyTorch's or, without it, the first;
+      and the comparison.
     """
     reference = "torch" if "torch" in measured.titles else next(iter(measured.titles))
     variants = {arm: about.get("variant") for arm, about in measured.about.items()}

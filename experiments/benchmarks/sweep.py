@@ -108,7 +108,7 @@ class Design(benchmark.Design):
 
 
 def report(measured: benchmark.Measured) -> benchmark.Report:
-    """Report times of all members to those of single runs."""
+    """Report the times of all members, divided by those of single runs."""
     losses = {arm: about["losses"] for arm, about in measured.about.items()}
     reference = next(iter(losses))  # the first is that of single runs
     shared = min(map(len, losses.values()))

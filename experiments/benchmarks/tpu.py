@@ -82,7 +82,7 @@ PROGRAMS = (
 
 
 class Compiled(NamedTuple):
-    """What is said of a program; counts and bytes are those of one chip."""
+    """What was counted in a compiled program; counts and bytes are per chip."""
 
     collectives: dict[str, int]  # by kind
     collectives_a_norm: float  # but for the one of gradients and metrics

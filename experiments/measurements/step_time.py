@@ -50,10 +50,10 @@ def _epochs(norm: str, model: str, data: ImageData) -> Iterator[float]:
 
 
 def at_equal_time(runs: Runs, arm: str) -> list[float]:
-    """Return the training loss of an arm's runs in the time of batch norm's epochs.
+    """Return the training losses of an arm after as long as batch norm trains in all.
 
-    An epoch's loss is taken for that at its end, with straight lines between; NaN where
-    the arm is not through its first epoch by then.
+    The mean loss of an epoch counts as the loss at its end, and losses between are
+    interpolated. NaN where the arm has not finished its first epoch by then.
     """
     found = []
     for row in runs[arm]:

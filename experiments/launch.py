@@ -265,7 +265,7 @@ def experiment(
             if not repeat and (folder / results.RESULTS).exists():
                 raise results.RunError(
                     f"{folder} holds results, which would be lost: measuring again "
-                    "gives others; give another folder with --workdir"
+                    "gives others; give another workdir"
                 )
             started = {"experiment": name, **config}
             stack.enter_context(results.held(folder, started, repeat=True))

@@ -41,7 +41,7 @@ def check_values(
             raise DataError(
                 f"{where} holds {other.title}'s {part.replace('_', ' ')}, expected "
                 f"{spec.title}'s. Give the folder of {spec.title}'s files, or "
-                f"--dataset={other.name}."
+                f"the dataset {other.name}."
             )
     if spec.crc32 is None:
         return

@@ -61,7 +61,7 @@ def load(name: str) -> ImageData:
         found = "is a folder" if path.is_dir() else "does not exist"
         raise DataError(
             f"dataset {name!r}: {path.absolute()} {found}, expected an npz file. Give "
-            "its path after 'npz:', as in --dataset=npz:PATH."
+            "its path after 'npz:', as in npz:PATH."
         )
     arrays = _read(path)
     pairs = {}

@@ -222,7 +222,7 @@ def _is_prepared(prepared: Path) -> bool:
     if prepared.exists():
         raise DataError(
             f"{prepared} holds no dataset_info.json, so it is no prepared TFDS set. "
-            "Delete the folder, or give another --data_dir."
+            "Delete the folder, or give another data_dir."
         )
     return False
 
@@ -285,12 +285,12 @@ def _not_found(spec: DatasetSpec, prepared: Path, failure: str) -> DataNotFoundE
         looked.append(f"no {spec.files} in {spec.system_folder}")
         ways.append(f"apt-get install {spec.system_package}")
     address, _, example = _last_url(spec).rpartition("/")
-    ways.append(f"--data_files=FOLDER with the {spec.files}, such as {example}")
+    ways.append(f"data_files=FOLDER with the {spec.files}, such as {example}")
     mend = f"To get the data: {'; or '.join(ways)}."
     if spec.name == _SAMPLE_OF:
         mend += (
             " Or train on the embedded sample of 6,000 + 1,000 images with "
-            "--dataset=auto or --dataset=sample."
+            "the dataset auto or sample."
         )
     return DataNotFoundError(
         f"{spec.title} is not at hand: {', '.join(looked)}, and the download "

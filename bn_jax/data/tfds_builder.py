@@ -145,7 +145,7 @@ def prepare(
             return
         raise DataError(
             f"{spec.title} cannot be prepared in {data_dir}: {error}. Give another "
-            "--data_dir, one that can be written."
+            "data_dir, one that can be written."
         ) from None
 
 
@@ -179,8 +179,8 @@ def read(prepared: Path, spec: DatasetSpec) -> tuple[Split, Split]:
     if found_format != _FILE_FORMAT:
         raise DataError(
             f"{prepared} was prepared as {found_format}, which needs TensorFlow; "
-            f"expected {_FILE_FORMAT}. Give another --data_dir or the {spec.files} "
-            "with --data_files, or delete the folder and prepare the set again."
+            f"expected {_FILE_FORMAT}. Give another data_dir or the {spec.files} "
+            "as data_files, or delete the folder and prepare the set again."
         )
     found = (sizes, image_shape, classes)
     expected = (dict(spec.sizes), spec.image_shape, len(spec.class_names))

@@ -310,7 +310,7 @@ class Checkpoints:
         if faults:
             raise RunError(
                 f"the checkpoint {self._path / str(step)} is of another run "
-                f"({'; '.join(faults)}); give another folder with --workdir"
+                f"({'; '.join(faults)}); give another workdir"
             )
 
     def _before(self, step: int) -> str:

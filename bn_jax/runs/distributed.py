@@ -113,7 +113,7 @@ def initialize(
     except ValueError as error:
         raise DistributedError(
             f"JAX does not find out what processes to join ({error}); give "
-            "--coordinator_address, --num_processes and --process_id"
+            "coordinator_address, num_processes and process_id"
         ) from error
 
 
@@ -136,14 +136,14 @@ def _meet(address: str, num_processes: int, process_id: int, *, seconds: int) ->
         missing, twice = _send_number(host, int(port), process_id, deadline)
     if twice:
         raise DistributedError(
-            f"two processes have come with --process_id={twice[0]}; give each its own, "
+            f"two processes have come with process_id={twice[0]}; give each its own, "
             f"from 0 to {num_processes - 1}"
         )
     if missing:
         raise DistributedError(
             f"process {', '.join(map(str, missing))} of {num_processes} has not come "
             f"to {address} within {seconds} seconds; start all of them with the same "
-            "--coordinator_address and --num_processes, and each with its --process_id"
+            "coordinator_address and num_processes, and each with its process_id"
         )
 
 
@@ -159,7 +159,7 @@ def _receive_numbers(
     except OSError as error:
         raise DistributedError(
             f"process 0 cannot listen on port {port}: {error.strerror}; give another "
-            "port in --coordinator_address, or another --process_id where process 0 "
+            "port in coordinator_address, or another process_id where process 0 "
             "has been started already"
         ) from error
     lines: dict[socket.socket, bytes] = {}  # what each that has knocked has said
@@ -318,7 +318,7 @@ def check_same(values: Mapping[str, Any]) -> None:
     if faults:
         raise DistributedError(
             f"processes differ ({'; '.join(faults)}); start all of them with the same "
-            "command, but for --process_id, on the same versions and data"
+            "command, but for process_id, on the same versions and data"
         )
 
 

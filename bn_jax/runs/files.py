@@ -60,7 +60,7 @@ class Files:
         if finished and progress is None:
             raise RunError(
                 f"{self._workdir} holds a finished run of fewer epochs, and no "
-                "checkpoint to go on from; give another folder with --workdir"
+                "checkpoint to go on from; give another workdir"
             )
         if finished:
             results.set_results_aside(self._workdir)

@@ -92,7 +92,7 @@ def locked(workdir: str | Path, *, seconds: float = 0) -> Iterator[Path]:
 def _no_place(workdir: Path, error: OSError) -> RunError:
     return RunError(
         f"cannot write to the working directory {workdir}: {error.strerror}; make it "
-        "writable, or give another folder with --workdir"
+        "writable, or give another workdir"
     )
 
 
@@ -165,12 +165,12 @@ def check_free(
     if links:
         raise RunError(
             f"{workdir / links[0]} is a link to another folder, which would be written "
-            "to; put the folder itself there, or give another --workdir"
+            "to; put the folder itself there, or give another workdir"
         )
     if present and CONFIG not in present:
         raise RunError(
             f"{workdir} holds {', '.join(present[:5])} but no {CONFIG}, so it is not a "
-            "run's; give an empty or new folder with --workdir"
+            "run's; give an empty or new workdir"
         )
     longer = False
     if present:
@@ -178,7 +178,7 @@ def check_free(
         if _kind(there) != _kind(config):
             raise RunError(
                 f"{workdir} holds {_kind(there)}, and this is {_kind(config)}; give "
-                "another folder with --workdir"
+                "another workdir"
             )
         faults = differences(there, config)
         longer = is_shorter(there, config)
@@ -187,24 +187,23 @@ def check_free(
                 f"{workdir} holds a run of {there['epochs']} epochs; with "
                 f"schedule={config.get('schedule')!r}, a run of {config['epochs']} has "
                 "other learning rates from the start. Only runs with schedule=constant "
-                "can be extended: give another folder with --workdir"
+                "can be extended: give another workdir"
             )
         if faults and not longer:
             raise RunError(
                 f"{workdir} holds a run of another config ({'; '.join(faults)}); give "
-                "another folder with --workdir"
+                "another workdir"
             )
     if RESULTS in present and not repeat and not longer:
         raise RunError(
             f"{workdir} holds a finished run of this config; read it with "
             f"--load={workdir} (in Python by bn_jax.runs.load, or train_or_load in "
-            "place of train), let it go on with more --epochs, or give another folder "
-            "with --workdir"
+            "place of train), let it go on with more epochs, or give another workdir"
         )
     if present and not resume:
         raise RunError(
-            f"{workdir} holds an unfinished run of this config; resume it by "
-            "--resume, or give another folder with --workdir"
+            f"{workdir} holds an unfinished run of this config; give resume=True, or "
+            "another workdir"
         )
 
 

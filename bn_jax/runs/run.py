@@ -282,7 +282,7 @@ def train_or_load(
         if faults:
             raise RunError(
                 f"{workdir} holds another run ({'; '.join(faults)}); give another "
-                "--workdir"
+                "workdir"
             )
         read.append(run)
         return b"done"

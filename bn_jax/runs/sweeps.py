@@ -402,12 +402,12 @@ def _devices(options: RunOptions, num_members: int) -> list[jax.Device]:
     if options.input == "stream":
         raise ConfigError(
             "input='stream' for a sweep, whose members share the data set in the "
-            "devices' memory; leave out --input"
+            "devices' memory; leave out input"
         )
     if options.log != "none":
         raise ConfigError(
             f"log={options.log!r} for a sweep, whose members have a row each in "
-            f"{results.ROWS}; leave out --log"
+            f"{results.ROWS}; leave out log"
         )
     return present[: min(count, num_members)]
 

@@ -112,7 +112,7 @@ class TrainConfig:
     )
     init_statistics: str = option(
         "kept",
-        "Whether the moving statistics of --init_from are kept, or fresh.",
+        "Whether the moving statistics of init_from are kept, or fresh.",
         choices=("kept", "fresh"),
     )
     trained: str = option(

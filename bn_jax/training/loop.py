@@ -301,7 +301,7 @@ class Trainer:
         raise FloatingPointError(
             f"{'the loss is' if not np.isfinite(loss) else 'parameters are'} not "
             f"finite at step {self.step + 1} (learning_rate="
-            f"{float(rate(self.step)):.6g}): {where}; try a smaller --learning_rate"
+            f"{float(rate(self.step)):.6g}): {where}; try a smaller learning_rate"
         )
 
     def _report(self, epoch: int) -> EpochReport:
@@ -312,7 +312,7 @@ class Trainer:
             raise FloatingPointError(
                 f"the loss on the test set is not finite after epoch {epoch + 1} "
                 f"(learning_rate={self.config.learning_rate}); try a smaller "
-                "--learning_rate"
+                "learning_rate"
             )
         validated = None if self._validate is None else self._validate(variables)
         steps = slice(self.step - self.steps_per_epoch, self.step)

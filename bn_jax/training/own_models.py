@@ -156,7 +156,7 @@ def check_sharing(
             raise ConfigError(
                 f"batch_stats={config.batch_stats!r} and parallel='jit' with a model "
                 "that was passed in: one program has statistics of the whole batch; "
-                "give --parallel=pmap"
+                "give parallel='pmap'"
             )
         named = {path: name for path, name in names.items() if name is not None}
         if named:
@@ -164,7 +164,7 @@ def check_sharing(
                 f"parallel='jit' with norms with axis_name="
                 f"{next(iter(named.values()))!r}, {', '.join(sorted(named))} of the "
                 "model; one program has statistics of the whole batch, and no axis to "
-                "name: build the model without axis_name, or give --parallel=pmap"
+                "name: build the model without axis_name, or give parallel='pmap'"
             )
         return
     if 1 < placement.group_size < len(placement.devices):
@@ -178,6 +178,6 @@ def check_sharing(
         raise ConfigError(
             f"batch_stats={config.batch_stats!r} on {len(placement.devices)} devices "
             f"needs norms with axis_name={wanted!r}, which {', '.join(wrong)} of the "
-            "model lack; build the model so, or give --parallel=jit (statistics of the "
-            "whole batch) or --batch_stats=per_device (those of each device)"
+            "model lack; build the model so, or give parallel='jit' (statistics of the "
+            "whole batch) or batch_stats='per_device' (those of each device)"
         )

@@ -144,7 +144,7 @@ def place(
         raise ConfigError(
             f"devices={num_devices} of the {len(present)} of {jax.process_count()} "
             "processes; several processes train with all of their devices: leave out "
-            "--devices, or start fewer processes"
+            "devices, or start fewer processes"
         )
     if config.batch_size % num_devices:
         raise ConfigError(

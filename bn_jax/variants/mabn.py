@@ -311,8 +311,8 @@ def mabn_transform(
 ) -> Transform:
     """Return moving average batch norm: `bn_jax.variants.mabn.mabn`.
 
-    It wants kernels that are centred, as with `--model=lenet:centred_kernels=true`, and
-    a step of its own for the parameter `moving_products`, as our training takes it.
+    It wants kernels that are centred, as those of `lenet:centred_kernels=true`, and a
+    step of its own for the parameter `moving_products`, as our training takes it.
 
     Args:
       num_batches: over which statistics are averaged, forward and backward.

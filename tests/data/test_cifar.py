@@ -386,5 +386,5 @@ def test_strict_name_without_data_tells_the_ways(cifar10, tmp_path):
         load("cifar10")
     message = str(caught.value)
     assert str(tmp_path / "tfds" / "cifar10" / "3.0.2") in message
-    assert "--data_files=FOLDER with the CIFAR files, such as cifar-10-bi" in message
-    assert "--dataset=sample" not in message
+    assert "data_files=FOLDER with the CIFAR files, such as cifar-10-bi" in message
+    assert "the embedded sample" not in message

@@ -121,8 +121,8 @@ def test_strict_name_without_data_tells_the_three_ways(tiny, caplog, capfd):
     for way in (
         "a machine with internet",
         "apt-get install dataset-fashion-mnist",
-        "--data_files=FOLDER",
-        "--dataset=auto or --dataset=sample",
+        "data_files=FOLDER",
+        "the dataset auto or sample",
     ):
         assert way in message
     assert caught.value.__cause__ is None

@@ -310,7 +310,7 @@ def test_file_that_cannot_be_read_ends_in_a_line_and_leaves_no_folder(
         ),
         (
             ["--workdir=/dev/null/a", "--smoke", *MLP],
-            "cannot write to the working directory /dev/null/a: .*--workdir",
+            "cannot write to the working directory /dev/null/a: .*another workdir",
         ),
         (
             ["--workdir=a", "--smoke", "--batch_size=6001"],

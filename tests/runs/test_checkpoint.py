@@ -203,7 +203,7 @@ def test_checkpoint_of_another_config_or_data_set_is_refused(
 ):
     save(tmp_path, progress(3))
     with pytest.raises(
-        RunError, match=f"/3 is of another run {message}.*another folder"
+        RunError, match=f"/3 is of another run {message}.*another workdir"
     ):
         latest(tmp_path, identity={**IDENTITY, **changes})
 

@@ -518,7 +518,7 @@ def test_two_processes_of_one_number_end_the_meeting_at_once():
     others, rest = meet_in_threads(port, [1], count=3, seconds=30)
     join_all(first + rest, 10)
     assert time.monotonic() - started < 5
-    message = "two processes have come with --process_id=1; give each its own, from"
+    message = "two processes have come with process_id=1; give each its own, from"
     for said in (outcomes[0], others[1], outcomes[1]):
         assert message in said
 
@@ -625,7 +625,7 @@ def test_cluster_that_there_is_not_is_named_in_a_line(start):
     status, said = start.command([sys.executable, "-c", JOIN]).end()
     assert status == 0, said
     assert said.startswith("JAX does not find out what processes to join (")
-    way_out = "give --coordinator_address, --num_processes and --process_id\n"
+    way_out = "give coordinator_address, num_processes and process_id\n"
     assert said.endswith(way_out) and said.count("\n") == 1
 
 

@@ -179,7 +179,7 @@ def test_statistics_that_would_not_be_shared_as_asked_are_refused(
             per_device, tiny_data, model=Own("data"), workdir=tmp_path, options=two
         )
     one_program = RunOptions(devices="2", parallel="jit")
-    with pytest.raises(ConfigError, match="give --parallel=pmap"):
+    with pytest.raises(ConfigError, match="give parallel='pmap'"):
         runs.train(
             per_device, tiny_data, model=Own(), workdir=tmp_path, options=one_program
         )

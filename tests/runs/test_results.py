@@ -36,7 +36,7 @@ def test_processor_with_no_more_than_numpy_was_compiled_for_has_no_instructions(
 
 def test_folder_of_something_else_is_refused_and_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("precious")
-    with pytest.raises(RunError, match="thesis.tex but no config.json.*new folder"):
+    with pytest.raises(RunError, match="thesis.tex but no config.json.*new workdir"):
         start(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
@@ -50,7 +50,7 @@ def test_folder_of_something_else_is_refused_and_left_alone(tmp_path):
         (
             {**CONFIG, "exact": True, "part": [2, 3]},
             {**CONFIG, "exact": True},
-            "holds part 2 of 3 of a sweep, and this is a sweep; give another folder",
+            "holds part 2 of 3 of a sweep, and this is a sweep; give another workdir",
         ),
     ],
 )
@@ -74,7 +74,9 @@ def test_unfinished_run_of_the_same_config_is_gone_on_with(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"epoch": 1}\n')
     start(tmp_path)
     assert results.read_metrics(tmp_path) == [{"epoch": 1}]
-    with pytest.raises(RunError, match="unfinished run of this config; .*--resume"):
+    with pytest.raises(
+        RunError, match="unfinished run of this config; give resume=True"
+    ):
         start(tmp_path, resume=False)
 
 

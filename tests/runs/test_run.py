@@ -268,7 +268,9 @@ def test_unfinished_run_is_refused_if_it_is_not_to_be_gone_on_with(
 ):
     before = contents(stopped)
     options = dataclasses.replace(OPTIONS, resume=False)
-    with pytest.raises(RunError, match="unfinished run of this config; .*--resume"):
+    with pytest.raises(
+        RunError, match="unfinished run of this config; give resume=True"
+    ):
         run_lib.train(tiny_config, tiny_data, workdir=stopped, options=options)
     assert contents(stopped) == before
 
@@ -363,7 +365,9 @@ def test_folder_that_cannot_be_made_is_refused(
 ):
     (tmp_path / "file").write_text("")
     workdir = tmp_path / parent / "run"  # an absolute parent replaces tmp_path
-    with pytest.raises(RunError, match=f"cannot write to .* {workdir}: .*--workdir"):
+    with pytest.raises(
+        RunError, match=f"cannot write to .* {workdir}: .*another workdir"
+    ):
         run_lib.train(tiny_config, tiny_data, workdir=workdir)
 
 

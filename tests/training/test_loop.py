@@ -287,7 +287,7 @@ def test_rate_that_is_too_great_ends_the_run_before_the_step(
     message = str(raised.value)
     assert f"not finite at step {step + 1} (learning_rate=1e+38): " in message
     assert re.search(r"those of \w+;|but not the loss that they make;", message)
-    assert message.endswith("; try a smaller --learning_rate")
+    assert message.endswith("; try a smaller learning_rate")
     progress = trainer.progress()
     assert 1 <= step == progress.state.step == len(progress.step_losses)
     assert all_finite((progress.state, progress.step_losses))
@@ -326,7 +326,9 @@ def test_first_layer_that_is_not_finite_is_named(layer, broken):
 
 def test_test_loss_that_is_not_finite_ends_the_run(broken):
     # Training does not use the moving averages, prediction does.
-    message = r"loss on the test set is not finite after epoch 1 .*--learning_rate"
+    message = (
+        r"loss on the test set is not finite after epoch 1 .*smaller learning_rate"
+    )
     with pytest.raises(FloatingPointError, match=message):
         broken("batch_stats", "norm2", "mean", np.nan)
 

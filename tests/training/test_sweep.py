@@ -387,7 +387,7 @@ def test_stopped_sweep_resumes_to_the_same_numbers(
 def test_options_that_a_sweep_cannot_take_are_refused(tmp_path, configs, tiny_data):
     for options, message in (
         (RunOptions(devices="9"), "at most its own 8 devices"),
-        (RunOptions(devices="1", input="stream"), "leave out --input"),
+        (RunOptions(devices="1", input="stream"), "leave out input"),
     ):
         with pytest.raises(ConfigError, match=message):
             sweeps.sweep(configs, tiny_data, workdir=tmp_path / "new", options=options)

@@ -15,7 +15,7 @@ from typing import Annotated, Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from bn_jax.fields import POSITIVE, SHARE
+from bn_jax.fields import POSITIVE, SHARE, ConfigError
 from bn_jax.names import TRACEABLE
 
 # Options that many norms have.
@@ -26,6 +26,36 @@ Epsilon = Annotated[float, POSITIVE, TRACEABLE]
 MOMENTS = frozenset(
     {"weights", "axis_name", "axis_index_groups", "statistics", "update_state"}
 )
+
+
+class DivisorError(ConfigError):
+    """An option of a norm that does not divide the number of features.
+
+    For networks the option is to blame, not the images.
+
+    Attributes:
+      option: with its value, as in "num_groups=4".
+      num_features: the number of features.
+      otherwise: what else than a divisor can be given.
+    """
+
+    def __init__(
+        self, option: str, num_features: int, *, of: str = "", otherwise: str = ""
+    ) -> None:
+        """Make the error of one layer.
+
+        Args:
+          option: see the attribute.
+          num_features: see the attribute.
+          of: what has the features, such as "x of shape [5, 6]".
+          otherwise: see the attribute.
+        """
+        super().__init__(
+            f"{option} does not divide the {num_features} features{of and f' of {of}'}"
+            f"; give a divisor of {num_features}{otherwise}"
+        )
+        self.option, self.num_features = option, num_features
+        self.otherwise = otherwise
 
 
 class Transform(NamedTuple):

@@ -21,7 +21,9 @@ from jax import Array
 from jax.extend.core import jaxprs_in_params
 
 from bn_jax import tracing
+from bn_jax.contract import DivisorError
 from bn_jax.fields import ConfigError
+from bn_jax.linen import Norm
 
 
 def as_model(source: Any) -> Any:
@@ -148,9 +150,10 @@ def check_fits(
 
     Raises:
       ConfigError: in one line, naming the model, the shape, and what to do: if Flax or
-        JAX refuses such images, a variable has no elements, there are collections
-        besides `params` and `batch_stats`, the result is not of shape `[num_images,
-        num_classes]`, or an array is larger than `max_bytes`.
+        JAX refuses such images, an option of a norm does not divide its features,
+        a variable has no elements, there are collections besides `params` and
+        `batch_stats`, the result is not of shape `[num_images, num_classes]`, or an
+        array is larger than `max_bytes`.
 
     Examples:
       >>> from bn_jax.models.mlp import MLP
@@ -169,6 +172,8 @@ def check_fits(
     images = jax.ShapeDtypeStruct((num_images, *image_shape), jnp.result_type(float))
     try:
         traced, (variables, logits) = jax.make_jaxpr(trace, return_shape=True)(images)
+    except DivisorError as error:
+        raise _of_all_layers(error, model, images) from error
     except ConfigError:
         raise
     except ZeroDivisionError as error:  # of an initializer: of a kernel of 0 inputs
@@ -218,6 +223,54 @@ def check_fits(
             f"of {size}; expected at most {max_bytes / 1e9:,.0f} GB, twice the memory: "
             "give a smaller model or batch, or less padding"
         )
+
+
+def _of_all_layers(error: DivisorError, model: Any, images: Any) -> ConfigError:
+    """Return the error of a layer with its name, and the values that all layers take.
+
+    Only a Linen model's layers can be seen; of another the error is returned as it is.
+    """
+    features: dict[str, dict[str, int]] = {}  # by kind of norm and layer
+    refused: list[Norm] = []
+
+    def note(
+        next_fun: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        context: nn.module.InterceptorContext,
+    ) -> Any:
+        layer = context.module
+        if not isinstance(layer, Norm):
+            return next_fun(*args, **kwargs)
+        of_kind = features.setdefault(layer.transform.name, {})
+        try:
+            y = next_fun(*args, **kwargs)
+            if isinstance(layer.axis, int):
+                of_kind["/".join(layer.path)] = y.shape[layer.axis]
+        except DivisorError as of_layer:
+            y = args[0]  # passed by, so that the layers behind it are seen
+            of_kind["/".join(layer.path)] = of_layer.num_features
+            refused.append(layer)
+        return y
+
+    def init(images: Array) -> Any:
+        with nn.intercept_methods(note):
+            return model.init(jax.random.key(0), images, train=False)
+
+    if isinstance(model, nn.Module):
+        jax.eval_shape(init, images)
+    if not refused:
+        return error
+    kind = refused[0].transform.name
+    numbers = set(features[kind].values())
+    common = math.gcd(*numbers)
+    divisors = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
+    counts = ", ".join(map(str, sorted(numbers)))
+    return ConfigError(
+        f"{error.option} does not divide the {error.num_features} features of layer "
+        f"{'/'.join(refused[0].path)}; the {kind} norms of {name_of(model)} have "
+        f"{counts} features, so give one of {divisors}{error.otherwise}"
+    )
 
 
 def _computed(jaxpr: Any) -> Iterator[Any]:

@@ -225,10 +225,17 @@ def check(
                 "devices' memory: train a sweep for each"
             )
     for group in groups:
-        group_task = Task.of(configs[group[0]], task.select(configs[group[0]], data))
-        networks = [make_network(configs[i], group_task, model=model) for i in group]
-        # The others are of the same shapes.
-        networks[0].check_fits(configs[group[0]].batch_size)
+        first = configs[group[0]]
+        group_task = Task.of(first, task.select(first, data))
+        for i in group:
+            try:
+                network = make_network(configs[i], group_task, model=model)
+                if i == group[0]:  # the others are of the same shapes
+                    network.check_fits(first.batch_size)
+            except ConfigError as error:
+                raise ConfigError(
+                    f"{error} (member {i + 1} of {len(configs)}: {labels(configs)[i]})"
+                ) from error
     return groups
 
 

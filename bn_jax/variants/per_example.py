@@ -24,8 +24,8 @@ from jax import Array
 from bn_jax import checks
 from bn_jax import functional as functional_lib
 from bn_jax import moments as moments_lib
-from bn_jax.contract import Epsilon, Transform, with_options
-from bn_jax.fields import AT_LEAST_1, ConfigError
+from bn_jax.contract import DivisorError, Epsilon, Transform, with_options
+from bn_jax.fields import AT_LEAST_1
 from bn_jax.functional import BatchNormParams, normalize
 
 
@@ -93,9 +93,8 @@ def group_norm(
     num_features = x.shape[feature]
     checks.check_known("num_groups", num_groups, AT_LEAST_1)
     if num_features % num_groups:
-        raise ConfigError(  # for networks the option is to blame, not the images
-            f"num_groups={num_groups} does not divide the {num_features} features of x "
-            f"of shape {list(x.shape)}; give a divisor of {num_features}"
+        raise DivisorError(
+            f"num_groups={num_groups}", num_features, of=f"x of shape {list(x.shape)}"
         )
     of_example = math.prod(s for a, s in enumerate(x.shape) if a != batch)
     if of_example == num_groups and x.shape[batch] != 0:

@@ -36,7 +36,13 @@ from bn_jax import checks
 from bn_jax import functional as functional_lib
 from bn_jax import moments as moments_lib
 from bn_jax.averages import BatchNormState, update_average
-from bn_jax.contract import Epsilon, Momentum, Transform, without_batch_axis
+from bn_jax.contract import (
+    DivisorError,
+    Epsilon,
+    Momentum,
+    Transform,
+    without_batch_axis,
+)
 from bn_jax.fields import AT_LEAST_1, ConfigError
 from bn_jax.functional import BatchNormParams
 from bn_jax.mapped_axes import AxisName
@@ -248,9 +254,10 @@ def _split(num_features: int, group_size: int | None) -> tuple[int, int]:
     if group_size is None:
         return 1, num_features
     if group_size < 1 or num_features % group_size:
-        raise ValueError(
-            f"group_size={group_size} does not divide the {num_features} features; "
-            f"give a divisor of {num_features}, or None to whiten all together"
+        raise DivisorError(
+            f"group_size={group_size}",
+            num_features,
+            otherwise=", or leave it out to whiten all together",
         )
     return num_features // group_size, group_size
 

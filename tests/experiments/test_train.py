@@ -179,7 +179,7 @@ SECOND_FAILS = "model.norm_layers=11,1"  # of two members that share a program
             ["--norm=layer", "--norm_statistics=moving"],
             "norm_statistics='moving' with norm='layer', which keeps no moving stat",
         ),
-        (["--norm=group:num_groups=3"], "num_groups=3 does not divide the 8 features"),
+        (["--norm=group:num_groups=3"], "num_groups=3 does not .* 8 .* layer norm1;"),
         (["--epochs=ten"], "--epochs=ten; expected an integer$"),
         (["--learning_rate=fast"], "--learning_rate=fast; expected a number$"),
         (["--resume=maybe"], "--resume=maybe; expected true or false$"),

@@ -9,10 +9,11 @@ from flax import nnx
 
 from bn_jax import models
 from bn_jax.fields import ConfigError
-from bn_jax.linen import BatchNorm
+from bn_jax.linen import BatchNorm, norm
 from bn_jax.models.lenet import LeNet
 from bn_jax.models.mlp import MLP
 from bn_jax.models.nnx_model import NnxModel
+from bn_jax.nnx import norm as nnx_norm
 
 X = jax.random.uniform(jax.random.key(0), (6, 4, 4, 1))
 
@@ -94,6 +95,59 @@ def test_model_that_does_not_fit_is_refused_in_one_line(model, shape, message):
     with pytest.raises(ConfigError, match=message) as refusal:
         models.check_fits(model, shape, num_classes=3)
     assert "\n" not in str(refusal.value)
+
+
+class OfTwoKinds(nn.Module):
+    """A batch norm of 5 features before group norms of 8 and 10."""
+
+    groups: int
+
+    @nn.compact
+    def __call__(self, x, train):
+        group = norm("group", num_groups=self.groups)
+        x = norm("center")(use_running_average=not train)(nn.Dense(5)(x))
+        x = group(name="first")(nn.Dense(8)(x.reshape(len(x), -1)))
+        return nn.Dense(3)(group(name="second")(nn.Dense(10)(x)))
+
+
+# The common divisors of 6, 16, 120 and 84 are 1 and 2, as are those of 8 and 10.
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (
+            LeNet(norm=norm("group:num_groups=3")),
+            "num_groups=3 does not divide the 16 features of layer norm2; the group "
+            "norms of LeNet have 6, 16, 84, 120 features, so give one of 1, 2",
+        ),
+        (
+            OfTwoKinds(4),
+            "num_groups=4 does not divide the 10 features of layer second; the group "
+            "norms of OfTwoKinds have 8, 10 features, so give one of 1, 2",
+        ),
+        (
+            LeNet(norm=norm("whitening:group_size=4")),
+            "group_size=4 does not divide the 6 features of layer norm1; the "
+            "whitening norms of LeNet have 6, 16, 84, 120 features, so give one of "
+            "1, 2, or leave it out to whiten all together",
+        ),
+    ],
+)
+def test_number_of_groups_is_advised_that_fits_all_layers(model, message):
+    with pytest.raises(ConfigError) as refusal:
+        models.check_fits(model, (28, 28, 1))
+    assert str(refusal.value) == message
+    models.check_fits(LeNet(norm=norm("group:num_groups=2")), (28, 28, 1))
+    models.check_fits(OfTwoKinds(2), (28, 28, 1))
+
+
+def test_groups_of_an_nnx_module_are_refused_as_by_the_function():
+    def made(rngs):
+        return nnx.Sequential(
+            nnx.Linear(3, 6, rngs=rngs), nnx_norm("group:num_groups=4")(6, rngs=rngs)
+        )
+
+    with pytest.raises(ConfigError, match="num_groups=4 does not .*; give a divisor"):
+        models.check_fits(NnxModel(made), (3,))
 
 
 @pytest.mark.parametrize(

@@ -401,6 +401,29 @@ def test_members_of_several_data_sets_are_refused(tmp_path, tiny_config, tiny_da
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (
+            "norm=layer|group:num_groups=3;seed=0,1",
+            r"16 features of layer norm1; .*one of 1, 2, 4, 8, 16 \(member 3 of 4: "
+            r"seed=0, norm=group:num_groups=3\)",
+        ),
+        (
+            "seed=0,1;model.norm_layers=11,1",
+            r"norm_layers has 1 digits; expected 2, .* \(member 2 of 4: seed=0, model",
+        ),
+    ],
+)
+def test_member_that_does_not_fit_is_named(
+    spec, message, tmp_path, tiny_config, tiny_data
+):
+    configs = parse(spec, tiny_config)
+    with pytest.raises(ConfigError, match=message):
+        sweeps.sweep(configs, tiny_data, workdir=tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.slow
 def test_members_of_several_norms_are_trained_as_alone(
     tmp_path, tiny_config, tiny_data

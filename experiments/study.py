@@ -186,13 +186,18 @@ class Study:
         seeds = max(map(len, runs.values()), default=1)
         return claims.judge(self.claims, runs, self.looks.until(seeds))
 
-    def draw(self, rows: Sequence[Row], folder: Path) -> None:
-        """Write the figures whose runs are among the rows, and one of the verdicts."""
+    def caution(self, rows: Sequence[Row]) -> str:
+        """Return a line that marks a try, on fewer seeds than claims need."""
         seeds = max(map(len, self.runs(rows).values()), default=0)
         needed = self.looks.seeds[0]
         few = f"No result, but a try: {seeds} of the {needed} seeds that claims need"
-        caution = few if seeds < needed else ""
-        figures.draw_verdicts(self.verdicts(rows), folder / CLAIMS, caution=caution)
+        return few if seeds < needed else ""
+
+    def draw(self, rows: Sequence[Row], folder: Path) -> None:
+        """Write the figures whose runs are among the rows, and one of the verdicts."""
+        figures.draw_verdicts(
+            self.verdicts(rows), folder / CLAIMS, caution=self.caution(rows)
+        )
         for name, figure in self.figures.items():
             figure.draw(self.runs(rows), folder / name)
 
@@ -227,16 +232,14 @@ def _define_flags(study: Study) -> None:
 def _main(study: Study, argv: Sequence[str]) -> None:
     launch.check_no_arguments(argv)
     if flags.FLAGS.plot_only:
-        folder = launch.workdir()
+        folder = results.existing(launch.workdir(), "workdir")
         there = results.read_object(folder / results.CONFIG).get("experiment")
         if there != study.name:
             raise results.RunError(
                 f"{folder} holds {there or 'a run or sweep of none'}, and this is the "
                 f"experiment {study.name}; give the folder of its rows"
             )
-        rows = results.read_rows(folder / ROWS)
-        study.draw(rows, folder)
-        _print(study.verdicts(rows))
+        _end(study, results.read_rows(folder / ROWS), folder, "figures")
         return
     launch.set_up_jax()
     smoke = {**SMOKE, **study.smoke} if flags.FLAGS.smoke else {}
@@ -276,12 +279,7 @@ def run(study: Study, design: Design, folder: Path) -> None:
         "environment": results.environment(),
     }
     results.write_json(folder / results.RESULTS, summary)
-    study.draw(rows, folder)
-    _print(verdicts)
-    needed = study.looks.seeds[0]
-    if design.seeds < needed:
-        print(f"a try: claims are judged from {needed} seeds, here of {design.seeds}")
-    print(f"written to {folder}: {ROWS}, {results.RESULTS}, figures")
+    _end(study, rows, folder, f"{ROWS}, {results.RESULTS}, figures")
     if study.measure is None:
         print(f"trained runs, which studies share, are in {trainer.pool}")
 
@@ -413,10 +411,16 @@ class _Trainer:
         return rows
 
 
-def _print(verdicts: Sequence[Verdict]) -> None:
-    for verdict in verdicts:
+def _end(study: Study, rows: Sequence[Row], folder: Path, written: str) -> None:
+    """Draw the figures; print the verdicts, and what was written."""
+    study.draw(rows, folder)
+    for verdict in study.verdicts(rows):
         value, low, high, n = verdict.interval
         print(
             f"{verdict.verdict}: {verdict.claim}\n  {verdict.statistic}: {value:.4g} "
             f"[{low:.4g}, {high:.4g}], n = {n}; claimed {verdict.threshold}"
         )
+    caution = study.caution(rows)
+    if caution:
+        print(caution)
+    print(f"written to {folder}: {written}")

@@ -30,7 +30,7 @@ from typing import Any
 import jax
 from absl import flags
 
-from bn_jax import paths, runs, transforms
+from bn_jax import runs, transforms
 from bn_jax.data import ImageData
 from bn_jax.fields import ConfigError, counted
 from bn_jax.runs import distributed, parts, results, sweeps
@@ -102,7 +102,7 @@ def main(argv: Sequence[str]) -> None:
             )
         launch.set_up_cache()
         launch.check_devices()
-        evaluate_again(paths.local(given.load, "load"))
+        evaluate_again(results.existing(given.load, "load"))
         return
     if given.launcher is None:
         launch.set_up_jax()

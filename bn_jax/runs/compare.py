@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bn_jax import paths
 from bn_jax.runs import results
 
 _BY_EPOCH = ("loss", "train_accuracy", "validation_accuracy", "test_accuracy")
@@ -36,7 +35,7 @@ def read(folder: str | Path) -> list[Member]:
     Raises:
       RunError: if there is none that has ended, or a file is damaged.
     """
-    folder = paths.local(folder, "folder")
+    folder = results.existing(folder, "folder")
     config = results.read_object(folder / results.CONFIG)
     if results.is_sweep(config):
         results.check_finished(folder, others=results.OF_A_SWEEP)

@@ -298,6 +298,26 @@ def check_finished(workdir: Path, *, others: Sequence[str]) -> dict[str, Any]:
     return arrays
 
 
+def existing(folder: str | Path, name: str) -> Path:
+    """Return the path of a folder that is there.
+
+    Args:
+      folder: as the user wrote it.
+      name: of the argument, for messages.
+
+    Raises:
+      RunError: if it does not exist.
+      ConfigError: if it is no path of this machine.
+    """
+    path = paths.local(folder, name)
+    if not path.is_dir():
+        fault = "is a file" if path.exists() else "does not exist"
+        raise RunError(
+            f"{name}={str(folder)!r} {fault}; expected the folder of a finished run"
+        )
+    return path
+
+
 def is_sweep(config: Mapping[str, Any]) -> bool:
     """Return whether the contents of a config.json are those of a sweep."""
     return "exact" in config

@@ -162,7 +162,8 @@ def train(
     distributed.check_same(_agreed(config, options, data))
     selected = task.select(config, data)
     if start is None and config.init_from:
-        start = _read(config.init_from, model).variables  # whatever its attributes
+        folder = results.existing(config.init_from, "init_from")
+        start = _read(folder, model).variables  # whatever its attributes
     placement = parallel.place(
         config, devices=options.devices, parallel=options.parallel
     )
@@ -382,14 +383,14 @@ def load(workdir: str | Path, *, model: Any = None) -> Run:
       >>> loaded.results == trained.results
       True
     """
+    workdir = results.existing(workdir, "workdir")
     run = _read(workdir, model)
-    same_model.check(paths.local(workdir, "workdir"), run.config, run.network)
+    same_model.check(workdir, run.config, run.network)
     return run
 
 
-def _read(workdir: str | Path, model: Any) -> Run:
+def _read(workdir: Path, model: Any) -> Run:
     """Read a finished run, of a model of the class and shapes that are given."""
-    workdir = paths.local(workdir, "workdir")
     values = results.read_object(workdir / results.CONFIG)
     if results.is_sweep(values):
         raise RunError(

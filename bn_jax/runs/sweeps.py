@@ -340,7 +340,7 @@ def load(workdir: str | Path, *, model: Any = None) -> list[Run]:
         something else than that of the sweep.
       ConfigError: as `run.load` says.
     """
-    workdir = paths.local(workdir, "workdir")
+    workdir = results.existing(workdir, "workdir")
     values = results.read_object(workdir / results.CONFIG)
     results.check_no_experiment(workdir, values)
     if not results.is_sweep(values):

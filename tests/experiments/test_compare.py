@@ -87,7 +87,7 @@ def test_one_config_in_two_folders_is_told_apart_by_them(folder):
     ("arguments", "message"),
     [
         ([], "give folders of finished runs or sweeps to compare"),
-        (["nowhere"], "there is no config.json in nowhere"),
+        (["nowhere"], "folder='nowhere' does not exist; expected the folder of a f"),
     ],
 )
 def test_what_cannot_be_compared_is_named(arguments, message, command, tmp_path):

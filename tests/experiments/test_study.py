@@ -102,7 +102,8 @@ def test_study_trains_judges_and_draws(made_up, tmp_path):
     }
     assert results["seconds"] > 0
     assert f"{verdict['verdict']}: first learns" in said
-    assert "a try: claims are judged from 5 seeds, here of 2" in said
+    few = "No result, but a try: 2 of the 5 seeds that claims need\n"
+    assert f"{few}written to run: runs.jsonl, results.json, figures\n" in said
     assert "which studies share, are in pool" in said
 
     # Finished runs are read, and everything is written again.
@@ -113,7 +114,9 @@ def test_study_trains_judges_and_draws(made_up, tmp_path):
 
     # Figures are drawn from the files alone.
     (folder / "figure.txt").unlink()
-    assert "first learns" in made_up("--plot_only")
+    again = made_up("--plot_only")
+    judged = said[said.index(again.splitlines()[0]) :].partition("written to")[0]
+    assert again == f"{judged}written to run: figures\n"
     assert (folder / "figure.txt").read_text() == "4 rows"
 
     # Another design does not overwrite this one's results.
@@ -188,9 +191,11 @@ def test_help_lists_the_flags_of_the_design(made_up, capsys):
 
 
 def test_plots_of_no_run_are_refused(made_up):
-    with pytest.raises(SystemExit, match=r"there is no config\.json in run"):
+    with pytest.raises(SystemExit, match="error: workdir='run' does not exist; exp"):
         made_up("--plot_only")
     Path("run").mkdir()
+    with pytest.raises(SystemExit, match=r"there is no config\.json in run"):
+        made_up("--plot_only")
     for there, message in {
         '{"experiment": "bias"}': "run holds bias, and this is the experiment made_up",
         '{"norm": "none"}': "run holds a run or sweep of none, and this is the exp",

@@ -251,7 +251,7 @@ def test_file_that_cannot_be_read_ends_in_a_line_and_leaves_no_folder(
     [
         ([], "give --workdir=DIR to train"),
         (["--workdir=a", "--load=b"], "both are given; give --workdir=DIR to train"),
-        (["--load=nowhere"], "no config.json in nowhere"),
+        (["--load=nowhere"], "load='nowhere' does not exist; expected the folder of"),
         (["--load=a", "--norm=none"], "so leave out --norm"),
         (
             ["--load=a", "--sweep=seed=1", "--smoke", "--devices=2", "--noresume"],

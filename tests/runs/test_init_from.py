@@ -74,7 +74,7 @@ def test_run_that_cannot_be_started_from_is_refused_before_anything_is_written(
     with pytest.raises(ConfigError, match="another network: .*norm1.* and others diff"):
         runs.train(other, tiny_data, workdir=workdir, options=OPTIONS)
     missing = dataclasses.replace(CONFIG, init_from=str(tmp_path / "none"))
-    with pytest.raises(RunError, match="none"):
+    with pytest.raises(RunError, match="init_from='.*none' does not exist; expected"):
         runs.train(missing, tiny_data, workdir=workdir, options=OPTIONS)
     with pytest.raises(ConfigError, match="init_from is given for a sweep"):
         runs.sweep([starting(first)], tiny_data, workdir=workdir, options=OPTIONS)

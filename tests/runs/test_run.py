@@ -506,6 +506,15 @@ def test_folder_of_another_kind_is_named(run, finished, tmp_path):
             load(tmp_path)
 
 
+def test_folder_that_there_is_not_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    for load in (run_lib.load, sweeps.load):
+        with pytest.raises(RunError, match="workdir='.*none' does not exist; expected"):
+            load(tmp_path / "none")
+        with pytest.raises(RunError, match="workdir='.*file' is a file; expected the"):
+            load(tmp_path / "file")
+
+
 def test_run_of_an_older_version_is_refused_by_its_name(run, finished, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(finished, copy)

@@ -225,6 +225,9 @@ def batch_norm(
     three choices: `train` and `statistics`, `update_state`, and the optimizer's mask
     (`bn_jax.variables.norm_param_mask`).
 
+    `eps` of PyTorch is `epsilon` here, `training` of Keras `train`, its `axis`
+    `feature_axis`; `momentum` is not PyTorch's but 1 - it.
+
     Args:
       x: batch of shape `[N, C]`, `[N, H, W, C]`, `[N, C, H, W]` or any other of rank 2
         or more, of dtype float32, bfloat16, float16, float64 or complex.

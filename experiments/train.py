@@ -23,7 +23,7 @@ import dataclasses
 import math
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -149,12 +149,7 @@ def train(workdir: Path, config: TrainConfig) -> None:
         f"train accuracy {found['train_accuracy']:.3f}, {validated}"
         f"{tested}, {found['examples_per_second']:,.0f} examples/s"
     )
-    if "best_epoch" in found:
-        print(
-            f"best on the validation set: epoch {found['best_epoch']}, validation "
-            f"accuracy {found['best_validation_accuracy']:.3f}, test accuracy "
-            f"{found['best_test_accuracy']:.3f}; its variables are kept, too"
-        )
+    _print_best(found)
     if "exact_refused" in found:
         print(f"exact statistics were not measured: {found['exact_refused']}")
     if found.get("exact_mode") == "one_pass":
@@ -201,13 +196,23 @@ def train_sweep(workdir: Path, spec: str, base: TrainConfig) -> None:
         if "test_accuracy_exact" in row and transforms.is_batch_norm(config.norm):
             line += f", {row['test_accuracy_exact']:.3f} by exact statistics"
         print(line)
-    found = results.read_object(workdir / results.RESULTS)
+    _print_best(results.read_object(workdir / results.RESULTS))
+    print(f"written to {workdir}")
+
+
+def _print_best(found: Mapping[str, Any]) -> None:
+    """Print what is best on the validation set: a run's epoch, or a sweep's member."""
+    if "best_epoch" in found:
+        print(
+            f"best on the validation set: epoch {found['best_epoch']}, validation "
+            f"accuracy {found['best_validation_accuracy']:.3f}, test accuracy "
+            f"{found['best_test_accuracy']:.3f}; its variables are kept, too"
+        )
     if "best_by_validation" in found:
         print(
             f"best on the validation set: {found['best_by_validation']}, accuracy "
             f"{found['best_validation_accuracy']:.3f}"
         )
-    print(f"written to {workdir}")
 
 
 def _part(text: str | None) -> sweeps.Part | None:
@@ -285,6 +290,7 @@ def evaluate_again(workdir: Path) -> None:
             continue
         count = run.results.get("exact_statistics_examples", len(data.train.labels))
         outcomes.append(_evaluate_again(run, data, count))
+    _print_best(written)
     where = workdir / (results.ROWS if is_sweep else results.RESULTS)
     if not all(near for _, near in outcomes):
         sys.exit("error: the numbers differ from those that the run wrote")

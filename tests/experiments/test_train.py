@@ -114,6 +114,7 @@ def test_own_colour_images_with_validation_and_averaged_weights(command, images)
     for name in ("test_accuracy_exact", "test_loss_averaged", "best_test_loss"):
         assert f"{name:22s} {found[name]:.6f}" in again
     assert "the same numbers as in run/results.json" in again
+    assert re.search("^best on .*set: epoch.*$", said, re.M)[0] in again
 
 
 @pytest.mark.slow
@@ -141,7 +142,9 @@ def test_best_member_by_validation_is_told(command, images):
     said = command("--workdir=run", *OWN_IMAGES, *MLP, *arguments)
     found = results.read_json(Path("run/results.json"))
     label, accuracy = found["best_by_validation"], found["best_validation_accuracy"]
-    assert f"best on the validation set: {label}, accuracy {accuracy:.3f}" in said
+    best = f"best on the validation set: {label}, accuracy {accuracy:.3f}\n"
+    assert best in said
+    assert best in command("--load=run")
 
 
 @pytest.mark.slow

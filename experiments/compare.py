@@ -11,6 +11,7 @@ the greatest.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from absl import flags
 
@@ -26,6 +27,10 @@ def main(argv: Sequence[str]) -> None:
     """Compare the folders that are given."""
     if len(argv) < 2:
         raise ConfigError("give folders of finished runs or sweeps to compare")
+    places = [Path(path).resolve() for path in argv[1:]]
+    for path, place in zip(argv[1:], places, strict=True):
+        if places.count(place) > 1:
+            raise ConfigError(f"{path} is given twice; give each folder once")
     folder = launch.workdir()
     members = [member for path in argv[1:] for member in compare.read(path)]
     groups = compare.grouped(members)

@@ -181,6 +181,14 @@ def test_members_of_a_sweep_are_drawn_even_if_there_is_one(labels, tmp_path):
     assert (tmp_path / "sweep.png").exists()
 
 
+def test_members_whose_lines_coincide_are_all_seen(drawn, tmp_path):
+    row = {"loss": [2.0, 1.0], "test_accuracy": [0.5, 0.6]}
+    plots.members_by_epoch({"a": [row], "b": [row]}, tmp_path / "sweep.png")
+    below, above = drawn[0].axes[0].lines
+    assert below.get_linewidth() >= above.get_linewidth() + 2
+    assert below.get_markersize() >= above.get_markersize() + 2
+
+
 def test_members_of_a_sweep_are_drawn_with_their_validation_accuracy(drawn, tmp_path):
     row = {"loss": [2.0], "test_accuracy": [0.5]}
     validated = {**row, "validation_accuracy": [0.25]}

@@ -240,6 +240,7 @@ def members_by_epoch(
     figure = style.figure(2 + 3 * len(panels), 3.9, note)
     grid = figure.subplots(1, len(panels))
     colours = colormaps["viridis"]
+    has_legend = 1 < len(groups) <= 12
     for axes, (name, title) in zip(grid, panels.items(), strict=True):
         for i, (label, rows) in enumerate(groups.items()):
             lists = [row[name] for row in rows if name in row]
@@ -248,10 +249,13 @@ def members_by_epoch(
             epochs, means, low, high = style.by_epoch(runs)
             colour = colours(i / max(len(groups) - 1, 1) * 0.9)
             axes.fill_between(epochs, low, high, color=colour, alpha=0.2, lw=0)
-            axes.plot(epochs, means, ".-", color=colour, label=label, lw=1)
+            # A thick line stays visible under a thin one that coincides with it.
+            width = 1 + 2 * (1 - i / (len(groups) - 1)) if has_legend else 1
+            look = {"color": colour, "lw": width, "ms": 4 + 2 * width}
+            axes.plot(epochs, means, ".-", label=label, **look)
         style.finish(axes, "epoch", title)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if 1 < len(groups) <= 12:
+        style.whole_epochs(axes)
+    if has_legend:
         style.legend_below(figure, columns=1 if max(map(len, groups)) > 60 else 2)
     style.save(figure, path)
 

@@ -57,8 +57,8 @@ def read(folder: str | Path) -> list[Member]:
 def grouped(members: Sequence[Member]) -> dict[str, list[Member]]:
     """Return members that differ in their seed alone together, by a label.
 
-    The label has the fields in which the groups differ, and the folder where members
-    of several folders share these.
+    The label has the fields in which the groups differ, and the folder where several
+    are compared; not of a group whose seeds lie in several folders.
     """
     names = differing([m.config for m in members])
 
@@ -70,10 +70,12 @@ def grouped(members: Sequence[Member]) -> dict[str, list[Member]]:
         folders.setdefault(label(member), set()).add(member.folder)
     seeds = [(label(m), m.config.get("seed")) for m in members]
     repeated = len(set(seeds)) < len(seeds)
+    several = len({member.folder for member in members}) > 1
     found: dict[str, list[Member]] = {}
     for member in members:
         own = label(member)
-        if not own or (repeated and len(folders[own]) > 1):
+        of_one = several and len(folders[own]) == 1
+        if not own or of_one or (repeated and len(folders[own]) > 1):
             own = ", ".join(filter(None, (own, str(member.folder))))
         found.setdefault(own, []).append(member)
     return found

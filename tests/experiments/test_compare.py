@@ -50,12 +50,12 @@ def lines(text):
 def test_runs_are_named_by_what_differs(command, folder):
     said = command(f"{folder}/slow", f"{folder}/fast", "--workdir=out")
     table = lines(said)
-    rows = {rate: table[f"learning_rate={rate}"] for rate in (0.1, 0.5)}
     for rate, name in {0.1: "slow", 0.5: "fast"}.items():
         run = runs.load(folder / name)
+        row = table[f"learning_rate={rate}, {folder / name}"]
         loss, accuracy = run.results["train_loss"], run.results["test_accuracy"]
-        assert rows[rate][:2] == ["1", f"{loss:.4f}"]
-        assert f"{accuracy:.4f}" in rows[rate]
+        assert row[:2] == ["1", f"{loss:.4f}"]
+        assert f"{accuracy:.4f}" in row
     assert Path("out/table.md").read_text() in said
     assert Path("out/curves.png").stat().st_size > 10_000
 
@@ -87,6 +87,7 @@ def test_one_config_in_two_folders_is_told_apart_by_them(folder):
     ("arguments", "message"),
     [
         ([], "give folders of finished runs or sweeps to compare"),
+        (["a", "b", "./a"], "a is given twice; give each folder once"),
         (["nowhere"], "folder='nowhere' does not exist; expected the folder of a f"),
     ],
 )
@@ -95,6 +96,20 @@ def test_what_cannot_be_compared_is_named(arguments, message, command, tmp_path)
         command(*arguments, "--workdir=out")
     assert re.match(f"error: {message}", ended.value.code)
     assert not any(tmp_path.iterdir())
+
+
+def test_seeds_in_several_folders_are_one_group():
+    def member(folder, seed, rate):
+        return compare_lib.Member(
+            Path(folder), {"seed": seed, "learning_rate": rate}, {}
+        )
+
+    members = [member("a", 0, 0.1), member("b", 1, 0.1), member("c", 0, 0.5)]
+    found = compare_lib.grouped(members)
+    assert {label: len(of) for label, of in found.items()} == {
+        "learning_rate=0.1": 2,
+        "learning_rate=0.5, c": 1,
+    }
 
 
 def test_what_was_not_measured_is_no_divergence():

@@ -15,7 +15,7 @@ from typing import Annotated, Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from bn_jax.fields import POSITIVE, SHARE, ConfigError
+from bn_jax.fields import POSITIVE, SHARE, ConfigError, counted
 from bn_jax.names import TRACEABLE
 
 # Options that many norms have.
@@ -51,8 +51,8 @@ class DivisorError(ConfigError):
           otherwise: see the attribute.
         """
         super().__init__(
-            f"{option} does not divide the {num_features} features{of and f' of {of}'}"
-            f"; give a divisor of {num_features}{otherwise}"
+            f"{option} does not divide the {counted(num_features, 'feature')}"
+            f"{of and f' of {of}'}; give a divisor of {num_features}{otherwise}"
         )
         self.option, self.num_features = option, num_features
         self.otherwise = otherwise

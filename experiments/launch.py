@@ -125,9 +125,10 @@ def set_up_jax() -> None:
             given.coordinator_address, given.num_processes, given.process_id
         )
         others = jax.process_count() - 1
+        devices = fields.counted(jax.device_count(), "device")
         print(
             f"process {jax.process_index()} of {jax.process_count()}, "
-            f"{jax.local_device_count()} of {jax.device_count()} devices; one of the "
+            f"{jax.local_device_count()} of {devices}; one of the "
             f"{others} others that dies ends this one within "
             f"{distributed.DEATH_SECONDS} seconds",
             flush=True,

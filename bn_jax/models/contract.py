@@ -22,7 +22,7 @@ from jax.extend.core import jaxprs_in_params
 
 from bn_jax import tracing
 from bn_jax.contract import DivisorError
-from bn_jax.fields import ConfigError
+from bn_jax.fields import ConfigError, counted
 from bn_jax.linen import Norm
 
 
@@ -213,15 +213,16 @@ def check_fits(
     ):
         given = jax.tree.map(jnp.shape, logits)
         raise ConfigError(
-            f"{name} returns {given} for {num_images} images of {size}; expected "
-            f"logits of shape ({expected[0]}, {expected[1]})"
+            f"{name} returns {given} for {counted(num_images, 'image')} of {size}; "
+            f"expected logits of shape ({expected[0]}, {expected[1]})"
         )
     largest = max(map(_bytes, _computed(traced.jaxpr)), default=0)
     if largest > max_bytes:
         raise ConfigError(
-            f"{name} needs an array of {largest / 1e9:,.0f} GB for {num_images} images "
-            f"of {size}; expected at most {max_bytes / 1e9:,.0f} GB, twice the memory: "
-            "give a smaller model or batch, or less padding"
+            f"{name} needs an array of {largest / 1e9:,.0f} GB for "
+            f"{counted(num_images, 'image')} of {size}; expected at most "
+            f"{max_bytes / 1e9:,.0f} GB, twice the memory: give a smaller model or "
+            "batch, or less padding"
         )
 
 
@@ -266,10 +267,11 @@ def _of_all_layers(error: DivisorError, model: Any, images: Any) -> ConfigError:
     common = math.gcd(*numbers)
     divisors = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
     counts = ", ".join(map(str, sorted(numbers)))
+    layer = "/".join(refused[0].path)
     return ConfigError(
-        f"{error.option} does not divide the {error.num_features} features of layer "
-        f"{'/'.join(refused[0].path)}; the {kind} norms of {name_of(model)} have "
-        f"{counts} features, so give one of {divisors}{error.otherwise}"
+        f"{error.option} does not divide the {counted(error.num_features, 'feature')} "
+        f"of layer {layer}; the {kind} norms of {name_of(model)} have {counts} "
+        f"features, so give one of {divisors}{error.otherwise}"
     )
 
 

@@ -23,7 +23,7 @@ from flax.linen import initializers
 from jax import Array, lax
 
 from bn_jax.checks import check_static
-from bn_jax.fields import ConfigError, Range
+from bn_jax.fields import ConfigError, Range, counted
 from bn_jax.models.blocks import Pair, conv2d_by_blocks
 
 Layout = Literal["NHWC", "CHWN"]
@@ -90,8 +90,8 @@ def norm_switches(
     """
     if norm_layers is not None and len(norm_layers) != num_layers:
         raise ConfigError(
-            f"norm_layers has {len(norm_layers)} digits; expected {num_layers}, one "
-            "for each layer that may have a norm"
+            f"norm_layers has {counted(len(norm_layers), 'digit')}; expected "
+            f"{num_layers}, one for each layer that may have a norm"
         )
     if norm is None:
         return [False] * num_layers

@@ -31,6 +31,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from bn_jax import paths
+from bn_jax.fields import counted
 from bn_jax.version import __version__
 
 CONFIG = "config.json"
@@ -184,7 +185,7 @@ def check_free(
         longer = is_shorter(there, config)
         if longer and not grows:
             raise RunError(
-                f"{workdir} holds a run of {there['epochs']} epochs; with "
+                f"{workdir} holds a run of {counted(there['epochs'], 'epoch')}; with "
                 f"schedule={config.get('schedule')!r}, a run of {config['epochs']} has "
                 "other learning rates from the start. Only runs with schedule=constant "
                 "can be extended: give another workdir"

@@ -13,7 +13,7 @@ import numpy as np
 
 from bn_jax import data as data_lib
 from bn_jax import paths
-from bn_jax.fields import ConfigError
+from bn_jax.fields import ConfigError, counted
 from bn_jax.runs import checkpoint, interrupt, results, same_model
 from bn_jax.runs.run import Run, read_config
 from bn_jax.runs.sweep_program import Program
@@ -39,8 +39,8 @@ class Part(NamedTuple):
         order = [i for group in groups for i in group]
         if self.num_parts > len(order):
             raise ConfigError(
-                f"{self.num_parts} parts of a sweep of {len(order)} members; expected "
-                "no more parts than members"
+                f"{self.num_parts} parts of a sweep of "
+                f"{counted(len(order), 'member')}; expected no more parts than members"
             )
         ends = [
             len(order) * k // self.num_parts for k in (self.number - 1, self.number)
@@ -404,7 +404,7 @@ def _devices(options: RunOptions, num_members: int) -> list[jax.Device]:
     if count > len(present) or jax.process_count() > 1:
         raise ConfigError(
             f"devices={options.devices} for a sweep; one process trains it, on at most "
-            f"its own {len(present)} devices"
+            f"its own {counted(len(present), 'device')}"
         )
     if options.input == "stream":
         raise ConfigError(

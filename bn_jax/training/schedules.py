@@ -11,7 +11,7 @@ from typing import Annotated, NamedTuple
 import optax
 from jax import Array
 
-from bn_jax.fields import NOT_NEGATIVE, SHARE, ConfigError, Range
+from bn_jax.fields import NOT_NEGATIVE, SHARE, ConfigError, Range, counted
 from bn_jax.names import Table
 
 _INSIDE = Range("a number greater than 0 and less than 1", lambda v: 0 < v < 1)
@@ -127,7 +127,7 @@ def _warm_up(
 def _steps_after_warmup(run: Run, warmup_epochs: float) -> int:
     if warmup_epochs >= run.epochs:
         raise ConfigError(
-            f"schedule with warmup_epochs={warmup_epochs:g} in a run of {run.epochs} "
-            "epochs; expected a warm-up shorter than the run"
+            f"schedule with warmup_epochs={warmup_epochs:g} in a run of "
+            f"{counted(run.epochs, 'epoch')}; expected a warm-up shorter than the run"
         )
     return max(1, run.steps(run.epochs) - run.steps(warmup_epochs))

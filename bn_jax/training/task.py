@@ -12,7 +12,7 @@ import numpy as np
 
 from bn_jax import data as data_lib
 from bn_jax import linen, models, transforms
-from bn_jax.fields import ConfigError
+from bn_jax.fields import ConfigError, counted
 from bn_jax.training import inputs as inputs_lib
 from bn_jax.training.augment import AUGMENTATIONS
 from bn_jax.training.config import OWN_MODEL, OWN_VARIABLES, TrainConfig
@@ -47,7 +47,7 @@ def select(config: TrainConfig, data: data_lib.ImageData) -> data_lib.ImageData:
     if config.batch_size > num_examples:
         raise ConfigError(
             f"batch_size={config.batch_size} is larger than the training set of "
-            f"{num_examples} images; give at most {num_examples}"
+            f"{counted(num_examples, 'image')}; give at most {num_examples}"
         )
     AUGMENTATIONS.make(config.augment).check(data.image_shape)
     return data

@@ -25,7 +25,7 @@ from bn_jax import checks
 from bn_jax import functional as functional_lib
 from bn_jax import moments as moments_lib
 from bn_jax.contract import DivisorError, Epsilon, Transform, with_options
-from bn_jax.fields import AT_LEAST_1
+from bn_jax.fields import AT_LEAST_1, counted
 from bn_jax.functional import BatchNormParams, normalize
 
 
@@ -99,9 +99,9 @@ def group_norm(
     of_example = math.prod(s for a, s in enumerate(x.shape) if a != batch)
     if of_example == num_groups and x.shape[batch] != 0:
         warnings.warn(
-            f"x of shape {list(x.shape)} in {num_groups} groups has one value a group: "
-            "y equals beta whatever x is, and nothing before this layer learns; use "
-            "fewer groups",
+            f"x of shape {list(x.shape)} in {counted(num_groups, 'group')} has one "
+            "value a group: y equals beta whatever x is, and nothing before this layer "
+            "learns; use fewer groups",
             stacklevel=2,
         )
 

@@ -207,7 +207,7 @@ SECOND_FAILS = "model.norm_layers=11,1"  # of two members that share a program
         (["--sweep=norm.axis=1,2"], "has no option 'axis'"),
         (
             ["--model=mlp:widths=8x8,bias_before_norm=true", f"--sweep={SECOND_FAILS}"],
-            "norm_layers has 1 digits; expected 2",
+            "norm_layers has 1 digit; expected 2",
         ),
     ],
 )

@@ -153,7 +153,7 @@ def test_longer_run_of_other_rates_is_refused_with_the_reason(
     config = dataclasses.replace(tiny_config, epochs=1, schedule="cosine")
     run_lib.train(config, tiny_data, workdir=tmp_path, options=OPTIONS)
     longer = dataclasses.replace(config, epochs=2)
-    message = "a run of 1 epochs; with schedule='cosine.*, a run of 2 has other"
+    message = "a run of 1 epoch; with schedule='cosine.*, a run of 2 has other"
     for train in (run_lib.train, run_lib.train_or_load):
         with pytest.raises(RunError, match=message):
             train(longer, tiny_data, workdir=tmp_path, options=OPTIONS)

@@ -411,7 +411,7 @@ def test_members_of_several_data_sets_are_refused(tmp_path, tiny_config, tiny_da
         ),
         (
             "seed=0,1;model.norm_layers=11,1",
-            r"norm_layers has 1 digits; expected 2, .* \(member 2 of 4: seed=0, model",
+            r"norm_layers has 1 digit; expected 2, .* \(member 2 of 4: seed=0, model",
         ),
     ],
 )

@@ -73,9 +73,8 @@ class Run(NamedTuple):
         if images.shape[1:] != expected or not np.issubdtype(images.dtype, np.integer):
             raise ValueError(
                 f"images of shape {list(images.shape)} and dtype {images.dtype}; "
-                f"expected bytes [N, {', '.join(map(str, expected))}], 0 to 255: of "
-                "images that are scaled already, run.network.model.apply("
-                "run.variables, images, train=False) gives the logits"
+                f"expected bytes [N, {', '.join(map(str, expected))}], 0 to 255"
+                f"{_mend(images.shape, expected)}"
             )
         is_known = not isinstance(images, jax.core.Tracer)
         if is_known and images.dtype != np.uint8 and images.size:
@@ -84,7 +83,27 @@ class Run(NamedTuple):
                 raise ValueError(
                     f"images hold values from {low} to {high}; expected bytes, 0 to 255"
                 )
+        if not len(images):  # of which a model may not be able to infer a shape
+            one = jax.numpy.zeros((1, *expected), np.uint8)
+            return self.network.predict(self.variables, one)[:0]
         return self.network.predict(self.variables, images)
+
+
+def _mend(shape: tuple[int, ...], expected: tuple[int, ...]) -> str:
+    """Return what makes images of a shape those that are expected, if it is known."""
+    height, width, channels = expected
+    if shape == expected:
+        return ": give one image as images[None]"
+    if len(shape) == 3 and shape[1:] == (height, width) and channels == 1:
+        return ": give one channel as images[..., None]"
+    if shape[1:] == (channels, height, width):
+        return ": give numpy.moveaxis(images, 1, -1)"
+    if shape[1:] == expected:
+        return (
+            ": of images that are scaled already, run.network.model.apply("
+            "run.variables, images, train=False) gives the logits"
+        )
+    return ""
 
 
 def train(

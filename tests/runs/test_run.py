@@ -465,10 +465,27 @@ def test_variables_of_another_model_are_refused(run, finished, tmp_path):
         run_lib.load(copy)
 
 
-@pytest.mark.parametrize("change", [lambda x: x / np.float32(255), lambda x: x[0]])
-def test_images_that_are_no_bytes_of_the_runs_shape_are_refused(run, tiny_data, change):
-    with pytest.raises(ValueError, match=r"expected bytes \[N, .*, 0 to 255"):
+@pytest.mark.parametrize(
+    ("change", "mend"),
+    [
+        (lambda x: x / np.float32(255), r": of images that are scaled .* the logits"),
+        (lambda x: x[0], r": give one image as images\[None\]"),
+        (lambda x: x[..., 0], r": give one channel as images\[..., None\]"),
+        (lambda x: np.moveaxis(x, -1, 1), r": give numpy.moveaxis\(images, 1, -1\)"),
+        (lambda x: x[:, 1:], ""),
+    ],
+)
+def test_images_that_are_no_bytes_of_the_runs_shape_are_refused(
+    change, mend, run, tiny_data
+):
+    with pytest.raises(ValueError, match=rf"expected bytes \[N, .*, 0 to 255{mend}$"):
         run.predict(change(tiny_data.test.images))
+
+
+def test_no_images_have_no_logits(run, tiny_data):
+    logits = run.predict(tiny_data.test.images[:0])
+    assert logits.shape == (0, tiny_data.num_classes)
+    assert logits.dtype == run.predict(tiny_data.test.images[:1]).dtype
 
 
 def test_integers_that_are_no_bytes_are_refused(run, tiny_data):

@@ -181,8 +181,12 @@ def train_sweep(workdir: Path, spec: str, base: TrainConfig) -> None:
         _end_part(part, configs, data, workdir)
         return
     names = [part.partition("=")[0].strip() for part in spec.split(";")]
+    widths = [max(len(str(c.value(name))) for c in configs) for name in names]
     for config, row in zip(configs, rows, strict=True):
-        member = "  ".join(f"{name} {config.value(name)!s:6}" for name in names)
+        member = "  ".join(
+            f"{name} {config.value(name)!s:{width}}"
+            for name, width in zip(names, widths, strict=True)
+        )
         if row["diverged_at_step"] is not None:
             print(f"{member}  diverged at step {row['diverged_at_step']}")
             continue

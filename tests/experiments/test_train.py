@@ -138,10 +138,12 @@ def test_run_on_a_file_that_has_moved_is_evaluated_on_it(command, images, tmp_pa
 @pytest.mark.slow
 def test_best_member_by_validation_is_told(command, images):
     images()
-    arguments = ("--epochs=1", "--validation=30", "--sweep=learning_rate=0.1,0.2")
+    arguments = ("--epochs=1", "--validation=30", "--sweep=learning_rate=0.1,0.1234567")
     said = command("--workdir=run", *OWN_IMAGES, *MLP, *arguments)
     found = results.read_json(Path("run/results.json"))
     label, accuracy = found["best_by_validation"], found["best_validation_accuracy"]
+    members = re.findall("^learning_rate .*", said, re.M)
+    assert len({line.index("  loss ") for line in members}) == 1
     best = f"best on the validation set: {label}, accuracy {accuracy:.3f}\n"
     assert best in said
     assert best in command("--load=run")

@@ -388,7 +388,10 @@ def _told(error: flags.Error) -> str:
         words = {"bool": bool, "int": int, "float": float}
         kind = words.get(flags.FLAGS[given[1]].flag_type())
         if kind is not None:
-            return f"--{given[1]}={given[2]}; expected {fields.WORDS[kind]}"
+            told = f"--{given[1]}={given[2]}; expected {fields.WORDS[kind]}"
+            if "sweep" in flags.FLAGS and re.search(r"\d(,|\.\.)", given[2]):
+                told += f": several values are a sweep, --sweep={given[1]}={given[2]}"
+            return told
     return text
 
 

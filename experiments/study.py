@@ -169,10 +169,11 @@ class Study:
         arms = self.arms(design) if callable(self.arms) else self.arms
         if design.arms == ALL:
             return arms
-        if not set(design.arms) <= arms.keys():
+        unknown = [arm for arm in design.arms if arm not in arms]
+        if unknown:
             raise fields.ConfigError(
                 f"arms={','.join(design.arms)}; expected all, or some of "
-                f"{', '.join(arms)}"
+                f"{', '.join(arms)}{fields.did_you_mean(unknown[0], arms)}"
             )
         return {arm: choices for arm, choices in arms.items() if arm in design.arms}
 

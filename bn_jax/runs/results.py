@@ -488,9 +488,10 @@ def _read_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except FileNotFoundError:
+        inside = sorted(found.parent for found in path.parent.glob(f"*/{path.name}"))
         raise RunError(
             f"there is no {path.name} in {path.parent}; expected the working directory "
-            "of a run"
+            f"of a run{f', such as {inside[0]}' if inside else ''}"
         ) from None
     except OSError as error:
         raise RunError(

@@ -150,6 +150,8 @@ def test_arm_that_there_is_not_is_refused_before_anything_is_written(made_up, tm
     message = "arms=large,huge; expected all, or some of large, first"
     with pytest.raises(SystemExit, match=message):
         made_up("--smoke", "--arms=large,huge")
+    with pytest.raises(SystemExit, match=r"second \(did you mean second\?\)$"):
+        made_up("--smoke", "--arms=large,secnd")
     assert not (tmp_path / "run").exists()
 
 

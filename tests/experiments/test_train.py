@@ -187,6 +187,15 @@ SECOND_FAILS = "model.norm_layers=11,1"  # of two members that share a program
         (["--norm=group:num_groups=3"], "num_groups=3 does not .* 8 .* layer norm1;"),
         (["--epochs=ten"], "--epochs=ten; expected an integer$"),
         (["--learning_rate=fast"], "--learning_rate=fast; expected a number$"),
+        (
+            ["--learning_rate=0.1,1"],
+            "--learning_rate=0.1,1; expected a number: several values are a sweep, "
+            "--sweep=learning_rate=0.1,1$",
+        ),
+        (
+            ["--seed=0..2"],
+            "--seed=0..2; expected an integer: .* --sweep=seed=0..2$",
+        ),
         (["--resume=maybe"], "--resume=maybe; expected true or false$"),
         (["--lr=0.1"], "--lr is no flag; did you mean --learning_rate. --help lists"),
         (["--norm.momentum=0.5"], "is no flag; options .* --norm=NAME:momentum=VALUE"),

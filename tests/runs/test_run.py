@@ -532,6 +532,16 @@ def test_folder_that_there_is_not_is_named(tmp_path):
             load(tmp_path / "file")
 
 
+def test_runs_in_a_folder_of_runs_are_named(tmp_path):
+    message = "no config.json in .*; expected the working directory of a run"
+    (tmp_path / "first").mkdir()
+    with pytest.raises(RunError, match=f"{message}$"):
+        run_lib.load(tmp_path)
+    (tmp_path / "first" / "config.json").write_text("{}")
+    with pytest.raises(RunError, match=f"{message}, such as {tmp_path}/first$"):
+        run_lib.load(tmp_path)
+
+
 def test_run_of_an_older_version_is_refused_by_its_name(run, finished, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(finished, copy)

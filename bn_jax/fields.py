@@ -116,8 +116,17 @@ def _expected(field: dataclasses.Field[Any], default: Any, value: Any) -> str | 
 
 def did_you_mean(given: str, known: Iterable[str]) -> str:
     """Return a suggestion of what is known and near to what was given, or nothing."""
-    close = difflib.get_close_matches(given, known, 1)
-    return f" (did you mean {close[0]}?)" if close else ""
+    close = nearest(given, known)
+    return f" (did you mean {close}?)" if close else ""
+
+
+def nearest(given: str, known: Iterable[str]) -> str | None:
+    """Return the known name that was meant: by its initials, as lr, or misspelt."""
+    known = list(known)
+    by_initials = [n for n in known if "".join(w[:1] for w in n.split("_")) == given]
+    if len(given) > 1 and by_initials:
+        return by_initials[0]
+    return next(iter(difflib.get_close_matches(given, known, 1)), None)
 
 
 def counted(number: int, noun: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import io
 import logging as std_logging
 import os
@@ -377,9 +376,8 @@ def _told(error: flags.Error) -> str:
             hint = f"options stand with their name, as in --{field}=NAME:{option}=VALUE"
         else:
             known = [n for n in flags.FLAGS if n == flags.FLAGS[n].name]
-            short = [n for n in known if "".join(w[0] for w in n.split("_")) == name]
-            near = short or difflib.get_close_matches(name, known, 1)
-            hint = f"did you mean --{near[0]}? " if near else ""
+            near = fields.nearest(name, known)
+            hint = f"did you mean --{near}? " if near else ""
             hint += "--help lists all flags"
         return f"--{name} is no flag; {hint}"
     text = " ".join(str(error).split())

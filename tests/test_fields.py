@@ -101,3 +101,21 @@ def test_list_that_is_no_list_of_numbers_is_refused(flag_values):
     expected = "rates=1,fast: expected values of type float.*such as 0.1,1.0"
     with pytest.raises(flags.IllegalFlagValueError, match=expected):
         values(["program", "--rates=1,fast"])
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("lr", "learning_rate"),
+        ("lerning_rate", "learning_rate"),
+        ("load", "load"),
+        ("l", None),  # an initial alone says little
+        ("weights", None),
+    ],
+)
+def test_name_is_guessed_from_its_initials_or_its_letters(given, meant):
+    known = ["epochs", "load", "learning_rate"]
+    assert fields.nearest(given, known) == meant
+    assert fields.did_you_mean(given, known) == (
+        f" (did you mean {meant}?)" if meant else ""
+    )

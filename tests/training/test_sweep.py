@@ -293,6 +293,7 @@ def test_switches_of_all_layers_are_written_out_beside_others():
     ("spec", "message"),
     [
         ("colour=red,blue", "'colour' is no field; expected .* learning_rate"),
+        ("lr=0.1,1", r"'lr' is no field \(did you mean learning_rate\?\); expected"),
         ("learning_rate", "expected FIELD=VALUE"),
         ("seed=0;seed=1", "each field once"),
         ("seed=a", r"seed='a'; expected an integer \(in a sweep of seed"),

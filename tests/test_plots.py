@@ -1,6 +1,7 @@
 """Figures of runs that lack something; warnings of matplotlib are errors here."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -91,6 +92,52 @@ def test_validation_losses_far_above_the_others_do_not_flatten_them(
     assert drawn[0].axes[0].get_ylim() == pytest.approx((0, top))
 
 
+def test_validation_losses_beyond_the_figure_are_triangles_at_its_edge(drawn, tmp_path):
+    rows = [
+        {**VALIDATED, "epoch": i, "validation_loss": v}
+        for i, v in enumerate([200.0, math.inf, None, 1.0], 1)
+    ]
+    plots.curves(rows, FOUND, tmp_path / "curves.png")
+    (marks,) = (line for line in drawn[0].axes[0].lines if line.get_marker() == "^")
+    assert marks.get_xydata().tolist() == [[1, 4.0], [2, 4.0]]
+    assert not marks.get_clip_on()
+
+
+@pytest.mark.parametrize("num_epochs", [1, 2, 10])
+def test_epochs_are_whole_numbers_and_no_mark_hides_another(
+    num_epochs, drawn, tmp_path
+):
+    rows = [{**VALIDATED, "epoch": i} for i in range(1, num_epochs + 1)]
+    source = "Fashion-MNIST, 6,000 + 1,000 images, the sample embedded in bn_jax"
+    found = {
+        "test_accuracy_exact": 1.0,
+        "data_source": f"{source}, the last 500 of training for validation",
+    }
+    plots.curves(rows, found, tmp_path / "curves.png", title="lenet")
+    plots.members_by_epoch(
+        {"one": [{"loss": [1.0] * num_epochs, "test_accuracy": [0.5] * num_epochs}]},
+        tmp_path / "members.png",
+    )
+    for figure in drawn:
+        axes = figure.axes[0]
+        low, high = axes.get_xlim()
+        ticks = [float(t) for t in axes.get_xticks() if low <= t <= high]
+        assert ticks and all(t.is_integer() and t >= 1 for t in ticks)
+    axes = drawn[0].axes[0]
+    star, dot = (
+        axes.transData.transform(line.get_xydata()[-1])
+        for line in (axes.lines[-1], axes.lines[0])
+    )
+    assert star[0] - dot[0] > 11 * drawn[0].dpi / 72 / 2  # half of a star
+    assert axes.get_ylim()[1] > 1.0  # so that an accuracy of 1 is drawn whole
+    whole = drawn[0].get_window_extent()
+    assert drawn[0]._suptitle.get_text().count("\n") == 1
+    for part in (drawn[0]._suptitle, *drawn[0].legends):
+        extent = part.get_window_extent()
+        assert not extent.overlaps(axes.get_window_extent())
+        assert extent.x0 >= 0 and extent.x1 <= whole.x1
+
+
 def test_layers_with_gamma_or_beta_alone_are_drawn(tmp_path):
     layers = {"scale": {"gamma": [1.0, 2.0]}, "centre": {"beta": [0.5]}, "neither": {}}
     plots.gamma_beta(layers, tmp_path / "gamma_beta.png")
@@ -179,6 +226,9 @@ def test_members_of_a_sweep_are_drawn_even_if_there_is_one(labels, tmp_path):
     groups = {label: [row, longer][: i + 1] for i, label in enumerate(labels)}
     plots.members_by_epoch(groups, tmp_path / "sweep.png")
     assert (tmp_path / "sweep.png").exists()
+    none = {"loss": [None], "test_accuracy": [None]}  # diverged in the first epoch
+    plots.members_by_epoch({label: [none] for label in labels}, tmp_path / "none.png")
+    assert (tmp_path / "none.png").exists()
 
 
 def test_members_whose_lines_coincide_are_all_seen(drawn, tmp_path):

@@ -219,7 +219,7 @@ def small_multiples(
             )
         axes.set_title(title, fontsize=8)
         style.finish(axes, "", "")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        style.whole_epochs(axes)
         axes.tick_params(labelsize=8)
     for axes in grid[-1]:
         axes.set_xlabel("epoch", fontsize=9)

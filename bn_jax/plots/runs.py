@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
 
 from bn_jax.fields import counted
 from bn_jax.plots import style
@@ -46,7 +45,8 @@ def curves(
 ) -> None:
     """Draw loss, train and test accuracy by epoch, as the chapter's figure does.
 
-    Loss and accuracy on a validation set are drawn beside them where there is one.
+    Loss and accuracy on a validation set are drawn beside them where there is one; a
+    loss on it that is far above the others is a triangle at the upper edge.
 
     Args:
       metrics: rows of metrics.jsonl, at least one: losses in nats, accuracies as shares
@@ -59,9 +59,11 @@ def curves(
     """
     has_averages = results.get("moving_averages", True)
     by_averages = " (moving averages)" * has_averages
-    figure = style.figure(6, 3.8)
+    lines = textwrap.wrap(title, 108) + textwrap.wrap(results["data_source"], 108)
+    figure = style.figure(7, 4.4, "\n".join(lines))
     axes = figure.subplots()
     epochs = [row["epoch"] for row in metrics]
+    top = _top(metrics)
     for name, label, dashes, colour in (
         ("loss", "train loss [nats]", "-", BLUE),
         ("validation_loss", f"validation loss [nats]{by_averages}", "-", SKY),
@@ -72,9 +74,13 @@ def curves(
         if all(name in row for row in metrics):
             values = _known(metrics, name)
             axes.plot(epochs, values, dashes, color=colour, label=label, marker=".")
+            beyond = [e for e, v in zip(epochs, values, strict=True) if v > top]
+            if beyond:
+                axes.plot(beyond, [top] * len(beyond), "^", color=colour, clip_on=False)
     if results["test_accuracy_exact"] is not None and has_averages:
         axes.plot(
-            epochs[-1],
+            # Beside the dots of the last epoch, which it would hide.
+            epochs[-1] + 0.05 * max(1, epochs[-1] - epochs[0]),
             results["test_accuracy_exact"],
             "*",
             color=ORANGE,
@@ -82,11 +88,9 @@ def curves(
             label="test accuracy (exact statistics)",
         )
     style.finish(axes, "epoch", "loss, accuracy")
-    axes.set_ylim(0, _top(metrics))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    lines = textwrap.wrap(title, 90) + textwrap.wrap(results["data_source"], 90)
-    axes.set_title("\n".join(lines), fontsize=8, color=GREY)
-    axes.legend(fontsize=8, frameon=False)
+    axes.set_ylim(0, top)
+    style.whole_epochs(axes)
+    style.legend_below(figure, columns=2)
     style.save(figure, path)
 
 
@@ -96,7 +100,7 @@ def _known(metrics: Sequence[Mapping[str, Any]], name: str) -> list[float]:
 
 
 def _top(metrics: Sequence[Mapping[str, Any]]) -> float:
-    """Return the upper end of the axis: it holds all training losses.
+    """Return the upper end of the axis: it holds all accuracies and training losses.
 
     By moving averages the loss on a validation set may be a hundred times that of
     training. Where it would flatten the other lines, it runs out of the figure.
@@ -107,7 +111,7 @@ def _top(metrics: Sequence[Mapping[str, Any]]) -> float:
         for row in metrics
         if (value := row.get("validation_loss")) is not None and math.isfinite(value)
     ]
-    return max(1.0, 1.05 * highest, min(1.05 * max(validated, default=0), 2 * highest))
+    return max(1.05, 1.05 * highest, min(1.05 * max(validated, default=0), 2 * highest))
 
 
 def gamma_beta(layers: Layers, path: Path) -> None:
@@ -323,6 +327,6 @@ def arms_by_epoch(
                 mean, sd = published[arm][name]
                 axes.errorbar(end + 0.6, mean, sd, fmt="_", color=colour, capsize=3)
         style.finish(axes, "epoch", label)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        style.whole_epochs(axes)
     style.legend_below(figure, columns=4)
     style.save(figure, path)

@@ -8,6 +8,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 # Okabe and Ito, 2008: told apart with any colour vision. One meaning, one colour.
 BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
@@ -42,6 +43,15 @@ def finish(axes: Axes, x_label: str, y_label: str) -> None:
     axes.set_ylabel(y_label)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", linewidth=0.4, color="#dddddd")
+
+
+def whole_epochs(axes: Axes) -> None:
+    """Have ticks at whole numbers alone, also where one epoch is all."""
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    low, high = axes.dataLim.intervalx
+    if 0 <= high - low < 1:  # else there are more, or none
+        axes.update_datalim([(low - 0.5, 0), (low + 0.5, 0)], updatey=False)
+        axes.autoscale_view()
 
 
 def legend_below(figure: Figure, *, columns: int) -> None:

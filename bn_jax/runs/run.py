@@ -69,7 +69,7 @@ class Run(NamedTuple):
           ValueError: if images are of another shape, or no integers from 0 to 255.
         """
         images = images if isinstance(images, jax.Array) else np.asarray(images)
-        expected = self.network.image_shape
+        expected = self.network.data_shape or self.network.image_shape
         if images.shape[1:] != expected or not np.issubdtype(images.dtype, np.integer):
             raise ValueError(
                 f"images of shape {list(images.shape)} and dtype {images.dtype}; "

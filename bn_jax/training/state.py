@@ -51,6 +51,8 @@ class Network:
         as `jax.default_matmul_precision` takes it; None for the backend's default.
       binds_axes: whether mapped axes that the model's norms name are bound in training
         mode, with this one instance along each: as on one device.
+      data_shape: `[H, W, C]` of the images of the data set, which `centre` takes; None
+        for `image_shape`.
     """
 
     model: Any
@@ -60,6 +62,7 @@ class Network:
     centre: Callable[[Array], Array] = Unchanged().centre
     products: str | None = None
     binds_axes: bool = False
+    data_shape: tuple[int, ...] | None = None
 
     def check_fits(self, num_images: int = 2) -> None:
         """Refuse a model that does not fit the images, the classes or the memory.

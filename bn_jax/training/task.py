@@ -127,10 +127,12 @@ def make_network(
     height, width, channels = task.image_shape
     shape = (augment.side(height), augment.side(width), channels)
     products = "highest" if config.precision == "highest" else None
+    of_task = (shape, task.num_classes, scale, augment.centre, products)
     if model is not None:
         model = models.as_model(model)
-        of_task = (shape, task.num_classes, scale, augment.centre, products)
-        return Network(model, *of_task, binds_axes=binds_axes)
+        return Network(
+            model, *of_task, binds_axes=binds_axes, data_shape=task.image_shape
+        )
     if config.model.startswith(OWN_MODEL):
         raise ConfigError(
             f"the run is of a model that was passed in, of the class "
@@ -164,7 +166,7 @@ def make_network(
         of_inputs = linen.norm("batch_norm", **attributes)
         assert of_inputs is not None
         made = inputs_lib.NormalisedInput(made, of_inputs)
-    return Network(made, shape, task.num_classes, scale, augment.centre, products)
+    return Network(made, *of_task, data_shape=task.image_shape)
 
 
 def started(config: TrainConfig, drawn: Any, start: Any) -> Any:

@@ -482,6 +482,23 @@ def test_images_that_are_no_bytes_of_the_runs_shape_are_refused(
         run.predict(change(tiny_data.test.images))
 
 
+def test_images_of_the_data_set_are_predicted_from_their_crops(
+    tiny_config, tiny_data, tmp_path
+):
+    height = tiny_data.image_shape[0]
+    for size in (height - 2, height + 2):  # of the images, padded by 4
+        config = dataclasses.replace(
+            tiny_config, augment=f"crop_and_flip:size={size}", epochs=1
+        )
+        folder = tmp_path / str(size)
+        run = run_lib.train(config, tiny_data, workdir=folder, options=OPTIONS)
+        images, labels = tiny_data.test
+        found = np.asarray(run.predict(images)).argmax(1)
+        assert np.mean(found == labels) == run.results["test_accuracy"]
+        with pytest.raises(ValueError, match=rf"expected bytes \[N, {height}, "):
+            run.predict(np.zeros((2, size, size, 1), np.uint8))
+
+
 def test_no_images_have_no_logits(run, tiny_data):
     logits = run.predict(tiny_data.test.images[:0])
     assert logits.shape == (0, tiny_data.num_classes)

@@ -170,7 +170,7 @@ MISTAKES = {
     "run": "error: unexpected 'run'; flags begin with --",
     "--epohcs=3": "error: --epohcs is no flag; did you mean --epochs. --help lists",
     "--norm=nrom": "norm='nrom'; expected one of batch_norm",
-    "--workdir=/proc/a": "cannot write to the working directory /proc/a: .*another workdir",
+    "--workdir=/proc/a": "cannot write to .* directory /proc/a: .*another workdir",
 }
 
 

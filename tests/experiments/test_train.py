@@ -328,7 +328,7 @@ def test_file_that_cannot_be_read_ends_in_a_line_and_leaves_no_folder(
         ),
         (
             ["--workdir=a", "--smoke", "--batch_size=6001"],
-            "batch_size=6001 is larger than the training set of 6000 images",
+            "batch_size=6001 is larger than the training set of 6,000 images",
         ),
     ],
 )

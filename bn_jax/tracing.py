@@ -104,6 +104,58 @@ def evaluate(
     return results, seen
 
 
+# What computes nothing with the values of an array, but moves, pads or selects them.
+_KEEPS_VALUES = frozenset(
+    {
+        *("convert_element_type", "copy", "reshape", "squeeze", "expand_dims"),
+        *("transpose", "broadcast_in_dim", "rev", "slice", "dynamic_slice", "gather"),
+        *("pad", "concatenate", "split", "max", "min", "reduce_max"),
+        *("reduce_window_max", "sharding_constraint", "optimization_barrier"),
+    }
+)
+_PRODUCTS = frozenset({"conv_general_dilated", "dot_general"})
+
+
+def are_multiplied(jaxpr: Jaxpr, values: Sequence[Var]) -> bool:
+    """Return whether the values of arguments go into a product or a convolution.
+
+    They do where nothing is computed with them before, but for another dtype, shape or
+    order. Of a loop only the first step counts.
+
+    Args:
+      jaxpr: a program.
+      values: some of its arguments.
+    """
+    return _followed(jaxpr, values)[0]
+
+
+def _followed(jaxpr: Jaxpr, values: Sequence[Var]) -> tuple[bool, list[bool]]:
+    """Return whether values are multiplied, and which results they are as they were."""
+    raw = set(values)
+
+    def are_raw(atoms: Sequence[Any]) -> list[bool]:
+        return [not isinstance(atom, Literal) and atom in raw for atom in atoms]
+
+    for equation in jaxpr.eqns:
+        inputs = are_raw(equation.invars)
+        if not any(inputs):
+            continue
+        name = equation.primitive.name
+        if name in _PRODUCTS:
+            return True, []
+        if name in _KEEPS_VALUES:
+            raw.update(equation.outvars)
+        for part in _parts(equation):
+            # What a call is given, and returns, stands last in its equation.
+            pairs = zip(reversed(part.invars), reversed(inputs), strict=False)
+            found, results = _followed(part, [v for v, is_raw in pairs if is_raw])
+            if found:
+                return True, []
+            of_call = zip(reversed(equation.outvars), reversed(results), strict=False)
+            raw.update(v for v, is_raw in of_call if is_raw)
+    return False, are_raw(jaxpr.outvars)
+
+
 _mark = Primitive("bn_jax_mark")
 _mark.multiple_results = True
 _mark.def_abstract_eval(lambda x, *carried, site, mapped: [x])

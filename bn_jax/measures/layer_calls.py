@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -130,8 +131,8 @@ def program(
 
     Raises:
       ValueError: if the calls of a layer with batch statistics cannot be seen, or it
-        predicts by other statistics than a mean and a variance; or as
-        `check_variables` says.
+        predicts by other statistics than a mean and a variance; if bytes are given to
+        a model that multiplies them as they are; or as `check_variables` says.
     """
     check_variables(variables)
     leaves, structure = jax.tree.flatten((variables, inputs, weights))
@@ -232,6 +233,8 @@ def _traced(
     traced, results = _mark_calls(
         predict, (variables, inputs, weights), sites, by_batch=by_batch, larger=larger
     )
+    if not _takes_bytes(predict):
+        _check_scaled(traced, num_inputs=len(jax.tree.leaves((inputs, weights))))
     numbers, places = _places(traced, variables, sites, structure)
     if by_batch:
         _check_batches_are_whole(places, [sites[number] for number in numbers])
@@ -240,6 +243,33 @@ def _traced(
         for number, of_call in zip(numbers, places, strict=True)
     )
     return Program(traced, results, calls, tuple(places))
+
+
+def _takes_bytes(predict: Any) -> bool:
+    """Return whether a function is a method of what says so, as our networks do."""
+    predict = inspect.unwrap(predict) if callable(predict) else predict
+    return getattr(getattr(predict, "__self__", None), "takes_bytes", False)
+
+
+def _check_scaled(traced: ClosedJaxpr, *, num_inputs: int) -> None:
+    """Refuse bytes that go into a product or a convolution as they are.
+
+    A model that is given bytes by mistake, where it was trained on numbers in [0, 1],
+    would be measured on others. One that scales them itself divides, subtracts or
+    normalises first.
+
+    Args:
+      traced: a model on a batch.
+      num_inputs: how many of the program's last arguments are no variables.
+    """
+    last = traced.jaxpr.invars[len(traced.jaxpr.invars) - num_inputs :]
+    raw = [variable for variable in last if variable.aval.dtype == np.uint8]
+    if tracing.are_multiplied(traced.jaxpr, raw):
+        raise ValueError(
+            "inputs are bytes, uint8, which the model multiplies by a kernel as they "
+            "are, 0 to 255; give them as it was trained, such as inputs / 255, or "
+            "inputs.astype(numpy.float32) where it was trained on 0 to 255"
+        )
 
 
 def _mark_calls(

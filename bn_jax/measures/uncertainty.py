@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from bn_jax.measures.layer_calls import with_moments
+from bn_jax.measures.layer_calls import layer_calls, with_moments
 from bn_jax.measures.meshes import automatic, automatic_axes
 from bn_jax.measures.models import check_array, resolve
 from bn_jax.measures.population import batch_moments
@@ -80,5 +80,6 @@ def monte_carlo_batch_norm(
         return predict(with_moments(variables, moments), inputs)
 
     with automatic_axes():
+        layer_calls(predict, variables, inputs)  # refuses what it cannot take
         outputs: Array = lax.map(one_pass, jax.random.split(key, num_passes))
     return outputs

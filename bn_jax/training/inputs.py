@@ -38,12 +38,26 @@ def make(text: str, statistics: ChannelStatistics | None) -> Scaling:
 
 
 def to_unit(images: Array) -> Array:
-    """Return bytes as numbers in [0, 1], in JAX's default float dtype."""
-    return images.astype(jnp.result_type(float)) / 255
+    """Return bytes as numbers in [0, 1], in JAX's default float dtype.
+
+    Raises:
+      ValueError: if images are not integers.
+    """
+    return to_float(images) / 255
 
 
 def to_float(images: Array) -> Array:
-    """Return bytes as numbers from 0 to 255, in JAX's default float dtype."""
+    """Return bytes as numbers from 0 to 255, in JAX's default float dtype.
+
+    Raises:
+      ValueError: if images are not integers.
+    """
+    if not jnp.issubdtype(images.dtype, jnp.integer):
+        raise ValueError(
+            f"images of dtype {images.dtype}; expected bytes, 0 to 255, which the "
+            "network scales itself; for images that are scaled already give its "
+            "model, network.model, in place of the network"
+        )
     return images.astype(jnp.result_type(float))
 
 

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -62,6 +62,7 @@ class Network:
     centre: Callable[[Array], Array] = Unchanged().centre
     products: str | None = None
     binds_axes: bool = False
+    takes_bytes: ClassVar[bool] = True  # read by `bn_jax.measures.layer_calls`
     data_shape: tuple[int, ...] | None = None
 
     def check_fits(self, num_images: int = 2) -> None:

@@ -37,7 +37,8 @@ def norm(
     """Return the constructor of a normalisation layer.
 
     It is called as `constructor(use_running_average=..., axis=..., batch_axis=...,
-    name=...)`, all of them optional, and the layer as `layer(x)`.
+    name=...)`, all of them optional, or with further attributes or options, and the
+    layer as `layer(x)`.
 
     Args:
       spec: a name of `bn_jax.transforms.NORMS` with its options, or a transform.
@@ -61,14 +62,22 @@ def norm(
       >>> y.round(3).tolist()
       [[-1.0, 1.0, 0.0, 0.0]]
     """
-    name, made, values, attributes = transforms.layer_of(spec, options, attributes)
+    name, made, values, others = transforms.layer_of(spec, options, attributes)
     if made is None:
         return None
     if name == "batch_norm":
-        return functools.partial(BatchNorm, **values, **attributes)
+        return functools.partial(BatchNorm, **values, **others)
     if name == "flax":
-        return functools.partial(_flaxs, **values, **attributes)
-    return functools.partial(Norm, made, **attributes)  # type: ignore[arg-type]
+        return functools.partial(_flaxs, **values, **others)
+
+    def constructor(**given: Any) -> nn.Module:
+        if any(map(transforms.is_option, given)):  # makes another transform
+            again = norm(spec, options=options, **{**attributes, **given})
+            assert again is not None
+            return again()
+        return Norm(made, **{**others, **given})  # type: ignore[arg-type]
+
+    return constructor
 
 
 def _flaxs(*, batch_axis: int = 0, **attributes: Any) -> nn.Module:

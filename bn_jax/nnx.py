@@ -44,8 +44,8 @@ def norm(
 ) -> Callable[..., nnx.Module] | None:
     """Return the constructor of a normalisation layer.
 
-    It is called as `constructor(num_features, rngs=...)`, with further attributes if
-    need be, and the layer as `layer(x)`.
+    It is called as `constructor(num_features, rngs=...)`, with further attributes or
+    options if need be, and the layer as `layer(x)`.
 
     Args:
       spec: a name of `bn_jax.transforms.NORMS` with its options, or a transform.
@@ -67,18 +67,23 @@ def norm(
       >>> layer(jnp.array([[1.0, 3.0, 0.0, 0.0]])).round(3).tolist()
       [[-1.0, 1.0, 0.0, 0.0]]
     """
-    name, made, values, attributes = transforms.layer_of(spec, options, attributes)
+    name, made, values, others = transforms.layer_of(spec, options, attributes)
     if made is None:
         return None
     if name == "batch_norm":
-        return functools.partial(BatchNorm, **values, **attributes)
+        return functools.partial(BatchNorm, **values, **others)
     if name == "flax":
-        return functools.partial(_flaxs, **values, **attributes)
-    return functools.partial(
-        Norm,
-        transform=made,  # type: ignore[arg-type]
-        **attributes,
-    )
+        return functools.partial(_flaxs, **values, **others)
+
+    def constructor(num_features: int, **given: Any) -> nnx.Module:
+        if any(map(transforms.is_option, given)):  # makes another transform
+            again = norm(spec, options=options, **{**attributes, **given})
+            assert again is not None
+            return again(num_features)
+        of_layer = {**others, **given}
+        return Norm(num_features, transform=made, **of_layer)  # type: ignore[arg-type]
+
+    return constructor
 
 
 def _flaxs(num_features: int, *, batch_axis: int = 0, **attributes: Any) -> nnx.Module:

@@ -271,6 +271,12 @@ def layer_of(
             f"a norm is given as {spec!r}; expected a name of bn_jax.transforms.NORMS, "
             'such as "batch_norm", or a transform'
         )
+    as_attributes = {k: v for k, v in others.items() if is_option(k)}
+    twice = as_attributes.keys() & options.keys()
+    if twice:
+        raise ConfigError(f"{', '.join(sorted(twice))} is given twice; give it once")
+    options = {**options, **as_attributes}
+    others = {k: v for k, v in others.items() if not is_option(k)}
     if not isinstance(spec, str):
         if options:
             raise ConfigError(
@@ -278,14 +284,6 @@ def layer_of(
                 "bound; give a name instead, or bind them to the transform"
             )
         return Layer(None, spec, {}, others | taken(spec, **sharing))
-    # Options of norms, such as momentum, that are given as Flax's layers take them.
-    known = {option for row in NORMS.rows for option in NORMS.options(row)}
-    as_attributes = {k: v for k, v in others.items() if k in known}
-    twice = as_attributes.keys() & options.keys()
-    if twice:
-        raise ConfigError(f"{', '.join(sorted(twice))} is given twice; give it once")
-    options = {**options, **as_attributes}
-    others = {k: v for k, v in others.items() if k not in known}
     name, values = resolve(spec, options)
     made = NORMS.rows[name](**values) if options else _named(spec)
     if isinstance(made, Transform):
@@ -293,6 +291,12 @@ def layer_of(
     elif made is not None:
         check_taken(name, frozenset({"axis_name", "axis_index_groups"}), sharing)
     return Layer(name, made, values, others | sharing)
+
+
+@functools.cache
+def is_option(name: str) -> bool:
+    """Return whether a name is that of an option of a norm, such as momentum."""
+    return any(name in NORMS.options(row) for row in NORMS.rows)
 
 
 @functools.cache

@@ -526,6 +526,29 @@ def test_options_may_be_given_as_flaxs_layers_take_them():
         linen_lib.norm("renorm", options={"momentum": 0.5}, momentum=0.5)
 
 
+@pytest.mark.parametrize("kind", ["linen", "nnx"])
+def test_constructors_take_options_as_flaxs_layers_do(kind):
+    def made(spec, **options):
+        if kind == "linen":
+            return linen_lib.norm(spec)(use_running_average=False, **options)
+        return nnx_lib.norm(spec)(6, rngs=nnx.Rngs(0), **options)
+
+    def y_of(layer):
+        if kind == "linen":
+            return layer.init_with_output(KEY, X)[0]
+        return layer(X)
+
+    for option in ({"epsilon": 4.0}, {"use_bias": False}):
+        given = made("layer", **option)
+        bound = ",".join(f"{k}={str(v).lower()}" for k, v in option.items())
+        np.testing.assert_array_equal(y_of(given), y_of(made(f"layer:{bound}")))
+    assert not np.allclose(y_of(made("layer", epsilon=4.0)), y_of(made("layer")))
+    with pytest.raises(ConfigError, match="'layer' has no option 'momentum'; layer ta"):
+        made("layer", momentum=0.9)
+    with pytest.raises(ConfigError, match="options momentum for a transform, whose"):
+        made(transforms.center(), momentum=0.9)
+
+
 def test_options_may_be_numbers_of_numpy_and_jax():
     for momentum in (np.float64(0.5), jnp.float32(0.5), np.array(0.5)):
         assert linen_lib.norm("batch_norm", options={"momentum": momentum})() == (

@@ -338,18 +338,39 @@ def unmapped(
     library: str, flat: Mapping[str, Any], names: Mapping[str, str | None]
 ) -> Iterator[str]:
     """Yield the entries of the batch norm layers that `names` does not speak of."""
+    for name in _layers_in(library, flat):
+        if name not in names:
+            for place in PLACES[library].values():
+                if (key := entry_key(place, name)) in flat:
+                    yield key
+
+
+def _layers_in(library: str, flat: Mapping[str, Any]) -> list[str]:
+    """Return the names of the batch norm layers in entries, in their order."""
     places = PLACES[library]
     found: dict[str, None] = {}
     for key in flat:
         for role in _STATISTICS & places.keys():
-            if (
-                name := layer_name(places[role], key)
-            ) is not None and name not in names:
+            if (name := layer_name(places[role], key)) is not None:
                 found[name] = None
-    for name in found:
-        for place in places.values():
-            if (key := entry_key(place, name)) in flat:
-                yield key
+    return list(found)
+
+
+def note_direction(
+    library: str,
+    flat: Mapping[str, Any],
+    names: Mapping[str, str | None],
+    problems: Problems,
+) -> None:
+    """Note in `problems` that names go from ours to theirs, if they seem to."""
+    there = _layers_in(library, flat)
+    to = [name for name in names.values() if name is not None]
+    if to and set(to) <= set(there) and not set(names) & set(there):
+        problems.hint = (
+            f": names look turned round, as {to[0]!r} is a layer in the entries; map "
+            f"its name there to the other, {{{to[0]!r}: "
+            f"{next(k for k, v in names.items() if v == to[0])!r}}}"
+        )
 
 
 def roles_to_layer(

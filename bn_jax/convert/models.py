@@ -14,6 +14,7 @@ from bn_jax.convert.entries import (
     check_like,
     check_momentum,
     layer_to_roles,
+    note_direction,
     note_impossible,
     note_prefix,
     read_entries,
@@ -87,6 +88,7 @@ def layers_from(
     problems.extra += unmapped(library, flat, names)
     if library == "torch":
         note_prefix(flat, problems)
+    note_direction(library, flat, names, problems)
     problems.refuse(library)
     return {ours: roles_to_layer(roles, momentum) for ours, roles in read.items()}
 
@@ -161,6 +163,7 @@ def layers_into(
     problems.extra += unmapped(library, flat, names)
     if library == "torch":
         note_prefix(flat, problems)
+    note_direction(library, flat, names, problems)
     problems.refuse(library)
     return replace_entries(entries, replaced)
 

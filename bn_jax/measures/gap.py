@@ -51,7 +51,9 @@ class Gap(NamedTuple):
             f"{name:24s}{loss:10.4f}{self.accuracy[name]:10.4f}"
             for name, loss in self.loss.items()
         ]
-        if self.running:
+        if not self.running:
+            rows += ["", "no layer has batch statistics, so that all are the same"]
+        else:
             rows += ["", f"{'from the exact ones':24s}{'batch':>20s}{'running':>20s}"]
             rows.append(f"{'layer':24s}" + 2 * f"{'mean':>10s}{'log var':>10s}")
         for name, running in self.running.items():

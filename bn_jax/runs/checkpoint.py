@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from flax import serialization, traverse_util
 
+from bn_jax import fields
 from bn_jax.runs import results
 from bn_jax.runs.results import RunError, differences
 from bn_jax.training.loop import EpochReport, Progress
@@ -47,7 +48,7 @@ def save_variables(
             checkpointer.save(path, variables, force=True)
     except (OSError, ValueError) as error:
         raise _cannot_write(path, error) from error
-    return _checksums(traverse_util.flatten_dict(variables, sep="/"))
+    return _checksums(_flat(variables))
 
 
 def load_variables(
@@ -75,19 +76,33 @@ def load_variables(
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            variables = checkpointer.restore(path, abstract)
+            stored = checkpointer.metadata(path).item_metadata.tree
+            faults = _misfits(_flat(stored), _flat(like), copies=False)
+            variables = None if faults else checkpointer.restore(path, abstract)
     except Exception as error:  # whatever a damaged file makes Orbax stumble over
         raise RunError(
-            f"cannot read the variables in {path}: they are damaged or belong to "
-            f"another model; {results.MEND} ({_first_line(error)})"
+            f"cannot read the variables in {path}: they are damaged; {results.MEND} "
+            f"({_first_line(error)})"
         ) from error
-    changed = _changed(traverse_util.flatten_dict(variables, sep="/"), checksums)
+    if faults:
+        others = fields.counted(len(faults) - 3, "other")
+        more = f" and {others}" if len(faults) > 3 else ""
+        raise RunError(
+            f"the variables in {path} are of another model: {'; '.join(faults[:3])}"
+            f"{more}. Give the model of the run"
+        )
+    changed = _changed(_flat(variables), checksums)
     if changed:
         raise RunError(
             f"the variables in {path} are damaged: {', '.join(changed)} hold other "
             f"numbers than were written; {results.MEND}"
         )
     return variables
+
+
+def _flat(variables: Any) -> dict[str, Any]:
+    flat: dict[str, Any] = traverse_util.flatten_dict(variables, sep="/")
+    return flat
 
 
 class _LatestAndBest:
@@ -382,12 +397,19 @@ def _empty(state: TrainState) -> dict[str, Any]:
 
 
 def _misfits(
-    arrays: Mapping[str, np.ndarray], like: Mapping[str, np.ndarray]
+    arrays: Mapping[str, Any], like: Mapping[str, Any], *, copies: bool = True
 ) -> list[str]:
-    """List arrays of a checkpoint that are missing, unknown or of another shape."""
+    """List arrays on disk that are missing, unknown or of another shape or dtype.
 
-    def shape(name: str, array: np.ndarray) -> tuple[int, ...]:
-        return array.shape[1:] if name.startswith("batch_stats/") else array.shape
+    Args:
+      arrays: on disk, or what is known of them.
+      like: those that are expected.
+      copies: whether statistics have a leading axis, whose size may differ.
+    """
+
+    def shape(name: str, array: Any) -> tuple[int, ...]:
+        is_copied = copies and name.startswith("batch_stats/")
+        return tuple(array.shape[1:] if is_copied else array.shape)
 
     faults = [f"no {name}" for name in sorted(like.keys() - arrays.keys())]
     faults += [f"unknown {name}" for name in sorted(arrays.keys() - like.keys())]

@@ -379,3 +379,20 @@ def test_other_faults_are_not_laid_to_a_prefix():
     flat = state_dict()
     del flat["bn1.weight"]
     assert "begin with" not in refusal(convert.layers_from, "torch", flat, NAMES)
+
+
+def test_names_from_ours_to_theirs_are_said_to_be_turned_round():
+    layers = convert.layers_from("torch", state_dict(), NAMES)
+    turned = {ours: theirs for theirs, ours in NAMES.items()}
+    of_layers = {theirs: layers[ours] for theirs, ours in NAMES.items()}
+    for message in (
+        refusal(convert.layers_from, "torch", state_dict(), turned),
+        refusal(convert.layers_into, "torch", state_dict(), of_layers, turned),
+    ):
+        theirs, ours = next(iter(NAMES.items()))
+        head = message.splitlines()[0]
+        assert f"names look turned round, as {theirs!r} is a layer" in head
+        assert f"{{{theirs!r}: {ours!r}}}" in head
+    assert "turned round" not in refusal(
+        convert.layers_from, "torch", state_dict(), {"bn7": "norm"}
+    )

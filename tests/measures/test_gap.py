@@ -132,3 +132,14 @@ def test_outputs_that_are_no_logits_are_refused():
         gap(model, variables, x, [0, 1, 0, 1], measure_on=x, batch_size=4)
     with pytest.raises(ValueError, match="inputs are a list; expected an array"):
         gap(model, variables, [x], [0, 1, 0, 1], measure_on=x, batch_size=4)
+
+
+def test_table_of_a_model_without_batch_statistics_says_why_its_rows_are_equal():
+    model, x = nn.GroupNorm(1), jnp.array([[0.0, 1.0], [2.0, 5.0]])
+    report = gap(
+        model, model.init(jax.random.key(0), x), x, [0, 1], measure_on=x, batch_size=2
+    )
+    assert len(set(report.loss.values())) == 1
+    assert str(report).endswith(
+        "no layer has batch statistics, so that all are the same"
+    )

@@ -509,3 +509,32 @@ def test_run_of_other_versions_is_known_by_class_and_shapes(
 
     monkeypatch.setattr(same_model.results, "read_object", read)
     assert runs.load(plain / "run", model=Plain(momentum=0.5)).metrics
+
+
+class Wider(nn.Module):
+    """Of the class name that its run has, with other layers."""
+
+    width: int = 5
+    name_of_layer: str = "Dense_0"
+
+    @nn.compact
+    def __call__(self, x, *, train):
+        x = nn.Dense(self.width, name=self.name_of_layer)(x.reshape(len(x), -1))
+        x = BatchNorm(use_running_average=not train)(x)
+        return nn.Dense(10, name="Dense_1")(nn.relu(x))
+
+
+Wider.__name__ = "Plain"
+
+
+@pytest.mark.parametrize(
+    ("attributes", "fault"),
+    [
+        ({"width": 4}, r"BatchNorm_0/mean: float32\[5\] there, float32\[4\] now"),
+        ({"name_of_layer": "first"}, "no params/first/bias; .* and 1 other"),
+    ],
+)
+def test_variables_that_do_not_fit_the_model_are_named(attributes, fault, plain):
+    message = rf"variables are of another model: .*{fault}.*Give the model of the run$"
+    with pytest.raises(RunError, match=message):
+        runs.load(plain / "run", model=Wider(**attributes))

@@ -45,7 +45,11 @@ class Files:
           RunError: if it cannot take this run, or one there is of another model.
         """
         config = self._config.to_dict()
-        options = {"resume": resume, "grows": self._grows}
+        options: dict[str, Any] = {
+            "resume": resume,
+            "grows": self._grows,
+            "data_source": self._data.source,
+        }
         results.check_free(self._workdir, config, **options)
         same_model.check(self._workdir, self._config, self._trainer.network)
         return results.held(self._workdir, config, **options)

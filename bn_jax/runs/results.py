@@ -103,7 +103,7 @@ def held(
     config: Mapping[str, Any],
     *,
     seconds: float = 0,
-    **options: bool,
+    **options: Any,
 ) -> Iterator[Path]:
     """Hold a working directory that can take a run of `config`, as `locked` does.
 
@@ -133,6 +133,7 @@ def check_free(
     resume: bool = True,
     repeat: bool = False,
     grows: bool = False,
+    data_source: str | None = None,
 ) -> None:
     """Refuse a working directory that cannot take a run of `config`.
 
@@ -145,10 +146,12 @@ def check_free(
       repeat: whether a finished run of the same config may write its results anew.
       grows: whether a run of fewer epochs may go on, finished or not: its steps are
         the first ones of the longer run.
+      data_source: of the run's images, where its config does not tell it.
 
     Raises:
-      RunError: if the directory holds another config's run, a finished run, files of
-        something else, or links to folders; or if it cannot be read.
+      RunError: if the directory holds a run of another config or on other images, a
+        finished run, files of something else, or links to folders; or if it cannot be
+        read.
     """
     try:
         present = sorted(
@@ -194,6 +197,13 @@ def check_free(
             raise RunError(
                 f"{workdir} holds a run of another config ({'; '.join(faults)}); give "
                 "another workdir"
+            )
+    if RESULTS in present and data_source is not None:
+        source = read_object(workdir / RESULTS).get("data_source")
+        if source != data_source:
+            raise RunError(
+                f"{workdir} holds a run on other images (data: {source!r} there, "
+                f"{data_source!r} now); give another workdir"
             )
     if RESULTS in present and not repeat and not longer:
         raise RunError(

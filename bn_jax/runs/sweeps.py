@@ -146,7 +146,7 @@ def sweep(
     devices = _devices(options, max(map(len, groups)))
     first = configs[0]
     network = make_network(first, Task.of(first, task.select(first, data)), model=model)
-    allowed = {"resume": options.resume, "repeat": True, "grows": grows}
+    allowed: dict[str, Any] = {"resume": options.resume, "repeat": True, "grows": grows}
     results.check_free(workdir, config, **allowed)
     same_model.check(workdir, first, network)
     place = results.held(workdir, config, **allowed)

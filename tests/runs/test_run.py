@@ -451,6 +451,17 @@ def test_damaged_run_is_named(run, finished, tmp_path, damage, message):
         run_lib.load(copy)
 
 
+def test_finished_run_on_other_images_is_refused_as_another(
+    run, finished, tiny_config, tiny_data
+):
+    other = dataclasses.replace(tiny_data, source=f"{tiny_data.source}, retaken")
+    for epochs in (tiny_config.epochs, tiny_config.epochs + 1):
+        config = dataclasses.replace(tiny_config, epochs=epochs)
+        with pytest.raises(RunError, match="holds a run on other images .*, retaken'"):
+            run_lib.train(config, other, workdir=finished, options=OPTIONS)
+    assert run_lib.load(finished).results == run.results
+
+
 def test_variables_of_another_model_are_refused(run, finished, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(finished, copy)

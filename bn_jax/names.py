@@ -167,9 +167,12 @@ class Table(Generic[T]):
         """
         name, _, rest = text.partition(":")
         if name not in self.rows:
+            first, _, others = name.partition(",")
+            hint = did_you_mean(name, self.rows)
+            if first in self.rows:
+                hint = f" (options follow a colon: {first}:{others})"
             raise ConfigError(
-                f"{self.kind}={text!r}; expected one of {', '.join(self.rows)}"
-                f"{did_you_mean(name, self.rows)}"
+                f"{self.kind}={text!r}; expected one of {', '.join(self.rows)}{hint}"
             )
         options = self.options(name)
         values: dict[str, Any] = {}

@@ -18,9 +18,10 @@ that are compared, gamma and beta alone and the others, each train at the best o
 rates by validation accuracy, on seeds apart from those that judge.
 
 Losses are means over the last epoch as it was trained; a run that diverged has that of
-guessing, ln 10. Test accuracy is by exact statistics. Figures: sigmoid.png and
-relu.png, loss, accuracy and gammas by arm; changes.png, what fixing changes in the
-loss.
+guessing, ln 10. Test accuracy is by exact statistics. Claims on the share of gammas
+near 0 count half a gamma more that is and half that is not, so that a share of 0 has
+odds; figures show the share itself. Figures: sigmoid.png and relu.png, loss, accuracy
+and gammas by arm; changes.png, what fixing changes in the loss.
 
 What would refute it: a network that trains as well with both fixed; others that learn
 as much as gamma and beta; hardly any gamma near 0.
@@ -117,9 +118,9 @@ share_off = scores.final("small_gammas")
 
 
 def odds_off(row: Row) -> float:
-    """Return the share of gammas near 0 of 226, and of half a one that is and is not.
+    """Return the share of gammas near 0, counting half a one more of either kind.
 
-    So counted a share of 0 has odds, too.
+    So counted a share of 0 has odds, too, which claims are on. Figures show the share.
     """
     return (share_off(row) * GAMMAS + 0.5) / (GAMMAS + 1)
 

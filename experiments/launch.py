@@ -377,7 +377,8 @@ def _told(error: flags.Error) -> str:
         else:
             known = [n for n in flags.FLAGS if n == flags.FLAGS[n].name]
             near = fields.nearest(name, known)
-            hint = f"did you mean --{near}? " if near else ""
+            meant = _as_options(name) or ([f"--{near}"] if near else [])
+            hint = f"did you mean {' or '.join(meant)}? " if meant else ""
             hint += "--help lists all flags"
         return f"--{name} is no flag; {hint}"
     text = " ".join(str(error).split())
@@ -391,6 +392,23 @@ def _told(error: flags.Error) -> str:
                 told += f": several values are a sweep, --sweep={given[1]}={given[2]}"
             return told
     return text
+
+
+def _as_options(name: str) -> list[str]:
+    """Return the flags that have an option of a name, or of one that it begins."""
+    from bn_jax.models import MODELS
+    from bn_jax.training.optimizers import OPTIMIZERS
+    from bn_jax.transforms import NORMS
+
+    tables = {"model": MODELS, "norm": NORMS, "optimizer": OPTIMIZERS}
+    found = []
+    for flag, table in tables.items():
+        options = [(row, o) for row in table for o in table.options(row)]
+        meant = [(r, o) for r, o in options if o == name or o.startswith(f"{name}_")]
+        if flag in flags.FLAGS and meant:
+            row, option = meant[0]
+            found.append(f"--{flag}={row}:{option}=VALUE")
+    return found
 
 
 def start(

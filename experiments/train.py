@@ -58,7 +58,7 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "load", None, "Folder of a finished run to evaluate again, instead of training."
     )
-    flags.DEFINE_string(
+    flags.DEFINE_multi_string(
         "sweep",
         None,
         "Train all combinations, as in 'learning_rate=0.01,0.1;seed=0..4', "
@@ -111,7 +111,7 @@ def main(argv: Sequence[str]) -> None:
     smoke = {"dataset": "sample", "epochs": 1} if given.smoke else {}
     config = flag_fields.read(TrainConfig, given, defaults=smoke)
     if given.sweep is not None:
-        train_sweep(launch.workdir(), given.sweep, config)
+        train_sweep(launch.workdir(), ";".join(given.sweep), config)
         return
     for name in OF_SWEEPS:
         if given[name].present:
@@ -282,8 +282,13 @@ def evaluate_again(workdir: Path) -> None:
     name = _dataset_of(found[0].config)
     data = task.select(found[0].config, launch.load_data(name))
     written = results.read_object(workdir / results.RESULTS)
+    way_out = ""
     if data.source != written["data_source"]:
         print(f"note: the run was on {written['data_source']}")
+        way_out = (
+            f", and the data, {data.source}, from those it was on; give these by "
+            "--dataset, or evaluate it in Python"
+        )
     outcomes = []
     labels = sweeps.labels([run.config for run in found])
     for number, (run, label) in enumerate(zip(found, labels, strict=True), 1):
@@ -297,7 +302,7 @@ def evaluate_again(workdir: Path) -> None:
     _print_best(written)
     where = workdir / (results.ROWS if is_sweep else results.RESULTS)
     if not all(near for _, near in outcomes):
-        sys.exit("error: the numbers differ from those that the run wrote")
+        sys.exit(f"error: the numbers differ from those that the run wrote{way_out}")
     if all(same for same, _ in outcomes):
         print(f"the same numbers as in {where}")
     else:
@@ -316,13 +321,16 @@ def _dataset_of(config: TrainConfig) -> str:
     flag = flags.FLAGS["dataset"]
     if not flag.present or flag.value == config.dataset:
         return config.dataset
-    if not all(name.startswith("npz:") for name in (flag.value, config.dataset)):
-        raise ConfigError(
-            f"--dataset={flag.value} with --load of a run on {config.dataset}; leave "
-            "it out, or, of a run on an npz: file, say where that lies now"
-        )
     name: str = flag.value
-    return name
+    # What "auto" was, or what Python was given in its place, the config does not tell.
+    if config.dataset == "auto" or all(
+        dataset.startswith("npz:") for dataset in (name, config.dataset)
+    ):
+        return name
+    raise ConfigError(
+        f"--dataset={name} with --load of a run on {config.dataset}; leave it out, or, "
+        "of a run on an npz: file, say where that lies now"
+    )
 
 
 def _evaluate_again(

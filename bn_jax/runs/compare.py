@@ -25,7 +25,7 @@ class Member(NamedTuple):
     """A run, or a member of a sweep."""
 
     folder: Path
-    config: dict[str, Any]
+    config: dict[str, Any]  # with the source of the images, which tells "auto" apart
     row: dict[str, Any]  # values by epoch as lists, and those at the end
 
 
@@ -40,7 +40,8 @@ def read(folder: str | Path) -> list[Member]:
     if results.is_sweep(config):
         results.check_finished(folder, others=results.OF_A_SWEEP)
         rows = results.read_rows(folder / results.ROWS)
-        return [Member(folder, row["config"], row) for row in rows]
+        source = results.read_object(folder / results.RESULTS)["data_source"]
+        return [Member(folder, {**row["config"], "data": source}, row) for row in rows]
     results.check_no_experiment(folder, config)
     results.check_finished(folder, others=results.OF_A_RUN)
     summary = results.read_object(folder / results.RESULTS)
@@ -51,7 +52,7 @@ def read(folder: str | Path) -> list[Member]:
         if any(name in epoch for epoch in metrics)
     }
     row |= {name: summary[name] for name in _AT_THE_END if name in summary}
-    return [Member(folder, config, row)]
+    return [Member(folder, {**config, "data": summary["data_source"]}, row)]
 
 
 def grouped(members: Sequence[Member]) -> dict[str, list[Member]]:
@@ -74,10 +75,10 @@ def grouped(members: Sequence[Member]) -> dict[str, list[Member]]:
     found: dict[str, list[Member]] = {}
     for member in members:
         own = label(member)
-        of_one = several and len(folders[own]) == 1
-        if not own or of_one or (repeated and len(folders[own]) > 1):
+        in_several = len(folders[own]) > 1
+        if (repeated and in_several) or (not in_several and (several or not own)):
             own = ", ".join(filter(None, (own, str(member.folder))))
-        found.setdefault(own, []).append(member)
+        found.setdefault(own or "all, of other seeds", []).append(member)
     return found
 
 

@@ -351,8 +351,8 @@ def check_no_experiment(workdir: Path, config: Mapping[str, Any]) -> None:
     """
     if "experiment" in config:
         raise RunError(
-            f"{workdir} holds the experiment {config['experiment']}, whose rows are in "
-            "runs.jsonl; give the directory of one run or sweep"
+            f"{workdir} holds the experiment {config['experiment']}; give the folder "
+            "of one run or sweep"
         )
 
 
@@ -499,6 +499,7 @@ def _read_bytes(path: Path) -> bytes:
         return path.read_bytes()
     except FileNotFoundError:
         inside = sorted(found.parent for found in path.parent.glob(f"*/{path.name}"))
+        inside = [folder for folder in inside if _is_of_a_run(folder / CONFIG)]
         raise RunError(
             f"there is no {path.name} in {path.parent}; expected the working directory "
             f"of a run{f', such as {inside[0]}' if inside else ''}"
@@ -507,6 +508,14 @@ def _read_bytes(path: Path) -> bytes:
         raise RunError(
             f"cannot read {path}: {error.strerror}; expected a file that you may read"
         ) from None
+
+
+def _is_of_a_run(path: Path) -> bool:
+    """Return whether a config.json can be read, and is that of a run or sweep."""
+    try:
+        return "experiment" not in json.loads(path.read_bytes())
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def _parse(path: Path, content: bytes) -> Any:

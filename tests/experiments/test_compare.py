@@ -1,5 +1,6 @@
 """The command `experiments.compare`, in this process."""
 
+import dataclasses
 import functools
 import re
 from pathlib import Path
@@ -110,6 +111,28 @@ def test_seeds_in_several_folders_are_one_group():
         "learning_rate=0.1": 2,
         "learning_rate=0.5, c": 1,
     }
+
+
+def test_runs_that_differ_in_their_seed_alone_are_one_line():
+    members = [compare_lib.Member(Path(f"s{i}"), {"seed": i}, {}) for i in range(3)]
+    ((label, group),) = compare_lib.grouped(members).items()
+    assert (label, len(group)) == ("all, of other seeds", 3)
+    (label,) = compare_lib.grouped(members[:1])
+    assert label == "s0"
+
+
+def test_runs_on_other_data_are_told_apart_whatever_their_configs_say(
+    folder, tiny_config, tiny_data, tmp_path
+):
+    config = dataclasses.replace(tiny_config, learning_rate=0.1, seed=7)
+    others = dataclasses.replace(tiny_data, source="others")
+    runs.train(config, others, workdir=tmp_path / "others", options=OPTIONS)
+    members = [
+        m for f in (folder / "slow", tmp_path / "others") for m in compare_lib.read(f)
+    ]
+    labels = list(compare_lib.grouped(members))
+    assert len(labels) == 2
+    assert labels[1].startswith("data=others")
 
 
 def test_what_was_not_measured_is_no_divergence():

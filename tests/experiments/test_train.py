@@ -1,5 +1,6 @@
 """The command `experiments.train`, in this process: models, norms and data by name."""
 
+import dataclasses
 import functools
 import os
 import re
@@ -9,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bn_jax import runs
+from bn_jax import data, runs
 from bn_jax.runs import results
+from bn_jax.training.config import TrainConfig
 from bn_jax.training.sweep import Sweep
 from experiments import launch, train
 
@@ -136,6 +138,36 @@ def test_run_on_a_file_that_has_moved_is_evaluated_on_it(command, images, tmp_pa
 
 
 @pytest.mark.slow
+def test_run_that_was_given_its_data_is_evaluated_on_those_that_a_flag_names(
+    command, tiny_data, tmp_path
+):
+    """The config of such a run says auto, whatever data Python gave it."""
+    config = TrainConfig(
+        model="mlp:widths=8", epochs=1, train_examples=150, batch_size=50
+    )
+    sample = data.load("sample")
+    runs.train(config, sample, workdir=tmp_path / "run")
+    assert "the same numbers as in" in command("--load=run", "--dataset=sample")
+    other = dataclasses.replace(tiny_data, source="others")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "load_data", lambda name: other)
+        with pytest.raises(
+            SystemExit, match="numbers differ .* the data, others, from"
+        ):
+            command("--load=run")
+
+
+@pytest.mark.slow
+def test_sweeps_that_are_given_one_by_one_are_combined(command):
+    said = command(
+        *("--workdir=run", "--smoke", "--devices=1", "--model=mlp:widths=8"),
+        *("--train_examples=600", "--sweep=learning_rate=0.1,0.3", "--sweep=seed=0..2"),
+    )
+    assert "6 members of the sweep" in said
+    assert len(results.read_rows(Path("run/runs.jsonl"))) == 6
+
+
+@pytest.mark.slow
 def test_best_member_by_validation_is_told(command, images):
     images()
     arguments = ("--epochs=1", "--validation=30", "--sweep=learning_rate=0.1,0.1234567")
@@ -198,6 +230,19 @@ SECOND_FAILS = "model.norm_layers=11,1"  # of two members that share a program
         ),
         (["--resume=maybe"], "--resume=maybe; expected true or false$"),
         (["--lr=0.1"], "--lr is no flag; did you mean --learning_rate. --help lists"),
+        (
+            ["--activation=relu"],
+            "is no flag; did you mean --model=lenet:activation=VALUE. --help",
+        ),
+        (
+            ["--momentum=0.9"],
+            "mean --norm=batch_norm:momentum=VALUE or --optimizer=sgd:momentum=VALUE. ",
+        ),
+        (["--dropout=0.5"], "did you mean --model=lenet:dropout_rate=VALUE. --help"),
+        (
+            ["--optimizer=sgd,momentum=0.9"],
+            r"one of sgd, .* \(options follow a colon: sgd:momentum=0.9\)$",
+        ),
         (["--norm.momentum=0.5"], "is no flag; options .* --norm=NAME:momentum=VALUE"),
         (["nonsense"], "unexpected 'nonsense'; flags begin with --"),
         (

@@ -253,3 +253,13 @@ def test_metrics_that_are_written_anew_leave_no_line_of_the_old_ones(tmp_path):
     results.append_metrics(tmp_path, {"epoch": 2})
     assert results.read_metrics(tmp_path) == [{"epoch": 1}, {"epoch": 2}]
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_folder_of_no_run_names_one_inside_and_no_experiment(tmp_path):
+    for name, config in (("a", {"experiment": "compare"}), ("b", {"epochs": 1})):
+        (tmp_path / name).mkdir()
+        results.write_json(tmp_path / name / "config.json", config)
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "config.json").write_text("{")
+    with pytest.raises(RunError, match=rf"of a run, such as {tmp_path / 'b'}$"):
+        results.read_object(tmp_path / "config.json")

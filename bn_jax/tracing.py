@@ -109,51 +109,93 @@ _KEEPS_VALUES = frozenset(
     {
         *("convert_element_type", "copy", "reshape", "squeeze", "expand_dims"),
         *("transpose", "broadcast_in_dim", "rev", "slice", "dynamic_slice", "gather"),
-        *("pad", "concatenate", "split", "max", "min", "reduce_max"),
+        *("pad", "concatenate", "split", "max", "min", "reduce_max", "select_n"),
         *("reduce_window_max", "sharding_constraint", "optimization_barrier"),
     }
 )
-_PRODUCTS = frozenset({"conv_general_dilated", "dot_general"})
+_TAKES = frozenset({"gather", "dynamic_slice"})
+# Numbers in [0, 1] are not divided by this or more, nor is it subtracted from them.
+_SIZE_OF_BYTES = 16
 
 
-def are_multiplied(jaxpr: Jaxpr, values: Sequence[Var]) -> bool:
-    """Return whether the values of arguments go into a product or a convolution.
+def scales_bytes(traced: ClosedJaxpr, values: Sequence[Var]) -> bool:
+    """Return whether a program scales its arguments of bytes before it uses them.
 
-    They do where nothing is computed with them before, but for another dtype, shape or
-    order. Of a loop only the first step counts.
+    It does where the first that it computes with them in floats is to divide them by a
+    constant of their size, as in `x / 255`, to multiply them by the inverse of one, or
+    to subtract one. Before, they may get another dtype, shape or order. Integers of
+    other types that it makes of them, as of indices, may be used in any way.
 
     Args:
-      jaxpr: a program.
-      values: some of its arguments.
+      traced: a program, as `trace` returns it.
+      values: those of its arguments that are bytes.
     """
-    return _followed(jaxpr, values)[0]
+    constants = zip(traced.jaxpr.constvars, traced.consts, strict=True)
+    sizes = {v: size for v, c in constants if (size := _size(c)) is not None}
+    return _scaled(traced.jaxpr, set(values), sizes)
 
 
-def _followed(jaxpr: Jaxpr, values: Sequence[Var]) -> tuple[bool, list[bool]]:
-    """Return whether values are multiplied, and which results they are as they were."""
-    raw = set(values)
+def _scaled(jaxpr: Jaxpr, raw: set[Var], sizes: dict[Var, float]) -> bool:
+    """Return whether a program scales what is raw; see `scales_bytes`.
 
-    def are_raw(atoms: Sequence[Any]) -> list[bool]:
-        return [not isinstance(atom, Literal) and atom in raw for atom in atoms]
+    Args:
+      jaxpr: the program.
+      raw: those of its variables that hold bytes, to which others are added.
+      sizes: of its variables that hold constants, likewise.
+    """
+
+    def is_raw(atom: Any) -> bool:
+        return isinstance(atom, Var) and atom in raw
+
+    def size_of(atom: Any) -> float | None:
+        return _size(atom.val) if isinstance(atom, Literal) else sizes.get(atom)
 
     for equation in jaxpr.eqns:
-        inputs = are_raw(equation.invars)
-        if not any(inputs):
+        name, outvars = equation.primitive.name, equation.outvars
+        inputs = equation.invars
+        known = [size for atom in inputs if (size := size_of(atom)) is not None]
+        if not any(map(is_raw, inputs)):
+            if name in _KEEPS_VALUES and len(known) == len(inputs):
+                sizes.update((variable, max(known)) for variable in outvars)
             continue
-        name = equation.primitive.name
-        if name in _PRODUCTS:
-            return True, []
+        parts = list(_parts(equation))
+        for part in parts:  # what it is given, and returns, stands last in its equation
+            pairs = list(zip(part.invars[::-1], inputs[::-1], strict=False))
+            of_part = {v for v, atom in pairs if is_raw(atom)}
+            given = {v: s for v, atom in pairs if (s := size_of(atom)) is not None}
+            if not _scaled(part, of_part, given):
+                return False
+            results = zip(part.outvars[::-1], outvars[::-1], strict=False)
+            raw.update(v for r, v in results if isinstance(r, Var) and r in of_part)
+        if parts:
+            continue
+        raw.update(_of_type(np.uint8, outvars))
+        floats = _of_type(np.inexact, outvars)
+        if name in _TAKES and not is_raw(inputs[0]):
+            continue  # bytes are the indices
         if name in _KEEPS_VALUES:
-            raw.update(equation.outvars)
-        for part in _parts(equation):
-            # What a call is given, and returns, stands last in its equation.
-            pairs = zip(reversed(part.invars), reversed(inputs), strict=False)
-            found, results = _followed(part, [v for v, is_raw in pairs if is_raw])
-            if found:
-                return True, []
-            of_call = zip(reversed(equation.outvars), reversed(results), strict=False)
-            raw.update(v for v, is_raw in of_call if is_raw)
-    return False, are_raw(jaxpr.outvars)
+            raw.update(floats)
+        elif floats and not _is_scaling(name, known):
+            return False
+    return True
+
+
+def _size(value: Any) -> float | None:
+    """Return the largest magnitude in a constant, or None of a traced one."""
+    if isinstance(value, jax.core.Tracer) or not np.size(value):
+        return None
+    return float(np.max(np.abs(np.asarray(value, float))))
+
+
+def _of_type(kind: Any, variables: Sequence[Any]) -> list[Var]:
+    return [v for v in variables if jax.numpy.issubdtype(v.aval.dtype, kind)]
+
+
+def _is_scaling(name: str, sizes: Sequence[float]) -> bool:
+    """Return whether an operation with constants of these sizes scales bytes."""
+    if name == "mul":
+        return any(0 < size <= 1 / _SIZE_OF_BYTES for size in sizes)
+    return name in ("div", "sub", "add") and any(s >= _SIZE_OF_BYTES for s in sizes)
 
 
 _mark = Primitive("bn_jax_mark")

@@ -132,7 +132,7 @@ def program(
     Raises:
       ValueError: if the calls of a layer with batch statistics cannot be seen, or it
         predicts by other statistics than a mean and a variance; if bytes are given to
-        a model that multiplies them as they are; or as `check_variables` says.
+        a model that does not scale them; or as `check_variables` says.
     """
     check_variables(variables)
     leaves, structure = jax.tree.flatten((variables, inputs, weights))
@@ -233,8 +233,7 @@ def _traced(
     traced, results = _mark_calls(
         predict, (variables, inputs, weights), sites, by_batch=by_batch, larger=larger
     )
-    if not _takes_bytes(predict):
-        _check_scaled(traced, num_inputs=len(jax.tree.leaves((inputs, weights))))
+    check_scaled(predict, traced, len(jax.tree.leaves((inputs, weights))))
     numbers, places = _places(traced, variables, sites, structure)
     if by_batch:
         _check_batches_are_whole(places, [sites[number] for number in numbers])
@@ -245,30 +244,31 @@ def _traced(
     return Program(traced, results, calls, tuple(places))
 
 
-def _takes_bytes(predict: Any) -> bool:
-    """Return whether a function is a method of what says so, as our networks do."""
-    predict = inspect.unwrap(predict) if callable(predict) else predict
-    return getattr(getattr(predict, "__self__", None), "takes_bytes", False)
-
-
-def _check_scaled(traced: ClosedJaxpr, *, num_inputs: int) -> None:
-    """Refuse bytes that go into a product or a convolution as they are.
+def check_scaled(predict: Any, traced: ClosedJaxpr, num_inputs: int) -> None:
+    """Refuse bytes that a model computes with as they are.
 
     A model that is given bytes by mistake, where it was trained on numbers in [0, 1],
-    would be measured on others. One that scales them itself divides, subtracts or
-    normalises first.
+    would be measured on others. A network of ours scales what it is given.
 
     Args:
-      traced: a model on a batch.
+      predict: the function that was traced.
+      traced: the model on a batch.
       num_inputs: how many of the program's last arguments are no variables.
+
+    Raises:
+      ValueError: saying what to give in their place.
     """
+    predict = inspect.unwrap(predict) if callable(predict) else predict
+    if getattr(getattr(predict, "__self__", None), "takes_bytes", False):
+        return
     last = traced.jaxpr.invars[len(traced.jaxpr.invars) - num_inputs :]
     raw = [variable for variable in last if variable.aval.dtype == np.uint8]
-    if tracing.are_multiplied(traced.jaxpr, raw):
+    if raw and not tracing.scales_bytes(traced, raw):
         raise ValueError(
-            "inputs are bytes, uint8, which the model multiplies by a kernel as they "
-            "are, 0 to 255; give them as it was trained, such as inputs / 255, or "
-            "inputs.astype(numpy.float32) where it was trained on 0 to 255"
+            "inputs are bytes, uint8, and the model is not seen to scale them first, "
+            "as by x / 255; give them as it was trained, such as inputs / 255, or "
+            "inputs.astype(numpy.float32) where it was trained on 0 to 255 or scales "
+            "them in another way"
         )
 
 

@@ -58,7 +58,9 @@ def exact_statistics(
         empty result.
       inputs: the data set, shape `[N, ...]`; or its batches, as a list or a loader:
         anything that can be iterated over again and again, and yields the same. Where a
-        mesh shares an array out along N, each device works on its own examples.
+        mesh shares an array out along N, each device works on its own examples. Scaled
+        as in training: bytes, uint8, are refused unless the model is seen to scale
+        them itself, as by `x / 255`.
       batch_size: number of examples measured at a time, where inputs are an array. Of T
         batches the first holds the examples 0, T, 2T and so on; a last smaller one, of
         the examples left over at the end, counts by its size.
@@ -77,13 +79,14 @@ def exact_statistics(
       ...)` puts in place.
 
     Raises:
-      ValueError: if the model or variables are none that `resolve` takes; there are no
-        examples, or fewer than num_examples; the batch size is missing or not a
-        positive integer; the mode is unknown; weights do not fit, are negative or all
-        0, or a layer's input has no axis of examples for them; batches are not arrays,
-        come with weights or a batch size, or can be iterated over only once; a layer's
-        calls cannot be seen, or it predicts by other statistics than a mean and a
-        variance; or `jax.vmap` maps a layer over the batch in mode "one_pass".
+      ValueError: if the model or variables are none that `resolve` takes; inputs are
+        bytes and the model does not scale them first; there are no examples, or fewer
+        than num_examples; the batch size is missing or not a positive integer; the mode
+        is unknown; weights do not fit, are negative or all 0, or a layer's input has no
+        axis of examples for them; batches are not arrays, come with weights or a batch
+        size, or can be iterated over only once; a layer's calls cannot be seen, or it
+        predicts by other statistics than a mean and a variance; or `jax.vmap` maps a
+        layer over the batch in mode "one_pass".
 
     References:
       Wu and Johnson, 2021, "Rethinking 'Batch' in BatchNorm", arXiv:2105.07576.

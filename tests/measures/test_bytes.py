@@ -64,7 +64,7 @@ TOOLS = {
 @pytest.mark.parametrize("tool", TOOLS)
 def test_bytes_are_refused_where_the_model_does_not_scale_them(tool):
     model = Net()
-    with pytest.raises(ValueError, match=r"inputs are bytes, .* inputs / 255, or inp"):
+    with pytest.raises(ValueError, match=r"inputs are bytes, .* inputs / 255, or in"):
         TOOLS[tool](model, variables_of(model), IMAGES)
 
 
@@ -73,11 +73,16 @@ FIRST = {
     "jit": jax.jit(lambda x: jnp.flip(x.astype(jnp.float32), 1)),
     "pooling": lambda x: nn.max_pool(x.astype(jnp.float32), (2, 2)),
     "scan": lambda x: jax.lax.scan(lambda c, y: (c, y), 0, x)[1],
+    # What a model does with numbers in [0, 1] that it was trained on.
+    "centred": lambda x: 2 * x - 1.0,
+    "standardised": lambda x: (x - jnp.array([0.485])) / jnp.array([0.229]),
+    "mean pooling": lambda x: nn.avg_pool(x.astype(jnp.float32), (2, 2)),
+    "norm": lambda x: BatchNorm(use_running_average=True)(x),
 }
 
 
 @pytest.mark.parametrize("first", FIRST)
-def test_bytes_are_followed_to_the_first_kernel(first):
+def test_bytes_are_followed_to_what_is_first_computed_with_them(first):
     model = Net(FIRST[first])
     with pytest.raises(ValueError, match="inputs are bytes"):
         batch_moments(model, variables_of(model), IMAGES)
@@ -85,7 +90,11 @@ def test_bytes_are_followed_to_the_first_kernel(first):
 
 SCALED = {
     "divided": lambda x: x / 255,
+    "multiplied": lambda x: x.astype(jnp.float32) * (1 / 255),
     "standardised": jax.jit(lambda x: (x.astype(jnp.float32) - 33) / 78),
+    "by channel": lambda x: (x - np.array([123.7], np.float32)) / jnp.array([58.4]),
+    "by example": lambda x: jax.lax.map(lambda image: image / 255, x),
+    "as integers": lambda x: x.astype(jnp.int32).astype(jnp.float32),
     "embedded": lambda x: nn.Embed(256, 2)(x[..., 0]),
 }
 

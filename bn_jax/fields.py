@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 class ConfigError(ValueError):
@@ -67,6 +70,41 @@ def option_of(kind: type, name: str, default: Any = None) -> Any:
     (field,) = (f for f in dataclasses.fields(kind) if f.name == name)
     default = field.default if default is None else default
     return dataclasses.field(default=default, metadata=field.metadata)
+
+
+def names_checked(kind: type[T]) -> type[T]:
+    """Make a dataclass refuse arguments that are not its fields, with the one meant.
+
+    A decorator, above that of the dataclass.
+
+    Examples:
+      >>> @names_checked
+      ... @dataclasses.dataclass
+      ... class Options:
+      ...     learning_rate: float = 1.0
+      >>> Options(lr=0.1)
+      Traceback (most recent call last):
+        ...
+      bn_jax.fields.ConfigError: Options has no field lr (did you mean learning_rate?)
+    """
+    known = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    init = kind.__init__
+
+    @functools.wraps(init)
+    def checked(self: T, *args: Any, **given: Any) -> None:
+        faults = [
+            f"{name}{did_you_mean(name, known)}" for name in given if name not in known
+        ]
+        if faults:
+            likely = any("did you mean" in fault for fault in faults)
+            raise ConfigError(
+                f"{kind.__name__} has no field {', '.join(faults)}"
+                f"{'' if likely else '; expected some of ' + ', '.join(known)}"
+            )
+        init(self, *args, **given)
+
+    kind.__init__ = checked  # type: ignore[method-assign, assignment]
+    return kind
 
 
 def check(config: Any) -> None:

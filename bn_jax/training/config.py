@@ -23,6 +23,7 @@ from bn_jax.fields import (
     Range,
     check,
     did_you_mean,
+    names_checked,
     option,
     parse,
 )
@@ -61,6 +62,7 @@ _EVERY = Range(
 )
 
 
+@names_checked
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """A training run, complete and hashable; the defaults are the chapter's.
@@ -70,7 +72,7 @@ class TrainConfig:
     it in one canonical form: options in their order, defaults left out.
 
     Raises:
-      ConfigError: naming each bad field, its value, and what was expected.
+      ConfigError: naming each bad or unknown field, its value, and what was expected.
     """
 
     dataset: str = option(
@@ -399,6 +401,7 @@ def traceable(config: TrainConfig) -> dict[str, Any]:
     return {**found, "seed": config.seed}
 
 
+@names_checked
 @dataclasses.dataclass(frozen=True)
 class RunOptions:
     """How a run is carried out; but for rounding, its numbers are the same.
@@ -407,7 +410,7 @@ class RunOptions:
     parts of a batch, and decides the numbers, too.)
 
     Raises:
-      ConfigError: naming each bad field, its value, and what was expected.
+      ConfigError: naming each bad or unknown field, its value, and what was expected.
     """
 
     devices: str = option(

@@ -370,3 +370,27 @@ def test_number_of_devices_may_be_an_integer():
 def test_text_of_another_type_is_refused_with_what_it_may_say():
     with pytest.raises(ConfigError, match="every=2; expected a text, a number of epo"):
         RunOptions(checkpoint_every=2)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: TrainConfig(lr=0.1, epocs=3),
+            r"TrainConfig has no field lr \(did you mean learning_rate\?\), epocs "
+            r"\(did you mean epochs\?\)$",
+        ),
+        (
+            lambda: dataclasses.replace(TrainConfig(), normm="none"),
+            r"no field normm \(did you mean norm\?\)$",
+        ),
+        (
+            lambda: RunOptions(device=2),
+            r"RunOptions has no field device \(did you mean devices\?\)$",
+        ),
+        (lambda: RunOptions(xyz=2), "no field xyz; expected some of devices, parallel"),
+    ],
+)
+def test_unknown_fields_are_refused_with_the_one_meant(make, message):
+    with pytest.raises(ConfigError, match=message):
+        make()

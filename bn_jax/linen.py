@@ -9,7 +9,6 @@ from bn_jax import extras
 
 extras.need("flax", "flax")
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -51,8 +50,9 @@ def norm(
         such as `momentum`. None is the same as none given.
 
     Raises:
-      ConfigError: if there is no such name or option, a value is out of range, the norm
-        takes no such axis names or ghost batches, or options are given for a transform.
+      ConfigError: if there is no such name, option or attribute, a value is out of
+        range, the norm takes no such axis names or ghost batches, or options are given
+        for a transform; of what the constructor is given, when it is called.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -65,17 +65,19 @@ def norm(
     name, made, values, others = transforms.layer_of(spec, options, attributes)
     if made is None:
         return None
-    if name == "batch_norm":
-        return functools.partial(BatchNorm, **values, **others)
-    if name == "flax":
-        return functools.partial(_flaxs, **values, **others)
+    kind: Any = {"batch_norm": BatchNorm, "flax": nn.BatchNorm}.get(name or "", Norm)
+    if kind is Norm:
+        others["transform"] = made
+    bound = {**values, **others} if kind is not Norm else others
+    transforms.check_attributes(spec, bound, kind)
 
     def constructor(**given: Any) -> nn.Module:
-        if any(map(transforms.is_option, given)):  # makes another transform
+        if transforms.check_attributes(spec, given, kind):  # another transform
             again = norm(spec, options=options, **{**attributes, **given})
             assert again is not None
             return again()
-        return Norm(made, **{**others, **given})  # type: ignore[arg-type]
+        layer: nn.Module = (_flaxs if name == "flax" else kind)(**{**bound, **given})
+        return layer
 
     return constructor
 

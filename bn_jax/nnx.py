@@ -9,7 +9,6 @@ from bn_jax import extras
 
 extras.need("flax", "flax")
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -57,8 +56,9 @@ def norm(
         such as `momentum`. None is the same as none given.
 
     Raises:
-      ConfigError: if there is no such name or option, a value is out of range, the norm
-        takes no such axis names or ghost batches, or options are given for a transform.
+      ConfigError: if there is no such name, option or attribute, a value is out of
+        range, the norm takes no such axis names or ghost batches, or options are given
+        for a transform; of what the constructor is given, when it is called.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -70,18 +70,20 @@ def norm(
     name, made, values, others = transforms.layer_of(spec, options, attributes)
     if made is None:
         return None
-    if name == "batch_norm":
-        return functools.partial(BatchNorm, **values, **others)
-    if name == "flax":
-        return functools.partial(_flaxs, **values, **others)
+    kind: Any = {"batch_norm": BatchNorm, "flax": nnx.BatchNorm}.get(name or "", Norm)
+    if kind is Norm:
+        others["transform"] = made
+    bound = {**values, **others} if kind is not Norm else others
+    transforms.check_attributes(spec, bound, kind)
 
     def constructor(num_features: int, **given: Any) -> nnx.Module:
-        if any(map(transforms.is_option, given)):  # makes another transform
+        if transforms.check_attributes(spec, given, kind):  # another transform
             again = norm(spec, options=options, **{**attributes, **given})
             assert again is not None
             return again(num_features)
-        of_layer = {**others, **given}
-        return Norm(num_features, transform=made, **of_layer)  # type: ignore[arg-type]
+        make = _flaxs if name == "flax" else kind
+        layer: nnx.Module = make(num_features, **{**bound, **given})
+        return layer
 
     return constructor
 

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -33,7 +34,7 @@ from bn_jax.contract import (
     initializer,
     with_options,
 )
-from bn_jax.fields import ConfigError
+from bn_jax.fields import ConfigError, did_you_mean
 from bn_jax.names import Table
 from bn_jax.variants.mabn import mabn_transform as mabn
 from bn_jax.variants.one_moment import center_transform as center
@@ -271,12 +272,12 @@ def layer_of(
             f"a norm is given as {spec!r}; expected a name of bn_jax.transforms.NORMS, "
             'such as "batch_norm", or a transform'
         )
-    as_attributes = {k: v for k, v in others.items() if is_option(k)}
+    as_attributes = {k: v for k, v in others.items() if _is_option(k)}
     twice = as_attributes.keys() & options.keys()
     if twice:
         raise ConfigError(f"{', '.join(sorted(twice))} is given twice; give it once")
     options = {**options, **as_attributes}
-    others = {k: v for k, v in others.items() if not is_option(k)}
+    others = {k: v for k, v in others.items() if not _is_option(k)}
     if not isinstance(spec, str):
         if options:
             raise ConfigError(
@@ -293,8 +294,52 @@ def layer_of(
     return Layer(name, made, values, others | sharing)
 
 
+def check_attributes(
+    spec: str | Transform, given: Mapping[str, Any], kind: type
+) -> bool:
+    """Refuse attributes that a layer does not have.
+
+    Args:
+      spec: of the norm, by which it is named.
+      given: attributes of the layer, or options of norms.
+      kind: the layer's class.
+
+    Returns:
+      Whether there are options among them that are no attributes, as of `Norm`, whose
+      transform has them.
+
+    Raises:
+      ConfigError: naming those that are neither, and what there is.
+    """
+    attributes = _attributes(kind)
+    options = [key for key in given if key not in attributes and _is_option(key)]
+    unknown = [key for key in given if key not in attributes and key not in options]
+    if unknown:
+        name = spec.name if isinstance(spec, Transform) else NORMS.parse(spec).name
+        shown = sorted(attributes - _GIVEN)
+        if isinstance(spec, str):
+            shown = [*(o for o in NORMS.options(name) if o not in shown), *shown]
+        faults = [f"{key}{did_you_mean(key, shown)}" for key in unknown]
+        raise ConfigError(
+            f"norm={name!r} takes no {', '.join(faults)}; expected some of "
+            f"{', '.join(shown)}"
+        )
+    return bool(options)
+
+
+# Arguments of layers' classes that are no choices of a norm's user.
+_GIVEN = {"self", "num_features", "transform", "parent", "name", "rngs"}
+
+
 @functools.cache
-def is_option(name: str) -> bool:
+def _attributes(kind: type) -> frozenset[str]:
+    """Return the names of what a layer's class takes, and the norms' `batch_axis`."""
+    init: Any = vars(kind)["__init__"]  # the signature of an NNX class is another
+    return frozenset(inspect.signature(init).parameters) | {"batch_axis"}
+
+
+@functools.cache
+def _is_option(name: str) -> bool:
     """Return whether a name is that of an option of a norm, such as momentum."""
     return any(name in NORMS.options(row) for row in NORMS.rows)
 

@@ -549,6 +549,38 @@ def test_constructors_take_options_as_flaxs_layers_do(kind):
         made(transforms.center(), momentum=0.9)
 
 
+@pytest.mark.parametrize("kind", ["linen", "nnx"])
+def test_what_a_layer_does_not_take_is_refused_with_what_it_takes(kind):
+    def made(spec, **given):
+        if kind == "linen":
+            return linen_lib.norm(spec)(**given)
+        return nnx_lib.norm(spec)(6, rngs=nnx.Rngs(0), **given)
+
+    module = linen_lib if kind == "linen" else nnx_lib
+    with pytest.raises(
+        ConfigError, match="'layer' takes no fast; expected some of epsilon, use_scale,"
+    ):
+        made("layer", fast=True)
+    with pytest.raises(ConfigError, match=r"no momentun \(did you mean momentum\?\); "):
+        made("batch_norm", momentun=0.9)
+    with pytest.raises(
+        ConfigError, match="'center' takes no fast; expected some of ax"
+    ):
+        made(transforms.center(), fast=True)
+    with pytest.raises(ConfigError, match="'flax' takes no fast; expected some of "):
+        made("flax", fast=True)
+    with pytest.raises(
+        ConfigError, match="'batch_norm' has no option 'num_groups'; ba"
+    ):
+        made("batch_norm", num_groups=2)
+    with pytest.raises(
+        ConfigError, match="'group' takes no fast; expected some of num"
+    ):
+        module.norm("group:num_groups=3", fast=True)
+    assert made("batch_norm", momentum=0.5).momentum == 0.5
+    assert made("flax", momentum=0.5, batch_axis=0).momentum == 0.5
+
+
 def test_options_may_be_numbers_of_numpy_and_jax():
     for momentum in (np.float64(0.5), jnp.float32(0.5), np.array(0.5)):
         assert linen_lib.norm("batch_norm", options={"momentum": momentum})() == (

@@ -148,8 +148,27 @@ class Problems:
             )
 
 
-def note_prefix(flat: Mapping[str, Any], problems: Problems) -> None:
-    """Note in `problems` a prefix with which the missing entries are there."""
+def note_reason(flat: Mapping[str, Any], problems: Problems) -> None:
+    """Note in `problems` why PyTorch's entries may be missing.
+
+    They are there with a prefix, or the layer keeps no averages.
+    """
+    bare = [
+        key.removesuffix("running_mean")
+        for key in problems.missing
+        if key.endswith("running_mean")
+        and key.removesuffix("mean") + "var" in problems.missing
+        and key.removesuffix("running_mean") + "weight" in flat
+    ]
+    if bare:
+        names = ", ".join(sorted(name.rstrip(".") for name in bare if name))
+        problems.hint = (
+            f": {names or 'the layer'} may have track_running_stats=False, and no "
+            "averages, so that it normalises by the batch in prediction, too: give "
+            "zeros as running_mean and ones as running_var, and call the layer here "
+            "with use_running_average=False always"
+        )
+        return
     missing = [key for key in problems.missing if " " not in key]
     found = Counter(
         given[: -len(key)]
@@ -204,7 +223,7 @@ def read_layer(
     roles = read_entries(library, dict(flatten(entries)), name, like, problems)
     note_impossible(PLACES[library], roles, name, problems)
     if library == "torch":
-        note_prefix(dict(flatten(entries)), problems)
+        note_reason(dict(flatten(entries)), problems)
     problems.refuse(library)
     return roles_to_layer(roles, momentum)
 

@@ -16,7 +16,7 @@ from bn_jax.convert.entries import (
     layer_to_roles,
     note_direction,
     note_impossible,
-    note_prefix,
+    note_reason,
     read_entries,
     roles_to_layer,
     unmapped,
@@ -87,7 +87,7 @@ def layers_from(
         note_impossible(PLACES[library], read[ours], theirs, problems)
     problems.extra += unmapped(library, flat, names)
     if library == "torch":
-        note_prefix(flat, problems)
+        note_reason(flat, problems)
     note_direction(library, flat, names, problems)
     problems.refuse(library)
     return {ours: roles_to_layer(roles, momentum) for ours, roles in read.items()}
@@ -162,7 +162,7 @@ def layers_into(
                 replaced[keys[role]] = _shaped_like(there, role, value)
     problems.extra += unmapped(library, flat, names)
     if library == "torch":
-        note_prefix(flat, problems)
+        note_reason(flat, problems)
     note_direction(library, flat, names, problems)
     problems.refuse(library)
     return replace_entries(entries, replaced)

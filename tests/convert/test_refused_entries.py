@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from bn_jax import convert, init
+from bn_jax import batch_norm, convert, init
 from convert_trainer import LAYER
 
 NAMES = {"bn1": "first", "bn2": "second"}
@@ -396,3 +396,24 @@ def test_names_from_ours_to_theirs_are_said_to_be_turned_round():
     assert "turned round" not in refusal(
         convert.layers_from, "torch", state_dict(), {"bn7": "norm"}
     )
+
+
+def test_layers_of_torch_without_averages_are_told_as_such():
+    kept = {"weight": np.full(3, 2.0), "bias": np.ones(3)}
+    message = refusal(convert.from_torch, kept)
+    assert "the layer may have track_running_stats=False" in message.splitlines()[0]
+    flat = {f"bn3.{name}": value for name, value in kept.items()}
+    message = refusal(
+        convert.layers_from,
+        "torch",
+        {**state_dict(), **flat},
+        {**NAMES, "bn3": "third"},
+    )
+    assert "fit: bn3 may have track_running_stats=False, and no" in message
+    # What the message advises predicts as PyTorch's layer does.
+    advised = {**kept, "running_mean": np.zeros(3), "running_var": np.ones(3)}
+    layer = convert.from_torch(advised)
+    x = np.arange(12.0, dtype=np.float32).reshape(4, 3) ** 1.5
+    y, _ = batch_norm(x, layer.params, layer.state, train=True)
+    wanted = 2 * (x - x.mean(0)) / np.sqrt(x.var(0) + 1e-5) + 1
+    np.testing.assert_allclose(y, wanted, rtol=1e-5, atol=1e-5)

@@ -15,7 +15,7 @@ from bn_jax.runs import checkpoint, logs, results, same_model
 from bn_jax.runs import summary as summary_lib
 from bn_jax.runs.results import RunError
 from bn_jax.training import loop, parallel, schedules
-from bn_jax.training.config import TrainConfig
+from bn_jax.training.config import OWN_MODEL, TrainConfig
 from bn_jax.training.loop import EpochReport, Progress
 from bn_jax.training.optimizers import make_schedule
 from bn_jax.training.state import TrainState
@@ -202,7 +202,10 @@ class Files:
 
 
 def _title(config: TrainConfig) -> str:
-    return f"{config.model}, norm {config.norm}, rate {config.learning_rate:g}"
+    # A model that was passed in has norms of its own, which the config does not know.
+    is_own = config.model.startswith(OWN_MODEL)
+    norm = "" if is_own else f"norm {config.norm}, "
+    return f"{config.model}, {norm}rate {config.learning_rate:g}"
 
 
 def _line(report: loop.EpochReport, epochs: int) -> str:

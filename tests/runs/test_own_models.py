@@ -13,7 +13,7 @@ from flax import linen as nn
 from flax import nnx
 
 import bn_jax.nnx
-from bn_jax import runs
+from bn_jax import plots, runs
 from bn_jax.fields import ConfigError
 from bn_jax.linen import BatchNorm
 from bn_jax.runs import same_model
@@ -538,3 +538,18 @@ def test_variables_that_do_not_fit_the_model_are_named(attributes, fault, plain)
     message = rf"variables are of another model: .*{fault}.*Give the model of the run$"
     with pytest.raises(RunError, match=message):
         runs.load(plain / "run", model=Wider(**attributes))
+
+
+def test_curves_of_an_own_model_name_no_norm_that_it_may_not_have(
+    config, tiny_data, tmp_path, monkeypatch
+):
+    titles = []
+    curves = plots.curves
+
+    def noted(*args, title, **options):
+        titles.append(title)
+        return curves(*args, title=title, **options)
+
+    monkeypatch.setattr(plots, "curves", noted)
+    runs.train(config, tiny_data, model=Plain(), workdir=tmp_path / "run")
+    assert titles == ["own:Plain, rate 0.1"]

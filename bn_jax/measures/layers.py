@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -56,7 +56,7 @@ def seen(each_call: EachCall, each_linear: EachLinear | None = None) -> Iterator
 
     Raises:
       ValueError: at a layer that predicts by other statistics than a mean and a
-        variance.
+        variance, or normalises by its batch.
     """
     with contextlib.ExitStack() as stack:
         interceptor = functools.partial(_linen_call, each_call, each_linear)
@@ -181,6 +181,13 @@ def _call(
                 "mean and a variance, such as batch_norm and renorm"
             )
         if epsilon is not None and {"mean", "var"} <= statistics.keys():
+            if _uses_batch(module, args, kwargs):
+                raise ValueError(
+                    f"layer {name} normalises by its batch, as in training; expected a "
+                    "model in prediction mode: give the module itself, or a function "
+                    "that applies it with train=False, or whatever sets "
+                    "use_running_average=True in its norms"
+                )
             given = BatchNormParams(params.get("scale"), params.get("bias"))
             offset = getattr(module, "scale_offset", 0.0)
             layer = Layer(
@@ -200,6 +207,13 @@ def _call(
         linear = Linear(name, params["kernel"], params.get("bias"), features)
         return each_linear(linear, x, proceed)
     return call(*args, **kwargs)
+
+
+def _uses_batch(module: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Return whether a layer is called in training mode."""
+    given = [*args[1:2], kwargs.get("use_running_average")]
+    given.append(getattr(module, "use_running_average", None))
+    return next((value for value in given if value is not None), None) is False
 
 
 def _weights_given(module: Any, x: Array, kwargs: Mapping[str, Any]) -> Array | None:

@@ -184,6 +184,12 @@ def check_fits(
     except (AssertionError, TypeError, ValueError, flax.errors.FlaxError) as error:
         # Of Flax's and JAX's long messages the first line says what is wrong.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        # A norm that is told neither way, or trains in prediction, too.
+        if "use_running_average" in reason or "batch_stats" in reason:
+            raise ConfigError(
+                f"{name} cannot be called: {reason.rstrip('.')}; give its norms "
+                "use_running_average=not train"
+            ) from error
         raise ConfigError(
             f"{name} does not fit images of {size}: {reason}; give larger images or "
             "another model"

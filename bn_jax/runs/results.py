@@ -32,6 +32,7 @@ from filelock import FileLock, Timeout
 
 from bn_jax import paths
 from bn_jax.fields import counted
+from bn_jax.training.config import OWN_VARIABLES
 from bn_jax.version import __version__
 
 CONFIG = "config.json"
@@ -194,9 +195,13 @@ def check_free(
                 "can be extended: give another workdir"
             )
         if faults and not longer:
+            start = str(there.get("init_from"))
+            hint = ""
+            if start.startswith(OWN_VARIABLES) and start != config.get("init_from"):
+                hint = "the variables, or the NNX module, as it started with, or "
             raise RunError(
                 f"{workdir} holds a run of another config ({'; '.join(faults)}); give "
-                "another workdir"
+                f"{hint}another workdir"
             )
     if RESULTS in present and data_source is not None:
         source = read_object(workdir / RESULTS).get("data_source")

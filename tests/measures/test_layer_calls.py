@@ -468,3 +468,47 @@ def test_nnx_modules_that_call_layers_by_nnx_transforms_are_measured(lift):
         plain = NnxLifted("none", nnx.Rngs(0))
         expected = gap(plain, None, X, LABELS, measure_on=X, batch_size=12)
         chex.assert_trees_all_close(report, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("tool", ["gap", "exact_statistics", "fold"])
+@pytest.mark.parametrize("kind", ["linen", "linen, jitted", "nnx"])
+def test_functions_in_training_mode_are_refused(kind, tool):
+    """By the batch's own statistics, all that is measured would be the same."""
+
+    class TrainsByDefault(nnx.Module):
+        def __init__(self, rngs):
+            self.dense = nnx.Linear(3, 3, rngs=rngs)
+            self.norm = NnxBatchNorm(3, rngs=rngs)
+
+        def __call__(self, x, train=True):
+            return self.norm(self.dense(x), use_running_average=not train)
+
+    if kind == "nnx":
+        variables = TrainsByDefault(nnx.Rngs(0))
+
+        def predict(module, x):
+            return module(x)
+    else:
+        model = Net()
+        variables = jax.jit(model.init)(jax.random.key(0), X)
+
+        def predict(variables, x):
+            y, _ = model.apply(
+                variables,
+                x,
+                training=True,
+                mutable=["batch_stats"],
+                rngs={"dropout": jax.random.key(0)},
+            )
+            return y
+
+        predict = jax.jit(predict) if "jitted" in kind else predict
+    tools = {
+        "gap": lambda: gap(predict, variables, X, LABELS, measure_on=X, batch_size=8),
+        "exact_statistics": lambda: exact_statistics(
+            predict, variables, X, batch_size=8
+        ),
+        "fold": lambda: fold(predict, variables, X, without_norms=predict),
+    }
+    with pytest.raises(ValueError, match="Norm.* normalises by its batch, as in t"):
+        tools[tool]()

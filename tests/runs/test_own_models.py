@@ -553,3 +553,43 @@ def test_curves_of_an_own_model_name_no_norm_that_it_may_not_have(
     monkeypatch.setattr(plots, "curves", noted)
     runs.train(config, tiny_data, model=Plain(), workdir=tmp_path / "run")
     assert titles == ["own:Plain, rate 0.1"]
+
+
+@pytest.mark.slow
+def test_run_of_an_nnx_class_is_read_by_any_instance_of_it(trained):
+    run, folder = trained("nnx")
+    for model in (OwnNnx, OwnNnx(nnx.Rngs(5))):
+        again = runs.load(folder, model=model)
+        chex.assert_trees_all_equal(again.variables, run.variables)
+
+
+def test_norm_that_always_uses_its_batch_has_no_exact_statistics(
+    config, tiny_data, tmp_path
+):
+    class Always(nn.Module):
+        @nn.compact
+        def __call__(self, x, *, train):
+            x = nn.Dense(10)(x.reshape(len(x), -1))
+            return BatchNorm(use_running_average=False)(x)
+
+    class ByBatch(nnx.Module):
+        def __init__(self, rngs):
+            self.dense = nnx.Linear(784, 10, rngs=rngs)
+            self.norm = bn_jax.nnx.BatchNorm(10, rngs=rngs)
+
+        def __call__(self, x):
+            x = self.dense(x.reshape(len(x), -1))
+            return self.norm(x, use_running_average=False)
+
+    class Forgetful(nn.Module):
+        @nn.compact
+        def __call__(self, x, *, train):
+            return BatchNorm()(nn.Dense(10)(x.reshape(len(x), -1)))
+
+    for model in (Forgetful(), Always()):
+        with pytest.raises(
+            ConfigError, match="cannot be called: .*give its norms use_"
+        ):
+            runs.train(config, tiny_data, model=model, workdir=tmp_path / "refused")
+    run = runs.train(config, tiny_data, model=ByBatch, workdir=tmp_path / "by_batch")
+    assert "normalises by its batch" in run.results["exact_refused"]

@@ -150,6 +150,7 @@ def train(
       The run, on every process.
 
     Raises:
+      TypeError: if data or options are of another kind.
       RunError: if `workdir` cannot take this run, or be written; nothing is
         overwritten. Also if `config.init_from` holds no finished run.
       ConfigError: if the config does not fit the data, the model or the devices,
@@ -173,7 +174,7 @@ def train(
       (1, ['batch_stats', 'params'])
     """
     workdir = paths.local(workdir, "workdir")
-    options = options or RunOptions(devices="1")
+    options = RunOptions.given(options)
     if model is not None:
         config = own_models.named(config, model)
     config, start = own_models.starting_from(config, model, variables)

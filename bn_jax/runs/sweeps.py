@@ -122,7 +122,7 @@ def sweep(
       >>> [row["config"]["seed"] for row in rows]
       [0, 1]
     """
-    options = options or RunOptions(devices="1")
+    options = RunOptions.given(options)
     workdir = paths.local(workdir, "workdir")
     if not isinstance(configs, Sequence) or not all(
         isinstance(config, TrainConfig) for config in configs

@@ -455,6 +455,22 @@ class RunOptions:
         """Return the names of the logs that are written."""
         return [] if self.log == "none" else self.log.split(",")
 
+    @classmethod
+    def given(cls, options: RunOptions | None) -> RunOptions:
+        """Return options as Python gives them; by default on one device.
+
+        Raises:
+          TypeError: if they are something else.
+        """
+        if options is None:
+            return cls(devices="1")
+        if not isinstance(options, cls):
+            raise TypeError(
+                f"options are a {type(options).__name__}; expected a RunOptions, such "
+                "as RunOptions(devices=2)"
+            )
+        return options
+
     def checkpoint_steps(self, steps_per_epoch: int) -> int | None:
         """Return the number of steps from checkpoint to checkpoint; None for never."""
         if self.checkpoint_every == "never":

@@ -394,3 +394,12 @@ def test_text_of_another_type_is_refused_with_what_it_may_say():
 def test_unknown_fields_are_refused_with_the_one_meant(make, message):
     with pytest.raises(ConfigError, match=message):
         make()
+
+
+def test_options_of_another_kind_are_refused():
+    assert RunOptions.given(None) == RunOptions(devices="1")
+    assert RunOptions.given(RunOptions(devices=2)).devices == "2"
+    with pytest.raises(
+        TypeError, match="options are a dict; expected a RunOptions, su"
+    ):
+        RunOptions.given({"devices": 2})

@@ -71,7 +71,11 @@ def norm(
     bound = {**values, **others} if kind is not Norm else others
     transforms.check_attributes(spec, bound, kind)
 
-    def constructor(**given: Any) -> nn.Module:
+    def constructor(
+        use_running_average: bool | None = None, /, **given: Any
+    ) -> nn.Module:
+        if use_running_average is not None:  # in the place where Flax's layer has it
+            given["use_running_average"] = use_running_average
         if transforms.check_attributes(spec, given, kind):  # another transform
             again = norm(spec, options=options, **{**attributes, **given})
             assert again is not None

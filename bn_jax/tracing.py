@@ -123,8 +123,9 @@ def scales_bytes(traced: ClosedJaxpr, values: Sequence[Var]) -> bool:
 
     It does where the first that it computes with them in floats is to divide them by a
     constant of their size, as in `x / 255`, to multiply them by the inverse of one, or
-    to subtract one. Before, they may get another dtype, shape or order. Integers of
-    other types that it makes of them, as of indices, may be used in any way.
+    to subtract one. Before, they may get another dtype, shape, order or sign, and be
+    multiplied by other constants. Integers of other types that it makes of them may be
+    used in any way, as indices are, but not become floats again.
 
     Args:
       traced: a program, as `trace` returns it.
@@ -155,8 +156,8 @@ def _scaled(jaxpr: Jaxpr, raw: set[Var], sizes: dict[Var, float]) -> bool:
         inputs = equation.invars
         known = [size for atom in inputs if (size := size_of(atom)) is not None]
         if not any(map(is_raw, inputs)):
-            if name in _KEEPS_VALUES and len(known) == len(inputs):
-                sizes.update((variable, max(known)) for variable in outvars)
+            if len(known) == len(inputs) and (size := _combined(name, known)):
+                sizes.update((variable, size) for variable in outvars)
             continue
         parts = list(_parts(equation))
         for part in parts:  # what it is given, and returns, stands last in its equation
@@ -169,13 +170,20 @@ def _scaled(jaxpr: Jaxpr, raw: set[Var], sizes: dict[Var, float]) -> bool:
             raw.update(v for r, v in results if isinstance(r, Var) and r in of_part)
         if parts:
             continue
+        if name == "convert_element_type":
+            raw.update(outvars)
+            continue
         raw.update(_of_type(np.uint8, outvars))
         floats = _of_type(np.inexact, outvars)
         if name in _TAKES and not is_raw(inputs[0]):
             continue  # bytes are the indices
-        if name in _KEEPS_VALUES:
+        if name in _KEEPS_VALUES or name == "neg":
+            raw.update(outvars)
+        elif floats and _is_scaling(name, known):
+            continue
+        elif floats and name == "mul" and known:
             raw.update(floats)
-        elif floats and not _is_scaling(name, known):
+        elif floats:
             return False
     return True
 
@@ -189,6 +197,15 @@ def _size(value: Any) -> float | None:
 
 def _of_type(kind: Any, variables: Sequence[Any]) -> list[Var]:
     return [v for v in variables if jax.numpy.issubdtype(v.aval.dtype, kind)]
+
+
+def _combined(name: str, sizes: Sequence[float]) -> float | None:
+    """Return the size of what is computed of constants, or None if it is not known."""
+    if name == "mul":
+        return sizes[0] * sizes[1]
+    if name == "div" and sizes[1]:
+        return sizes[0] / sizes[1]
+    return max(sizes) if name in _KEEPS_VALUES or name == "neg" else None
 
 
 def _is_scaling(name: str, sizes: Sequence[float]) -> bool:

@@ -110,6 +110,7 @@ def main(argv: Sequence[str]) -> None:
         jax.config.update("jax_platforms", "cpu")
     smoke = {"dataset": "sample", "epochs": 1} if given.smoke else {}
     config = flag_fields.read(TrainConfig, given, defaults=smoke)
+    _check_counted(config)
     if given.sweep is not None:
         train_sweep(launch.workdir(), ";".join(given.sweep), config)
         return
@@ -120,6 +121,33 @@ def main(argv: Sequence[str]) -> None:
                 "in --sweep=seed=0..9"
             )
     train(launch.workdir(), config)
+
+
+# Fields that count with another one alone.
+_COUNT_WITH = {
+    "init_statistics": "init_from",
+    "accumulate_stats": "accumulate",
+    "decay": "weight_decay",
+}
+
+
+def _check_counted(config: TrainConfig) -> None:
+    """Refuse flags that count for nothing, as another one that they need is not given.
+
+    Raises:
+      ConfigError: naming both.
+    """
+    default = TrainConfig()
+    for name, other in _COUNT_WITH.items():
+        swept = any(other in spec for spec in flags.FLAGS.sweep or [])
+        if (
+            flags.FLAGS[name].present
+            and getattr(config, other) == getattr(default, other)
+            and not swept
+        ):
+            raise ConfigError(
+                f"--{name}={flags.FLAGS[name].value} without --{other}; give it, too"
+            )
 
 
 def train(workdir: Path, config: TrainConfig) -> None:
@@ -170,6 +198,7 @@ def train_sweep(workdir: Path, spec: str, base: TrainConfig) -> None:
     if flags.FLAGS.launcher is not None:
         launcher = jobs.launcher_of(flags.FLAGS.launcher)
     configs = members.parse(spec, base)
+    _check_swept(spec)
     data = launch.load_data(base.dataset)
     print(f"{counted(len(configs), 'member')} of the sweep", flush=True)
     if launcher is not None:
@@ -202,6 +231,21 @@ def train_sweep(workdir: Path, spec: str, base: TrainConfig) -> None:
         print(line)
     _print_best(results.read_object(workdir / results.RESULTS))
     print(f"written to {workdir}")
+
+
+def _check_swept(spec: str) -> None:
+    """Refuse flags whose fields a sweep varies, as the sweep alone would count.
+
+    Raises:
+      ConfigError: naming the first.
+    """
+    for field in spec.split(";"):
+        name = field.partition("=")[0].strip()
+        if name in flags.FLAGS and flags.FLAGS[name].present:
+            raise ConfigError(
+                f"--{name}={flags.FLAGS[name].value} together with --sweep={field}; "
+                "give one of them"
+            )
 
 
 def _print_best(found: Mapping[str, Any]) -> None:

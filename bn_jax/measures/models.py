@@ -25,6 +25,8 @@ _PREDICTS = {
     "train": False,
     "training": False,
     "is_training": False,
+    "is_train": False,
+    "inference": True,
     "deterministic": True,
     "use_running_average": True,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -57,9 +58,10 @@ def whole_epochs(axes: Axes) -> None:
 def legend_below(figure: Figure, *, columns: int) -> None:
     """Draw the legend of the first axes under all."""
     handles, labels = figure.axes[0].get_legend_handles_labels()
+    width = round(14 * figure.get_figwidth() / columns)  # characters of this size
     figure.legend(
         handles,
-        labels,
+        [textwrap.fill(label, width) for label in labels],
         fontsize=8,
         ncols=columns,
         loc="outside lower center",

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from bn_jax.runs import results
 
 _BY_EPOCH = ("loss", "train_accuracy", "validation_accuracy", "test_accuracy")
-_AT_THE_END = ("test_loss_exact", "test_accuracy_exact")
+_AT_THE_END = ("test_loss_exact", "test_accuracy_exact", "test_accuracy_averaged")
 # Columns of the table, and their titles.
 _SCORES = {
     "loss": "train loss",
@@ -18,6 +18,7 @@ _SCORES = {
     "validation_accuracy": "validation accuracy",
     "test_accuracy": "test accuracy",
     "test_accuracy_exact": "by exact statistics",
+    "test_accuracy_averaged": "of averaged weights",
 }
 
 
@@ -52,7 +53,11 @@ def read(folder: str | Path) -> list[Member]:
         if any(name in epoch for epoch in metrics)
     }
     row |= {name: summary[name] for name in _AT_THE_END if name in summary}
-    return [Member(folder, {**config, "data": summary["data_source"]}, row)]
+    config["data"] = summary["data_source"]
+    start = results.read_object(folder / results.ENVIRONMENT).get(results.START)
+    if start is not None:  # the folder may have held another run since
+        config["init_from"] = f"{config['init_from']} ({start})"
+    return [Member(folder, config, row)]
 
 
 def grouped(members: Sequence[Member]) -> dict[str, list[Member]]:

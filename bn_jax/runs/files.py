@@ -25,9 +25,14 @@ class Files:
     """What the primary reads, writes and shows."""
 
     def __init__(
-        self, workdir: Path, trainer: loop.Trainer, log: Sequence[str]
+        self,
+        workdir: Path,
+        trainer: loop.Trainer,
+        log: Sequence[str],
+        start: str | None = None,
     ) -> None:
         self._workdir, self._config = workdir, trainer.config
+        self._start = start  # checksum of the variables that another run has left
         self._log = log
         self._logs: logs.Logs | None = None
         self._trainer, self._data = trainer, trainer.data
@@ -69,6 +74,12 @@ class Files:
         if finished:
             results.set_results_aside(self._workdir)
         of_model = same_model.recorded(self._config, self._trainer.network)
+        start = self._start
+        if progress is not None:  # what is in the folder of `init_from` now is not it
+            there = results.read_object(self._workdir / results.ENVIRONMENT)
+            start = there.get(results.START)
+        if start is not None:
+            of_model[results.START] = start
         results.start_run(self._workdir, self._config.to_dict(), of_model)
         history = () if progress is None else progress.history
         rows = (results.finite(report.to_row()) for report in history)

@@ -46,6 +46,7 @@ LOCK = ".lock"
 UNFINISHED = ".unfinished"  # ending of a file that is being written
 
 # Files beside the results whose checksums are kept.
+START = "start"  # in environment.json: the checksum of what `init_from` held
 OF_A_RUN = (CONFIG, ENVIRONMENT, METRICS)
 OF_A_SWEEP = (CONFIG, ENVIRONMENT, ROWS)
 

@@ -181,9 +181,11 @@ def train(
     logs.check(options.logs())
     distributed.check_same(_agreed(config, options, data))
     selected = task.select(config, data)
+    checksum = None
     if start is None and config.init_from:
         folder = results.existing(config.init_from, "init_from")
         start = _read(folder, model).variables  # whatever its attributes
+        checksum = own_models.checksum(start)
     placement = parallel.place(
         config, devices=options.devices, parallel=options.parallel
     )
@@ -203,7 +205,7 @@ def train(
         like = trainer.progress().state  # all processes take part
         files = None
         if distributed.is_primary():
-            files = Files(workdir, trainer, options.logs())
+            files = Files(workdir, trainer, options.logs(), checksum)
 
         def start() -> bytes:
             assert files is not None  # this is called on the primary alone

@@ -31,14 +31,15 @@ def recorded(config: TrainConfig, network: Network) -> dict[str, Any]:
     """
     if not config.model.startswith(OWN_MODEL):
         return {}
-    return {PROGRAMS: programs.checksums(network, initial=not config.init_from)}
+    initial = not config.init_from
+    return {PROGRAMS: programs.checksums(network, config.batch_size, initial=initial)}
 
 
 def check(workdir: Path, config: TrainConfig, network: Network) -> None:
     """Refuse a user's own model that computes something else than that of a run.
 
-    Nothing is refused where the run was not recorded by the same versions, or before
-    programs were.
+    Nothing is refused where the run was recorded by other versions or settings of JAX,
+    or before programs were.
 
     Args:
       workdir: of the run, or of a sweep; one without files is free.
@@ -58,12 +59,12 @@ def check(workdir: Path, config: TrainConfig, network: Network) -> None:
         return
     # What an NNX module that is made already holds is not what its class would draw.
     is_made = getattr(network.model, "is_made", False)
-    now = programs.checksums(
-        network, initial="initialisation" in of_run and not is_made
-    )
-    differing = [
-        mode for mode in now.keys() - {"axes"} if of_run.get(mode) != now[mode]
-    ]
+    initial = "initialisation" in of_run and not is_made
+    now = programs.checksums(network, config.batch_size, initial=initial)
+    if of_run["settings"] != now["settings"]:
+        return
+    modes = now.keys() - {"axes", "settings"}
+    differing = [mode for mode in modes if of_run.get(mode) != now[mode]]
     if of_run["axes"] != now["axes"]:  # which training computes with
         differing = [mode for mode in differing if mode != "training"]
     if differing:

@@ -96,19 +96,29 @@ def starting_from(
             "in; give one of them"
         )
     flat = _flat(variables)
-    crc32 = 0
-    for name, value in sorted(flat.items()):
-        header = f"{'/'.join(name)} {value.dtype} {value.shape}"
-        crc32 = zlib.crc32(value.tobytes(), zlib.crc32(header.encode(), crc32))
-    init_from = f"{OWN_VARIABLES}crc32={crc32:08x}"
+    found = _checksum(flat)
+    init_from = f"{OWN_VARIABLES}{found}"
     if config.init_from not in ("", init_from):
         raise ConfigError(
             f"init_from={config.init_from!r} in the config, and variables with the "
-            f"checksum {crc32:08x}; pass those that the config is of, or leave "
+            f"checksum {found}; pass those that the config is of, or leave "
             "init_from out of it"
         )
     start = {"params": {}, "batch_stats": {}, **traverse_util.unflatten_dict(flat)}
     return dataclasses.replace(config, init_from=init_from), start
+
+
+def checksum(variables: Any) -> str:
+    """Return a checksum of variables, their names, shapes and dtypes."""
+    return _checksum(_flat(variables))
+
+
+def _checksum(flat: Mapping[tuple[str, ...], np.ndarray]) -> str:
+    crc32 = 0
+    for name, value in sorted(flat.items()):
+        header = f"{'/'.join(name)} {value.dtype} {value.shape}"
+        crc32 = zlib.crc32(value.tobytes(), zlib.crc32(header.encode(), crc32))
+    return f"crc32={crc32:08x}"
 
 
 def _flat(variables: Any) -> dict[tuple[str, ...], np.ndarray]:

@@ -21,20 +21,28 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from bn_jax import models
 from bn_jax.training.state import Network
 
+# Options of operations that change no number.
+_OF_SPEED = ("name", "unroll", "_split_transpose")
 
-def checksums(network: Network, *, initial: bool = True) -> dict[str, Any]:
+
+def checksums(
+    network: Network, batch_size: int, *, initial: bool = True
+) -> dict[str, Any]:
     """Return a checksum of each of a network's programs.
 
-    They are those of the model alone, on a batch of two images, whatever precision of
-    products is configured. They depend on the versions of JAX and Flax.
+    They are those of the model alone, whatever precision of products is configured.
+    They depend on the versions of JAX and Flax, and on JAX's `settings`.
 
     Args:
       network: of a model that fits its images.
+      batch_size: of the images, in training; a model may depend on it, as by ghosts.
       initial: whether to trace the initial values, too.
 
     Returns:
-      The CRC-32, in hexadecimal, of the programs for `initialisation`, `training` and
-      `prediction`, and the `axes` over which statistics are shared in training.
+      The CRC-32, in hexadecimal, of the programs for `initialisation`, `training` (with
+      its gradients) and `prediction`; the `axes` over which statistics are shared in
+      training; and the `settings` of JAX that change a program, the dtype of floats and
+      the kind of random keys.
     """
     model, shape = network.model, network.image_shape
     names = models.axis_names(model, shape).values()
@@ -47,18 +55,23 @@ def checksums(network: Network, *, initial: bool = True) -> dict[str, Any]:
         binds_axes=bool(axes),
     )
     key = jax.eval_shape(lambda: jax.random.key(0))
-    images = jax.ShapeDtypeStruct((2, *shape), jnp.float32)
+    images = jax.ShapeDtypeStruct((batch_size, *shape), jnp.float32)
 
     def train(variables: Any, images: Any, key: Any) -> Any:
-        return alone.apply(
-            variables,
-            images,
-            train=True,
-            mutable=["batch_stats"],
-            rngs={"dropout": key},
-        )
+        def total(params: Any) -> Any:
+            outputs, updates = alone.apply(
+                {**variables, "params": params},
+                images,
+                train=True,
+                mutable=["batch_stats"],
+                rngs={"dropout": key},
+            )
+            return jnp.sum(outputs).real, updates
 
-    with jax.default_matmul_precision(None):  # whatever the user's default is
+        return jax.value_and_grad(total, has_aux=True)(variables["params"])
+
+    # Whatever the user has set, perhaps to look for a fault.
+    with jax.default_matmul_precision(None), jax.disable_jit(False):
         init = models.make_init(model, shape)
         variables = jax.eval_shape(init, key)
         traced = {
@@ -68,7 +81,8 @@ def checksums(network: Network, *, initial: bool = True) -> dict[str, Any]:
         if initial:
             traced["initialisation"] = jax.make_jaxpr(init)(key)
     found = {mode: f"{_crc32(program):08x}" for mode, program in traced.items()}
-    return {**found, "axes": axes}
+    settings = [str(jnp.result_type(float)), str(key.dtype)]
+    return {**found, "axes": axes, "settings": settings}
 
 
 def _crc32(traced: ClosedJaxpr) -> int:
@@ -103,7 +117,7 @@ def _described(jaxpr: Jaxpr, consts: Sequence[Any]) -> Iterator[bytes]:
         for atom in equation.invars:
             yield from _atom(atom, numbers)
         for name, value in sorted(equation.params.items()):
-            if name != "name":
+            if name not in _OF_SPEED:
                 yield name.encode()
                 yield from _value(value)
         for variable in equation.outvars:

@@ -135,6 +135,24 @@ def test_runs_on_other_data_are_told_apart_whatever_their_configs_say(
     assert labels[1].startswith("data=others")
 
 
+@pytest.mark.slow
+def test_runs_from_a_folder_that_was_trained_further_are_told_apart(
+    tiny_config, tiny_data, tmp_path
+):
+    source = tmp_path / "source"
+    train = functools.partial(runs.train, data=tiny_data)
+    train(tiny_config, workdir=source)
+    from_there = dataclasses.replace(tiny_config, init_from=str(source))
+    train(from_there, workdir=tmp_path / "a")
+    longer = dataclasses.replace(tiny_config, epochs=tiny_config.epochs + 1)
+    train(longer, workdir=source)
+    train(dataclasses.replace(from_there, seed=1), workdir=tmp_path / "b")
+    members = [m for n in "ab" for m in compare_lib.read(tmp_path / n)]
+    labels = list(compare_lib.grouped(members))
+    assert len(labels) == 2
+    assert all(re.search(r"init_from=.*source .crc32=", label) for label in labels)
+
+
 def test_what_was_not_measured_is_no_divergence():
     def group(**row):
         return [compare_lib.Member(Path(), {}, {"loss": [1.0], **row})] * 2

@@ -243,6 +243,12 @@ SECOND_FAILS = "model.norm_layers=11,1"  # of two members that share a program
             ["--optimizer=sgd,momentum=0.9"],
             r"one of sgd, .* \(options follow a colon: sgd:momentum=0.9\)$",
         ),
+        (
+            ["--seed=7", "--sweep=batch_size=10,20;seed=0..1"],
+            "--seed=7 together with --sweep=seed=0..1; give one of them$",
+        ),
+        (["--decay=all"], "--decay=all without --weight_decay; give it, too$"),
+        (["--init_statistics=fresh"], "--init_statistics=fresh without --init_from; g"),
         (["--norm.momentum=0.5"], "is no flag; options .* --norm=NAME:momentum=VALUE"),
         (["nonsense"], "unexpected 'nonsense'; flags begin with --"),
         (
@@ -259,7 +265,7 @@ SECOND_FAILS = "model.norm_layers=11,1"  # of two members that share a program
         (["--batch_size=91"], "batch_size=91 is larger than the training set of 90"),
         (["--validation=90"], "validation=90"),
         (["--sweep=norm=layer|grup"], r"did you mean group\?.* \(in a sweep of norm\)"),
-        (["--sweep=model=mlp|lenet"], "LeNet does not fit images of 8 x 8 x 3"),
+        (["--sweep=model=mlp|lenet"], r"--model=\S+ together with --sweep=model=mlp"),
         (["--sweep=norm.axis=1,2"], "has no option 'axis'"),
         (
             ["--model=mlp:widths=8x8,bias_before_norm=true", f"--sweep={SECOND_FAILS}"],

@@ -73,6 +73,7 @@ FIRST = {
     "jit": jax.jit(lambda x: jnp.flip(x.astype(jnp.float32), 1)),
     "pooling": lambda x: nn.max_pool(x.astype(jnp.float32), (2, 2)),
     "scan": lambda x: jax.lax.scan(lambda c, y: (c, y), 0, x)[1],
+    "as integers": lambda x: x.astype(jnp.int32).astype(jnp.float32),
     # What a model does with numbers in [0, 1] that it was trained on.
     "centred": lambda x: 2 * x - 1.0,
     "standardised": lambda x: (x - jnp.array([0.485])) / jnp.array([0.229]),
@@ -94,7 +95,12 @@ SCALED = {
     "standardised": jax.jit(lambda x: (x.astype(jnp.float32) - 33) / 78),
     "by channel": lambda x: (x - np.array([123.7], np.float32)) / jnp.array([58.4]),
     "by example": lambda x: jax.lax.map(lambda image: image / 255, x),
-    "as integers": lambda x: x.astype(jnp.int32).astype(jnp.float32),
+    "doubled": lambda x: 2.0 * x.astype(jnp.float32) / 255 - 1,
+    "of computed constants": lambda x: (
+        (x.astype(jnp.float32) - 255 * jnp.asarray([0.485]))
+        / (255 * jnp.asarray([0.229]))
+    ),
+    "negative": lambda x: -x.astype(jnp.float32) / 255,
     "embedded": lambda x: nn.Embed(256, 2)(x[..., 0]),
 }
 

@@ -593,3 +593,15 @@ def test_norm_that_always_uses_its_batch_has_no_exact_statistics(
             runs.train(config, tiny_data, model=model, workdir=tmp_path / "refused")
     run = runs.train(config, tiny_data, model=ByBatch, workdir=tmp_path / "by_batch")
     assert "normalises by its batch" in run.results["exact_refused"]
+
+
+def test_model_that_needs_more_images_than_two_trains(config, tiny_data, tmp_path):
+    class Ghosts(nn.Module):
+        @nn.compact
+        def __call__(self, x, *, train):
+            x = nn.Dense(10)(x.reshape(len(x), -1))
+            size = config.batch_size // 2
+            return BatchNorm(use_running_average=not train, ghost_batch_size=size)(x)
+
+    runs.train(config, tiny_data, model=Ghosts(), workdir=tmp_path / "run")
+    assert runs.load(tmp_path / "run", model=Ghosts()).metrics

@@ -549,7 +549,7 @@ def test_folder_of_another_kind_is_named(run, finished, tmp_path):
         sweeps.load(finished)
     (tmp_path / "config.json").write_text('{"experiment": "bias", "epochs": 2}')
     for load in (run_lib.load, sweeps.load):
-        with pytest.raises(RunError, match="holds the experiment bias, whose rows"):
+        with pytest.raises(RunError, match="holds the experiment bias; give the"):
             load(tmp_path)
 
 

@@ -55,7 +55,7 @@ class OwnNnx(nnx.Module):
 
 
 def checksums(model):
-    return programs.checksums(Network(models.as_model(model), SHAPE))
+    return programs.checksums(Network(models.as_model(model), SHAPE), 4)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ class Own(nnx.Module):
 
 mlp = MLP(widths=[3, 2], norm=norm("whitening:method=zca"))
 for model in (mlp, Own):
-    print(programs.checksums(Network(models.as_model(model), (4, 4, 1))))
+    print(programs.checksums(Network(models.as_model(model), (4, 4, 1)), 4))
 """
 
 
@@ -146,3 +146,33 @@ def test_another_process_finds_the_same_checksums():
     }
     assert len(printed) == 1
     assert printed.pop().count("'training'") == 2
+
+
+def test_gradients_count_where_predictions_are_the_same():
+    def reversed_by(sign):
+        @jax.custom_vjp
+        def through(x):
+            return x
+
+        through.defvjp(lambda x: (x, None), lambda _, g: (sign * g,))
+        return checksums(Net(activation=through))
+
+    one, other = reversed_by(1.0), reversed_by(-1.0)
+    assert {mode for mode in one if one[mode] != other[mode]} == {"training"}
+
+
+def test_settings_for_debugging_and_speed_change_nothing():
+    with jax.disable_jit():
+        assert checksums(Net()) == checksums(Net())
+
+    def scanned(unroll):
+        def each(carry, x):
+            return carry + x, None
+
+        def fold_up(x):
+            total, _ = jax.lax.scan(each, jnp.zeros_like(x), x[None], unroll=unroll)
+            return total
+
+        return checksums(Net(activation=fold_up))
+
+    assert scanned(1) == scanned(2)

@@ -244,7 +244,7 @@ SECOND_FAILS = "model.norm_layers=11,1"  # of two members that share a program
             r"one of sgd, .* \(options follow a colon: sgd:momentum=0.9\)$",
         ),
         (
-            ["--seed=7", "--sweep=batch_size=10,20;seed=0..1"],
+            ["--seed=7", "--sweep=weight_decay=0.1,0.2;seed=0..1"],
             "--seed=7 together with --sweep=seed=0..1; give one of them$",
         ),
         (["--decay=all"], "--decay=all without --weight_decay; give it, too$"),

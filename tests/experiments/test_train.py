@@ -171,7 +171,7 @@ def test_sweeps_that_are_given_one_by_one_are_combined(command):
 def test_best_member_by_validation_is_told(command, images):
     images()
     arguments = ("--epochs=1", "--validation=30", "--sweep=learning_rate=0.1,0.1234567")
-    said = command("--workdir=run", *OWN_IMAGES, *MLP, *arguments)
+    said = command("--workdir=run", *OWN_IMAGES, MLP[0], *arguments)
     found = results.read_json(Path("run/results.json"))
     label, accuracy = found["best_by_validation"], found["best_validation_accuracy"]
     members = re.findall("^learning_rate .*", said, re.M)

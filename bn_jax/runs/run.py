@@ -90,7 +90,7 @@ class Run(NamedTuple):
 
 
 def _mend(shape: tuple[int, ...], expected: tuple[int, ...]) -> str:
-    """Return what makes images of a shape those that are expected, if it is known."""
+    """Return how images of a shape become those that are expected, if that is known."""
     height, width, channels = expected
     if shape == expected:
         return ": give one image as images[None]"

@@ -23,7 +23,7 @@ _TRACED_BY = ("bn_jax", "commit", "jax", "flax", "backend")
 
 
 def recorded(config: TrainConfig, network: Network) -> dict[str, Any]:
-    """Return what environment.json is to say of the model: of ours, nothing.
+    """Return the entry for environment.json of a model of the user's own; else none.
 
     Args:
       config: of the run.

@@ -205,7 +205,9 @@ class BatchNorm(nn.Module):
       masks hold; ours weighs each instance by its count.
     - A batch that is masked out whole gives NaN in Flax; ours is normalised by the
       running averages and leaves them as they are.
-    - Statistics are in float32 or wider whatever the options say.
+    - Statistics are in float32 or wider whatever the options say. The running averages
+      of float64 inputs are float64 from the start; Flax's are float32 until the first
+      update.
 
     What normalises, whether the averages move, and whether scale and bias learn are
     three choices: `use_running_average`, `update_average` in the call, and an optimizer

@@ -128,6 +128,7 @@ _COUNT_WITH = {
     "init_statistics": "init_from",
     "accumulate_stats": "accumulate",
     "decay": "weight_decay",
+    "merged_stats": "batch_stats",
 }
 
 
@@ -148,6 +149,12 @@ def _check_counted(config: TrainConfig) -> None:
             raise ConfigError(
                 f"--{name}={flags.FLAGS[name].value} without --{other}; give it, too"
             )
+    alone = flags.FLAGS.devices == "1" and jax.process_count() == 1
+    if config.batch_stats != default.batch_stats and alone:
+        raise ConfigError(
+            f"--batch_stats={config.batch_stats} on one device, where it changes "
+            "nothing; give --devices=N, too"
+        )
 
 
 def train(workdir: Path, config: TrainConfig) -> None:

@@ -128,12 +128,14 @@ def _train(
         for epoch in sweep.train():
             bar.update(sweep.step - bar.n)
             if epoch is not None:
-                tested = sweep.progress().scores["test_accuracy"][:, epoch - 1]
-                alive = np.isfinite(tested)
-                best = f"{tested[alive].max():.3f}" if alive.any() else "none"
+                scores = sweep.progress().scores
+                split = "validation" if "validation_accuracy" in scores else "test"
+                scored = scores[f"{split}_accuracy"][:, epoch - 1]
+                alive = np.isfinite(scored)
+                best = f"{scored[alive].max():.3f}" if alive.any() else "none"
                 bar.write(
                     f"epoch {epoch}/{sweep.configs[0].epochs}  {alive.sum()} of "
-                    f"{count} members continue  best test accuracy {best}"
+                    f"{count} members continue  best {split} accuracy {best}"
                 )
                 bar.set_postfix_str("")
             stop = request.signum is not None

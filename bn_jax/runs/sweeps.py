@@ -218,6 +218,13 @@ def check(
       ConfigError: saying what does not fit.
     """
     groups = members.grouped(configs)
+    for name in ("batch_stats", "merged_stats"):
+        others = {getattr(c, name) for c in configs} - {getattr(TrainConfig(), name)}
+        if others:
+            raise ConfigError(
+                f"{name}={min(others)!r} in a sweep, whose members train on one device "
+                "each; leave it out, or train a run of it on several devices"
+            )
     for name in ("dataset", "train_examples", "validation"):
         if len({getattr(config, name) for config in configs}) > 1:
             raise ConfigError(

@@ -249,6 +249,15 @@ SECOND_FAILS = "model.norm_layers=11,1"  # of two members that share a program
         ),
         (["--decay=all"], "--decay=all without --weight_decay; give it, too$"),
         (["--init_statistics=fresh"], "--init_statistics=fresh without --init_from; g"),
+        (["--merged_stats=first"], "--merged_stats=first without --batch_stats; give"),
+        (
+            ["--batch_stats=per_device"],
+            "per_device on one device, .*; give --devices=N",
+        ),
+        (
+            ["--sweep=batch_stats=synced,per_device"],
+            "batch_stats='per_device' in a sweep, whose members train on one device",
+        ),
         (["--norm.momentum=0.5"], "is no flag; options .* --norm=NAME:momentum=VALUE"),
         (["nonsense"], "unexpected 'nonsense'; flags begin with --"),
         (

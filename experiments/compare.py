@@ -16,7 +16,7 @@ from pathlib import Path
 from absl import flags
 
 from bn_jax.fields import ConfigError
-from bn_jax.runs import compare, results
+from bn_jax.runs import compare, json_files
 from experiments import launch
 
 if __name__ != "__main__":
@@ -38,10 +38,10 @@ def main(argv: Sequence[str]) -> None:
         from bn_jax import plots  # here, as it takes a second to import
 
         text = compare.table(groups)
-        results.remove_link(folder / "table.md").write_text(text + "\n")
+        json_files.remove_link(folder / "table.md").write_text(text + "\n")
         plots.members_by_epoch(
             {label: [m.row for m in of] for label, of in groups.items()},
-            results.remove_link(folder / "curves.png"),
+            json_files.remove_link(folder / "curves.png"),
         )
     print(text)
     print(f"written to {folder}: table.md, curves.png")

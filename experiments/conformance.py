@@ -39,7 +39,7 @@ import bn_jax
 import bn_jax.linen
 import bn_jax.nnx
 from bn_jax.averages import CountedState
-from bn_jax.runs import results
+from bn_jax.runs import json_files, provenance
 from bn_jax.variants.renorm import batch_renorm
 from experiments import launch
 from experiments.benchmarks import timing
@@ -510,10 +510,10 @@ def compare(workdir: Path) -> None:
         "errors": errors,
         "renorm_errors": renorm_errors,
         "versions": timing.versions(modules),
-        "environment": results.environment(),
+        "environment": provenance.environment(),
     }
-    results.write_json(workdir / results.RESULTS, summary)
-    print(f"written to {workdir}: table.md, renorm_table.md, {results.RESULTS}")
+    json_files.write_json(workdir / json_files.RESULTS, summary)
+    print(f"written to {workdir}: table.md, renorm_table.md, {json_files.RESULTS}")
 
 
 def measure_all(checks: Checks, module: str, library: Any) -> dict[str, str]:

@@ -32,7 +32,7 @@ from absl import flags
 
 import bn_jax.linen
 from bn_jax import fields, transforms
-from bn_jax.runs import results
+from bn_jax.runs import json_files, provenance
 from experiments import flag_fields, intervals, launch
 from experiments.benchmarks import timing
 
@@ -215,10 +215,10 @@ def main(argv: Sequence[str]) -> None:
         summary = {
             **found,
             "versions": timing.versions(PACKAGES),
-            "environment": results.environment(),
+            "environment": provenance.environment(),
         }
-        results.write_json(workdir / results.RESULTS, summary)
-        print(f"written to {workdir}: {results.RESULTS}")
+        json_files.write_json(workdir / json_files.RESULTS, summary)
+        print(f"written to {workdir}: {json_files.RESULTS}")
 
 
 def define_flags() -> None:

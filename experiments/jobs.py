@@ -22,9 +22,9 @@ from tqdm import tqdm
 
 from bn_jax.fields import AT_LEAST_1, NOT_NEGATIVE, ConfigError
 from bn_jax.names import Table
-from bn_jax.runs import parts, results
+from bn_jax.runs import json_files, parts, workdirs
 from bn_jax.runs.interrupt import Interrupted, listening
-from bn_jax.runs.results import RunError
+from bn_jax.runs.json_files import RunError
 from bn_jax.runs.sweeps import Part
 from bn_jax.training.config import TrainConfig
 
@@ -202,7 +202,7 @@ def run(
       RunError: if jobs have ended before their part was trained.
       Interrupted: on SIGTERM or Ctrl-C.
     """
-    folder = workdir.absolute() / results.PARTS
+    folder = workdir.absolute() / json_files.PARTS
     logs = folder / LOGS
     total = launcher.num_parts
     unfinished = functools.partial(
@@ -210,7 +210,7 @@ def run(
     )
     with (
         listening() as request,
-        results.locked(folder),
+        workdirs.locked(folder),
         tqdm(total=total, unit="part", disable=None, leave=False) as bar,
     ):
         submitted = _Submitted(folder / SUBMITTED)
@@ -310,7 +310,9 @@ class _Submitted:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._jobs: dict[str, str] = results.read_object(path) if path.exists() else {}
+        self._jobs: dict[str, str] = (
+            json_files.read_object(path) if path.exists() else {}
+        )
 
     def jobs(self, parts: Sequence[Part]) -> list[str]:
         jobs = (self.job(part) for part in parts)
@@ -321,7 +323,7 @@ class _Submitted:
 
     def add(self, jobs: dict[Part, str]) -> None:
         self._jobs |= {self._name(part): job for part, job in jobs.items()}
-        results.write_json(self._path, self._jobs)
+        json_files.write_json(self._path, self._jobs)
 
     def _name(self, part: Part) -> str:
         return part.folder(Path()).name

@@ -137,10 +137,10 @@ def set_up_jax() -> None:
 
 def _is_whole() -> bool:
     """Return whether the results of the run are written, where this process sees it."""
-    from bn_jax.runs import results
+    from bn_jax.runs import json_files
 
     workdir = flags.FLAGS.workdir
-    return workdir is not None and (Path(workdir) / results.RESULTS).exists()
+    return workdir is not None and (Path(workdir) / json_files.RESULTS).exists()
 
 
 def _check_processes() -> None:
@@ -257,18 +257,18 @@ def experiment(
     Raises:
       RunError: if the folder cannot take the experiment; nothing is overwritten.
     """
-    from bn_jax.runs import distributed, results
+    from bn_jax.runs import distributed, json_files, results, workdirs
 
     folder = workdir()
     with contextlib.ExitStack() as stack:
         if distributed.is_primary():
-            if not repeat and (folder / results.RESULTS).exists():
-                raise results.RunError(
+            if not repeat and (folder / json_files.RESULTS).exists():
+                raise json_files.RunError(
                     f"{folder} holds results, which would be lost: measuring again "
                     "gives others; give another workdir"
                 )
             started = {"experiment": name, **config}
-            stack.enter_context(results.held(folder, started, repeat=True))
+            stack.enter_context(workdirs.held(folder, started, repeat=True))
             results.start_run(folder, started)
         yield folder
 
@@ -437,7 +437,7 @@ def start(
         from bn_jax.runs import distributed
         from bn_jax.runs.distributed import DistributedError
         from bn_jax.runs.interrupt import Interrupted
-        from bn_jax.runs.results import RunError
+        from bn_jax.runs.json_files import RunError
 
         if not flags.FLAGS["verbosity"].present:
             _quiet_orbax()

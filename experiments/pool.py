@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bn_jax.data import ImageData
-from bn_jax.runs import results, sweeps
+from bn_jax.runs import json_files, sweeps
 from bn_jax.runs.run import Run
 from bn_jax.training import task
 from bn_jax.training.config import RunOptions, TrainConfig
@@ -85,7 +85,7 @@ class Pool:
     def _members(self) -> dict[str, Member]:
         """Return all runs of the pool, by key."""
         found = {}
-        for path in sorted(self.folder.glob(f"*/{results.RESULTS}")):
+        for path in sorted(self.folder.glob(f"*/{json_files.RESULTS}")):
             found.update(_members_of(path.parent))
         return found
 
@@ -97,9 +97,9 @@ def _runs(folder: Path) -> list[Run]:
 
 def _members_of(folder: Path) -> dict[str, Member]:
     """Return the members of a finished sweep, by key."""
-    source = results.read_object(folder / results.CONFIG)["data"]
-    about = results.read_object(folder / results.RESULTS)
-    rows = results.read_rows(folder / results.ROWS)
+    source = json_files.read_object(folder / json_files.CONFIG)["data"]
+    about = json_files.read_object(folder / json_files.RESULTS)
+    rows = json_files.read_rows(folder / json_files.ROWS)
     seconds = (about["seconds"] + about["compile_seconds"]) / len(rows)
     common = {"examples_per_second": about["examples_per_second"], "seconds": seconds}
     return {

@@ -29,8 +29,7 @@ from typing import Any
 from absl import flags
 
 from bn_jax.fields import ConfigError
-from bn_jax.runs import results as results_lib
-from bn_jax.runs import sweeps
+from bn_jax.runs import json_files, provenance, sweeps
 from bn_jax.training.config import TrainConfig
 from experiments import findings, launch, sequential
 from experiments.claims import CHECKED
@@ -289,7 +288,7 @@ def _line(verdict: Mapping[str, Any]) -> str:
 def differences(name: str) -> list[str]:
     """Judge the committed rows of a study again; return what is not as committed."""
     study = studies()[name].STUDY
-    rows = results_lib.read_rows(RESULTS / name / results_lib.ROWS)
+    rows = json_files.read_rows(RESULTS / name / json_files.ROWS)
     committed = recorded()[name]["verdicts"]
     judged = [verdict.to_dict() for verdict in study.verdicts(rows)]
     if len(judged) != len(committed):
@@ -314,7 +313,7 @@ def repeated(name: str) -> list[str]:
         same here.
     """
     recorded_there = recorded()[name]["environment"]
-    here = results_lib.environment()
+    here = provenance.environment()
     other = [key for key in INSTRUCTIONS if here[key] != recorded_there[key]]
     if other:
         raise ConfigError(
@@ -322,7 +321,7 @@ def repeated(name: str) -> list[str]:
             + ", ".join(f"{k} ({recorded_there[k]}, here {here[k]})" for k in other)
             + "; numbers are the same bits only where these are the same"
         )
-    rows = results_lib.read_rows(RESULTS / name / results_lib.ROWS)
+    rows = json_files.read_rows(RESULTS / name / json_files.ROWS)
     row = next((row for row in rows if "config" in row), None)
     if row is None:
         raise ConfigError(f"{name} keeps no config of its runs; repeat the whole study")

@@ -19,7 +19,7 @@ from absl import flags
 
 from bn_jax import fields, paths
 from bn_jax.data import ImageData
-from bn_jax.runs import results
+from bn_jax.runs import json_files, provenance, workdirs
 from bn_jax.training.config import RunOptions, TrainConfig
 from experiments import claims, figures, flag_fields, launch, sequential
 from experiments.claims import Claim, Verdict
@@ -39,7 +39,7 @@ Measure = Callable[
     [str, Path, Sequence[TrainConfig], ImageData], tuple[list[Row], float]
 ]
 
-ROWS = results.ROWS
+ROWS = json_files.ROWS
 CLAIMS = "claims.png"  # the figure of the verdicts
 # A choice between arms is made on seeds of its own, by images that none trains on.
 CHOOSING_SEEDS, CHOOSING_IMAGES = range(5), 5000
@@ -233,14 +233,14 @@ def _define_flags(study: Study) -> None:
 def _main(study: Study, argv: Sequence[str]) -> None:
     launch.check_no_arguments(argv)
     if flags.FLAGS.plot_only:
-        folder = results.existing(launch.workdir(), "workdir")
-        there = results.read_object(folder / results.CONFIG).get("experiment")
+        folder = workdirs.existing(launch.workdir(), "workdir")
+        there = json_files.read_object(folder / json_files.CONFIG).get("experiment")
         if there != study.name:
-            raise results.RunError(
+            raise json_files.RunError(
                 f"{folder} holds {there or 'a run or sweep of none'}, and this is the "
                 f"experiment {study.name}; give the folder of its rows"
             )
-        _end(study, results.read_rows(folder / ROWS), folder, "figures")
+        _end(study, json_files.read_rows(folder / ROWS), folder, "figures")
         return
     launch.set_up_jax()
     smoke = {**SMOKE, **study.smoke} if flags.FLAGS.smoke else {}
@@ -269,7 +269,7 @@ def run(study: Study, design: Design, folder: Path) -> None:
         wanted = _undecided(study, verdicts, trainer.trained)
         if not wanted:
             break
-    results.write_rows(folder / ROWS, rows)
+    json_files.write_rows(folder / ROWS, rows)
     summary = {
         "verdicts": [verdict.to_dict() for verdict in verdicts],
         **study.summary(study.runs(rows)),
@@ -277,10 +277,10 @@ def run(study: Study, design: Design, folder: Path) -> None:
         **design.to_dict(),
         "data_source": data.source,
         "seconds": sum(row["seconds"] for row in rows),
-        "environment": results.environment(),
+        "environment": provenance.environment(),
     }
-    results.write_json(folder / results.RESULTS, summary)
-    _end(study, rows, folder, f"{ROWS}, {results.RESULTS}, figures")
+    json_files.write_json(folder / json_files.RESULTS, summary)
+    _end(study, rows, folder, f"{ROWS}, {json_files.RESULTS}, figures")
     if study.measure is None:
         print(f"trained runs, which studies share, are in {trainer.pool}")
 

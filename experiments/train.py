@@ -33,7 +33,7 @@ from absl import flags
 from bn_jax import runs, transforms
 from bn_jax.data import ImageData
 from bn_jax.fields import ConfigError, counted
-from bn_jax.runs import distributed, parts, results, sweeps
+from bn_jax.runs import distributed, json_files, parts, sweeps, workdirs
 from bn_jax.training import members, scoring, task
 from bn_jax.training.config import RunOptions, TrainConfig
 from bn_jax.training.evaluation import Evaluator
@@ -102,7 +102,7 @@ def main(argv: Sequence[str]) -> None:
             )
         launch.set_up_cache()
         launch.check_devices()
-        evaluate_again(results.existing(given.load, "load"))
+        evaluate_again(workdirs.existing(given.load, "load"))
         return
     if given.launcher is None:
         launch.set_up_jax()
@@ -236,7 +236,7 @@ def train_sweep(workdir: Path, spec: str, base: TrainConfig) -> None:
         if "test_accuracy_exact" in row and transforms.is_batch_norm(config.norm):
             line += f", {row['test_accuracy_exact']:.3f} by exact statistics"
         print(line)
-    _print_best(results.read_object(workdir / results.RESULTS))
+    _print_best(json_files.read_object(workdir / json_files.RESULTS))
     print(f"written to {workdir}")
 
 
@@ -302,7 +302,7 @@ def _by_jobs(
     sweeps.Part(1, launcher.num_parts).members(groups)
     config = sweeps.identity(configs, data, exact=True, train=False)
     grows = sweeps.can_grow(configs)
-    results.check_free(workdir, config, repeat=True, grows=grows)
+    workdirs.check_free(workdir, config, repeat=True, grows=grows)
     if not parts.is_merged(configs, workdir):
         jobs.run(launcher, configs, jobs.given_arguments(), workdir)
     return parts.merge(configs, data, workdir=workdir, num_parts=launcher.num_parts)
@@ -328,11 +328,11 @@ def _end_part(
 
 def evaluate_again(workdir: Path) -> None:
     """Evaluate the run or sweep in `workdir` and compare with what it wrote."""
-    is_sweep = results.is_sweep(results.read_object(workdir / results.CONFIG))
+    is_sweep = workdirs.is_sweep(json_files.read_object(workdir / json_files.CONFIG))
     found = sweeps.load(workdir) if is_sweep else [runs.load(workdir)]
     name = _dataset_of(found[0].config)
     data = task.select(found[0].config, launch.load_data(name))
-    written = results.read_object(workdir / results.RESULTS)
+    written = json_files.read_object(workdir / json_files.RESULTS)
     way_out = ""
     if data.source != written["data_source"]:
         print(f"note: the run was on {written['data_source']}")
@@ -351,7 +351,7 @@ def evaluate_again(workdir: Path) -> None:
         count = run.results.get("exact_statistics_examples", len(data.train.labels))
         outcomes.append(_evaluate_again(run, data, count))
     _print_best(written)
-    where = workdir / (results.ROWS if is_sweep else results.RESULTS)
+    where = workdir / (json_files.ROWS if is_sweep else json_files.RESULTS)
     if not all(near for _, near in outcomes):
         sys.exit(f"error: the numbers differ from those that the run wrote{way_out}")
     if all(same for same, _ in outcomes):
@@ -405,7 +405,7 @@ def _evaluate_again(
             "best_test_loss": tested.loss,
             "best_test_accuracy": tested.accuracy,
         }
-    found = results.finite(found)
+    found = json_files.finite(found)
     new = {name: value for name, value in found.items() if name in run.results}
     old = {name: run.results[name] for name in new}
     # Of a sweep's member, those of all epochs.

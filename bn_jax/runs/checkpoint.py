@@ -14,8 +14,9 @@ import numpy as np
 from flax import serialization, traverse_util
 
 from bn_jax import fields
-from bn_jax.runs import results
-from bn_jax.runs.results import RunError, differences
+from bn_jax.runs import json_files, workdirs
+from bn_jax.runs.json_files import RunError
+from bn_jax.runs.workdirs import differences
 from bn_jax.training.loop import EpochReport, Progress
 from bn_jax.training.state import TrainState
 
@@ -81,7 +82,7 @@ def load_variables(
             variables = None if faults else checkpointer.restore(path, abstract)
     except Exception as error:  # whatever a damaged file makes Orbax stumble over
         raise RunError(
-            f"cannot read the variables in {path}: they are damaged; {results.MEND} "
+            f"cannot read the variables in {path}: they are damaged; {json_files.MEND} "
             f"({_first_line(error)})"
         ) from error
     if faults:
@@ -95,7 +96,7 @@ def load_variables(
     if changed:
         raise RunError(
             f"the variables in {path} are damaged: {', '.join(changed)} hold other "
-            f"numbers than were written; {results.MEND}"
+            f"numbers than were written; {json_files.MEND}"
         )
     return variables
 
@@ -306,7 +307,7 @@ class Checkpoints:
                     f"{', '.join(changed)} hold other numbers than were written"
                 )
             identity = run.pop("identity")
-        if not (self._grows and results.is_shorter(identity, self._identity)):
+        if not (self._grows and workdirs.is_shorter(identity, self._identity)):
             self._refuse(step, differences(identity, self._identity))
         return step, arrays, run
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bn_jax.runs import results
+from bn_jax.runs import json_files, provenance, results, workdirs
 
 _BY_EPOCH = ("loss", "train_accuracy", "validation_accuracy", "test_accuracy")
 _AT_THE_END = ("test_loss_exact", "test_accuracy_exact", "test_accuracy_averaged")
@@ -36,16 +36,16 @@ def read(folder: str | Path) -> list[Member]:
     Raises:
       RunError: if there is none that has ended, or a file is damaged.
     """
-    folder = results.existing(folder, "folder")
-    config = results.read_object(folder / results.CONFIG)
-    if results.is_sweep(config):
+    folder = workdirs.existing(folder, "folder")
+    config = json_files.read_object(folder / json_files.CONFIG)
+    if workdirs.is_sweep(config):
         results.check_finished(folder, others=results.OF_A_SWEEP)
-        rows = results.read_rows(folder / results.ROWS)
-        source = results.read_object(folder / results.RESULTS)["data_source"]
+        rows = json_files.read_rows(folder / json_files.ROWS)
+        source = json_files.read_object(folder / json_files.RESULTS)["data_source"]
         return [Member(folder, {**row["config"], "data": source}, row) for row in rows]
-    results.check_no_experiment(folder, config)
+    workdirs.check_no_experiment(folder, config)
     results.check_finished(folder, others=results.OF_A_RUN)
-    summary = results.read_object(folder / results.RESULTS)
+    summary = json_files.read_object(folder / json_files.RESULTS)
     metrics = results.read_metrics(folder)
     row: dict[str, Any] = {
         name: [epoch.get(name) for epoch in metrics]
@@ -54,7 +54,9 @@ def read(folder: str | Path) -> list[Member]:
     }
     row |= {name: summary[name] for name in _AT_THE_END if name in summary}
     config["data"] = summary["data_source"]
-    start = results.read_object(folder / results.ENVIRONMENT).get(results.START)
+    start = json_files.read_object(folder / json_files.ENVIRONMENT).get(
+        provenance.START
+    )
     if start is not None:  # the folder may have held another run since
         config["init_from"] = f"{config['init_from']} ({start})"
     return [Member(folder, config, row)]

@@ -11,9 +11,17 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from bn_jax.runs import checkpoint, logs, results, same_model
+from bn_jax.runs import (
+    checkpoint,
+    json_files,
+    logs,
+    provenance,
+    results,
+    same_model,
+    workdirs,
+)
 from bn_jax.runs import summary as summary_lib
-from bn_jax.runs.results import RunError
+from bn_jax.runs.json_files import RunError
 from bn_jax.training import loop, parallel, schedules
 from bn_jax.training.config import OWN_MODEL, TrainConfig
 from bn_jax.training.loop import EpochReport, Progress
@@ -55,14 +63,14 @@ class Files:
             "grows": self._grows,
             "data_source": self._data.source,
         }
-        results.check_free(self._workdir, config, **options)
+        workdirs.check_free(self._workdir, config, **options)
         same_model.check(self._workdir, self._config, self._trainer.network)
-        return results.held(self._workdir, config, **options)
+        return workdirs.held(self._workdir, config, **options)
 
     def start(self, like: TrainState) -> Progress | None:
         """Make the directory ready; return the progress to resume from."""
         self._like = like
-        finished = (self._workdir / results.RESULTS).exists()
+        finished = (self._workdir / json_files.RESULTS).exists()
         progress = None
         if (self._workdir / checkpoint.CHECKPOINTS).exists():
             progress = self._open().latest(like)
@@ -72,17 +80,17 @@ class Files:
                 "checkpoint to go on from; give another workdir"
             )
         if finished:
-            results.set_results_aside(self._workdir)
+            workdirs.set_results_aside(self._workdir)
         of_model = same_model.recorded(self._config, self._trainer.network)
         start = self._start
         if progress is not None:  # what is in the folder of `init_from` now is not it
-            there = results.read_object(self._workdir / results.ENVIRONMENT)
-            start = there.get(results.START)
+            there = json_files.read_object(self._workdir / json_files.ENVIRONMENT)
+            start = there.get(provenance.START)
         if start is not None:
-            of_model[results.START] = start
+            of_model[provenance.START] = start
         results.start_run(self._workdir, self._config.to_dict(), of_model)
         history = () if progress is None else progress.history
-        rows = (results.finite(report.to_row()) for report in history)
+        rows = (json_files.finite(report.to_row()) for report in history)
         results.write_metrics(self._workdir, rows)
         step = 0 if progress is None else len(progress.step_losses)
         offsets = {}
@@ -136,7 +144,7 @@ class Files:
           report: of the epoch.
           variables: of the model at its end, where there are logs.
         """
-        results.append_metrics(self._workdir, results.finite(report.to_row()))
+        results.append_metrics(self._workdir, json_files.finite(report.to_row()))
         if self._logs is not None and self._log:
             rate = make_schedule(
                 self._config, steps_per_epoch=self._trainer.steps_per_epoch
@@ -192,10 +200,10 @@ class Files:
             for name, of_name in variables.items()
             if of_name is not None
         }
-        path = results.remove_link(self._workdir / "curves.png")
+        path = json_files.remove_link(self._workdir / "curves.png")
         plots.curves(metrics, summary, path, title=_title(self._config))
         if summary["gamma_beta"]:
-            path = results.remove_link(self._workdir / "gamma_beta.png")
+            path = json_files.remove_link(self._workdir / "gamma_beta.png")
             plots.gamma_beta(summary["gamma_beta"], path)
         self.close()  # an error in writing a checkpoint comes up before the results
         results.finish_run(

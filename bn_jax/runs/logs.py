@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from bn_jax.fields import ConfigError
-from bn_jax.runs import results
+from bn_jax.runs import json_files
 from bn_jax.runs.summary import layer_values
 from bn_jax.training.loop import EpochReport
 
@@ -67,7 +67,7 @@ class Logs:
         if "tensorboard" in names:
             from tensorboardX import SummaryWriter
 
-            folder = results.remove_link(workdir / TENSORBOARD)
+            folder = json_files.remove_link(workdir / TENSORBOARD)
             self._writer = SummaryWriter(str(folder), purge_step=step + 1)
 
     def add(self, report: EpochReport, learning_rate: float, variables: Any) -> None:
@@ -86,9 +86,9 @@ class Logs:
         row = {**report.to_row(), "learning_rate": learning_rate, **means}
         if self._csv is not None:
             self._rows.append(row)
-            results.write_text(self._csv, _text(self._rows))
+            json_files.write_text(self._csv, _text(self._rows))
         if self._writer is not None:
-            with results.writing(Path(self._writer.logdir)):
+            with json_files.writing(Path(self._writer.logdir)):
                 self._add_events(report.step, row, values)
 
     def _add_events(
@@ -120,7 +120,7 @@ def _read(path: Path) -> list[dict[str, str]]:
             return rows
     except (OSError, ValueError, AttributeError):
         pass
-    raise results.RunError(
+    raise json_files.RunError(
         f"{path} is damaged: it is no log of a run; move it away, and the run goes on"
     )
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from bn_jax import data as data_lib
 from bn_jax import paths
-from bn_jax.runs import checkpoint, results, same_model, sweeps
+from bn_jax.runs import checkpoint, json_files, results, same_model, sweeps, workdirs
 from bn_jax.runs.run import Run
 from bn_jax.runs.sweeps import Finished, Part
 from bn_jax.training import members, own_models
@@ -47,11 +47,13 @@ def is_merged(configs: Sequence[TrainConfig], workdir: str | Path) -> bool:
 
 
 def _is_finished(folder: Path, configs: Sequence[TrainConfig]) -> bool:
-    if not (folder / results.RESULTS).exists():
+    if not (folder / json_files.RESULTS).exists():
         return False
     # The results may be those of fewer epochs.
     epochs = sweeps.common([config.epochs for config in configs])
-    return bool(results.read_object(folder / results.CONFIG).get("epochs") == epochs)
+    return bool(
+        json_files.read_object(folder / json_files.CONFIG).get("epochs") == epochs
+    )
 
 
 def merge(
@@ -89,24 +91,24 @@ def merge(
     whole = members.grouped(configs)
     # The last parts may end, and merge, at the same time.
     grows = sweeps.can_grow(configs)
-    with results.held(
+    with workdirs.held(
         workdir, identity, seconds=WAIT_SECONDS, repeat=True, grows=grows
     ):
-        is_there = (workdir / results.RESULTS).exists()
+        is_there = (workdir / json_files.RESULTS).exists()
         if is_there:
             results.check_finished(workdir, others=results.OF_A_SWEEP)
-            there = results.read_object(workdir / results.CONFIG)
-            if not results.is_shorter(there, identity):
-                return results.read_rows(workdir / results.ROWS)
+            there = json_files.read_object(workdir / json_files.CONFIG)
+            if not workdirs.is_shorter(there, identity):
+                return json_files.read_rows(workdir / json_files.ROWS)
         runs: list[Any] = [None] * len(configs)
         summaries = []
         for number in range(1, num_parts + 1):
             part = Part(number, num_parts)
             folder = part.folder(workdir)
-            there = results.read_object(folder / results.CONFIG)
-            faults = results.differences(there, {**identity, "part": list(part)})
+            there = json_files.read_object(folder / json_files.CONFIG)
+            faults = workdirs.differences(there, {**identity, "part": list(part)})
             if faults:
-                raise results.RunError(
+                raise json_files.RunError(
                     f"{folder} holds a part of another sweep ({'; '.join(faults)}); "
                     "move it away, and train that part again"
                 )
@@ -114,9 +116,9 @@ def merge(
                 part.members(whole), sweeps.load(folder, model=model), strict=True
             ):
                 runs[i] = run
-            summaries.append(results.read_object(folder / results.RESULTS))
+            summaries.append(json_files.read_object(folder / json_files.RESULTS))
         if is_there:
-            results.set_results_aside(workdir)
+            workdirs.set_results_aside(workdir)
         of_model = same_model.recorded(configs[0], runs[0].network)
         results.start_run(workdir, identity, of_model)
         sweeps.finish(

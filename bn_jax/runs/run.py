@@ -19,13 +19,16 @@ from bn_jax.runs import (
     checkpoint,
     distributed,
     interrupt,
+    json_files,
     logs,
+    provenance,
     results,
     same_model,
+    workdirs,
 )
 from bn_jax.runs import summary as summary_lib
 from bn_jax.runs.files import Files
-from bn_jax.runs.results import RunError
+from bn_jax.runs.json_files import RunError
 from bn_jax.training import loop, own_models, parallel, task
 from bn_jax.training.config import RunOptions, TrainConfig
 from bn_jax.training.state import Network
@@ -183,7 +186,7 @@ def train(
     selected = task.select(config, data)
     checksum = None
     if start is None and config.init_from:
-        folder = results.existing(config.init_from, "init_from")
+        folder = workdirs.existing(config.init_from, "init_from")
         start = _read(folder, model).variables  # whatever its attributes
         checksum = own_models.checksum(start)
     placement = parallel.place(
@@ -230,7 +233,7 @@ def train(
             config,
             trainer.network,
             state.variables,
-            [results.finite(report.to_row()) for report in trainer.history],
+            [json_files.finite(report.to_row()) for report in trainer.history],
             summary,
             state.average or None,
             None if best is None else best[1],
@@ -292,15 +295,15 @@ def train_or_load(
     read: list[Run] = []
 
     def is_done() -> bytes:
-        if not (workdir / results.RESULTS).exists():
+        if not (workdir / json_files.RESULTS).exists():
             return b""
         run = load(workdir, model=model)
         named = config if model is None else own_models.named(config, model)
         named, _ = own_models.starting_from(named, model, variables)
         there = {**run.config.to_dict(), "data": run.results["data_source"]}
         now = {**named.to_dict(), "data": task.select(named, data).source}
-        faults = results.differences(there, now)
-        if faults and results.is_shorter(there, now):
+        faults = workdirs.differences(there, now)
+        if faults and workdirs.is_shorter(there, now):
             return b""
         if faults:
             raise RunError(
@@ -335,7 +338,7 @@ def _agreed(
         **config.to_dict(),
         "data": data.name,
         "images and labels": [zlib.crc32(np.asarray(a).tobytes()) for a in arrays],
-        **results.versions(),
+        **provenance.versions(),
     }
 
 
@@ -405,7 +408,7 @@ def load(workdir: str | Path, *, model: Any = None) -> Run:
       >>> loaded.results == trained.results
       True
     """
-    workdir = results.existing(workdir, "workdir")
+    workdir = workdirs.existing(workdir, "workdir")
     run = _read(workdir, model)
     same_model.check(workdir, run.config, run.network)
     return run
@@ -413,16 +416,16 @@ def load(workdir: str | Path, *, model: Any = None) -> Run:
 
 def _read(workdir: Path, model: Any) -> Run:
     """Read a finished run, of a model of the class and shapes that are given."""
-    values = results.read_object(workdir / results.CONFIG)
-    if results.is_sweep(values):
+    values = json_files.read_object(workdir / json_files.CONFIG)
+    if workdirs.is_sweep(values):
         raise RunError(
             f"{workdir} holds a sweep, not a run; bn_jax.runs.sweeps.load reads its "
             "members"
         )
-    results.check_no_experiment(workdir, values)
+    workdirs.check_no_experiment(workdir, values)
     config = read_config(workdir, values)
     checksums = results.check_finished(workdir, others=results.OF_A_RUN)
-    summary = results.read_object(workdir / results.RESULTS)
+    summary = json_files.read_object(workdir / json_files.RESULTS)
     if model is not None:
         config = own_models.named(config, model)
     of_task = Task.from_dict(summary["task"])
@@ -448,7 +451,7 @@ def read_config(workdir: Path, values: dict[str, Any]) -> TrainConfig:
     Raises:
       ConfigError: naming the version that wrote it, if that is another.
     """
-    written_by = results.read_object(workdir / results.ENVIRONMENT).get("bn_jax")
+    written_by = json_files.read_object(workdir / json_files.ENVIRONMENT).get("bn_jax")
     try:
         return TrainConfig.from_dict(values)
     except ConfigError as error:

@@ -11,8 +11,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from bn_jax.runs import results
-from bn_jax.runs.results import RunError
+from bn_jax.runs import json_files, provenance
+from bn_jax.runs.json_files import RunError
 from bn_jax.training import programs
 from bn_jax.training.config import OWN_MODEL, TrainConfig
 from bn_jax.training.state import Network
@@ -49,12 +49,12 @@ def check(workdir: Path, config: TrainConfig, network: Network) -> None:
     Raises:
       RunError: saying in what it differs.
     """
-    path = workdir / results.ENVIRONMENT
+    path = workdir / json_files.ENVIRONMENT
     if not config.model.startswith(OWN_MODEL) or not path.exists():
         return
-    there = results.read_object(path)
+    there = json_files.read_object(path)
     of_run = there.get(PROGRAMS)
-    here = results.environment()
+    here = provenance.environment()
     if of_run is None or any(there.get(name) != here[name] for name in _TRACED_BY):
         return
     # What an NNX module that is made already holds is not what its class would draw.

@@ -11,7 +11,7 @@ import numpy as np
 from flax import traverse_util
 
 from bn_jax.measures.layer_calls import LayerCall, layer_calls
-from bn_jax.runs import results
+from bn_jax.runs import json_files
 from bn_jax.training import loop
 from bn_jax.training.scoring import Score
 from bn_jax.training.state import Network
@@ -63,7 +63,7 @@ def summary(
         "moving_averages": bool(jax.tree.leaves(variables["batch_stats"])),
         "gamma_beta": _in_order(gamma_beta(variables, _offsets(calls)), calls),
     }
-    of_summary: dict[str, Any] = results.finite(values)
+    of_summary: dict[str, Any] = json_files.finite(values)
     return of_summary
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from bn_jax import data as data_lib
 from bn_jax import paths
 from bn_jax.fields import ConfigError, counted
-from bn_jax.runs import checkpoint, interrupt, results, same_model
+from bn_jax.runs import checkpoint, interrupt, json_files, results, same_model, workdirs
 from bn_jax.runs.run import Run, read_config
 from bn_jax.runs.sweep_program import Program
 from bn_jax.training import members, own_models, schedules, task
@@ -50,7 +50,9 @@ class Part(NamedTuple):
     def folder(self, workdir: Path) -> Path:
         """Return the folder in which it is trained."""
         width = len(str(self.num_parts))
-        return workdir / results.PARTS / f"{self.number:0{width}}_of_{self.num_parts}"
+        return (
+            workdir / json_files.PARTS / f"{self.number:0{width}}_of_{self.num_parts}"
+        )
 
 
 class Finished(NamedTuple):
@@ -138,7 +140,7 @@ def sweep(
     grows = can_grow(configs)
     own = list(range(len(configs)))
     if part is not None:
-        results.check_free(workdir, config, repeat=True, grows=grows)
+        workdirs.check_free(workdir, config, repeat=True, grows=grows)
         own, workdir = part.members(whole), part.folder(workdir)
         config["part"] = list(part)
     numbers = {i: place for place, i in enumerate(own)}
@@ -147,21 +149,21 @@ def sweep(
     first = configs[0]
     network = make_network(first, Task.of(first, task.select(first, data)), model=model)
     allowed: dict[str, Any] = {"resume": options.resume, "repeat": True, "grows": grows}
-    results.check_free(workdir, config, **allowed)
+    workdirs.check_free(workdir, config, **allowed)
     same_model.check(workdir, first, network)
-    place = results.held(workdir, config, **allowed)
+    place = workdirs.held(workdir, config, **allowed)
     with interrupt.listening() as request, place:
-        if (workdir / results.RESULTS).exists():
+        if (workdir / json_files.RESULTS).exists():
             results.check_finished(workdir, others=results.OF_A_SWEEP)
-            if not results.is_shorter(
-                results.read_object(workdir / results.CONFIG), config
+            if not workdirs.is_shorter(
+                json_files.read_object(workdir / json_files.CONFIG), config
             ):
-                return results.read_rows(workdir / results.ROWS)
-            results.set_results_aside(workdir)
+                return json_files.read_rows(workdir / json_files.ROWS)
+            workdirs.set_results_aside(workdir)
         start = functools.partial(
             results.start_run, workdir, config, same_model.recorded(first, network)
         )
-        if not (workdir / results.CONFIG).exists():
+        if not (workdir / json_files.CONFIG).exists():
             start()
         rows: list[Any] = [None] * len(own)
         programs = []
@@ -277,11 +279,11 @@ def finish(
       RunError: if they cannot be written.
     """
     rows = finished.rows
-    results.write_rows(workdir / results.ROWS, rows)
+    json_files.write_rows(workdir / json_files.ROWS, rows)
     if not is_part:
         from bn_jax import plots  # here, so that training starts sooner
 
-        path = results.remove_link(workdir / "sweep.png")
+        path = json_files.remove_link(workdir / "sweep.png")
         plots.members_by_epoch(_by_values(rows, configs), path)
     summary = {
         "members": len(configs),
@@ -347,19 +349,21 @@ def load(workdir: str | Path, *, model: Any = None) -> list[Run]:
         something else than that of the sweep.
       ConfigError: as `run.load` says.
     """
-    workdir = results.existing(workdir, "workdir")
-    values = results.read_object(workdir / results.CONFIG)
-    results.check_no_experiment(workdir, values)
-    if not results.is_sweep(values):
-        raise results.RunError(
+    workdir = workdirs.existing(workdir, "workdir")
+    values = json_files.read_object(workdir / json_files.CONFIG)
+    workdirs.check_no_experiment(workdir, values)
+    if not workdirs.is_sweep(values):
+        raise json_files.RunError(
             f"{workdir} holds a run, not a sweep; bn_jax.runs.load reads it"
         )
     checksums = results.check_finished(workdir, others=results.OF_A_SWEEP)
-    rows = results.read_rows(workdir / results.ROWS)
+    rows = json_files.read_rows(workdir / json_files.ROWS)
     configs = [read_config(workdir, row["config"]) for row in rows]
     if model is not None:
         configs = [own_models.named(config, model) for config in configs]
-    of_task = Task.from_dict(results.read_object(workdir / results.RESULTS)["task"])
+    of_task = Task.from_dict(
+        json_files.read_object(workdir / json_files.RESULTS)["task"]
+    )
     groups = members.grouped(configs)
     runs: list[Any] = [None] * len(rows)
     for folder, group in zip(folders_of(workdir, len(groups)), groups, strict=True):
@@ -421,7 +425,7 @@ def _devices(options: RunOptions, num_members: int) -> list[jax.Device]:
     if options.log != "none":
         raise ConfigError(
             f"log={options.log!r} for a sweep, whose members have a row each in "
-            f"{results.ROWS}; leave out log"
+            f"{json_files.ROWS}; leave out log"
         )
     return present[: min(count, num_members)]
 

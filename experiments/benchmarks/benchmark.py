@@ -21,7 +21,7 @@ import jax
 from absl import flags
 
 from bn_jax import fields, plots
-from bn_jax.runs import results
+from bn_jax.runs import json_files, provenance
 from bn_jax.training.config import TrainConfig
 from experiments import flag_fields, launch
 from experiments.benchmarks import timing
@@ -250,7 +250,7 @@ def _main(benchmark: Benchmark, argv: Sequence[str]) -> None:
             "skipped": skipped,
             **source,
             "versions": timing.versions(libraries),
-            "environment": results.environment(),
+            "environment": provenance.environment(),
         }
         write(folder, measured.rounds, benchmark.report(measured), more)
 
@@ -314,11 +314,17 @@ def write(folder: Path, rounds: int, report: Report, more: Mapping[str, Any]) ->
     note = f"n = {rounds} rounds; median, least to greatest"
     for name, figure in report.figures.items():
         figure.draw(figure.values, figure.label, note, folder / f"{name}.png")
-    results.write_json(folder / results.RESULTS, _plain({**report.results, **more}))
+    json_files.write_json(
+        folder / json_files.RESULTS, _plain({**report.results, **more})
+    )
     print(text)
     for line in report.notes:
         print(line)
-    files = ["table.md", results.RESULTS, *(f"{name}.png" for name in report.figures)]
+    files = [
+        "table.md",
+        json_files.RESULTS,
+        *(f"{name}.png" for name in report.figures),
+    ]
     print(f"n = {rounds} rounds; written to {folder}: {', '.join(files)}")
 
 

@@ -30,7 +30,7 @@ from typing import NamedTuple
 import numpy as np
 
 from bn_jax import fields, plots
-from bn_jax.runs import results
+from bn_jax.runs import json_files
 from experiments import launch
 from experiments.benchmarks import benchmark, timing
 
@@ -180,7 +180,7 @@ def job(design: Design) -> benchmark.Ready:
                     ],
                     wait_for=FIRST_EPOCH,
                 )
-                written = results.read_object(workdir / results.RESULTS)
+                written = json_files.read_object(workdir / json_files.RESULTS)
                 taken |= {
                     f"first_epoch_seconds_{name}": ran.first_line_seconds,
                     f"job_seconds_{name}": ran.seconds,

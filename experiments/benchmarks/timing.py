@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from bn_jax.runs.results import RunError
+from bn_jax.runs.json_files import RunError
 
 Measurement = dict[str, float]
 

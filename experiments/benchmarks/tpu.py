@@ -37,7 +37,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import bn_jax
 from bn_jax.fields import ConfigError
-from bn_jax.runs import results
+from bn_jax.runs import json_files, provenance
 from bn_jax.training import parallel, task
 from bn_jax.training import step as step_lib
 from bn_jax.training.config import TrainConfig
@@ -280,15 +280,15 @@ def main(argv: Sequence[str]) -> None:
             rows.append([name, *(column(said) for column in COLUMNS.values())])
             print(timing.table([rows[0], rows[-1]]).splitlines()[-1], flush=True)
         (folder / "table.md").write_text(timing.table(rows))
-        results.write_json(
-            folder / results.RESULTS,
+        json_files.write_json(
+            folder / json_files.RESULTS,
             {
                 "compiled": compiled,
                 "versions": timing.versions(["jax", "jaxlib", "libtpu"]),
-                "environment": results.environment(),
+                "environment": provenance.environment(),
             },
         )
-        print(f"written to {folder}: table.md, {results.RESULTS}")
+        print(f"written to {folder}: table.md, {json_files.RESULTS}")
 
 
 def define_flags() -> None:

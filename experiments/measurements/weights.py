@@ -14,8 +14,8 @@ import optax
 from jax import Array
 
 from bn_jax.data import ImageData
-from bn_jax.runs import results
-from bn_jax.runs.results import ROWS
+from bn_jax.runs import json_files
+from bn_jax.runs.json_files import ROWS
 from bn_jax.training import feed
 from bn_jax.training import step as step_lib
 from bn_jax.training.config import TrainConfig
@@ -51,7 +51,7 @@ def follow(
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / ROWS
-    rows = results.read_rows(path) if path.exists() else []
+    rows = json_files.read_rows(path) if path.exists() else []
     done = {(row["learning_rate"], row["seed"]) for row in rows}
     run = None
     for config in configs:
@@ -63,7 +63,7 @@ def follow(
         started = time.perf_counter()
         row = {"learning_rate": rate, "seed": seed, **summarize(run(rate, seed))}
         rows.append({**row, "seconds": time.perf_counter() - started})
-        results.write_rows(path, rows)
+        json_files.write_rows(path, rows)
     return rows, sum(row["seconds"] for row in rows)
 
 

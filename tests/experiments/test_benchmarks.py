@@ -11,7 +11,7 @@ from flax import linen as nn
 
 from bn_jax import data as data_lib
 from bn_jax.fields import ConfigError
-from bn_jax.runs import results as results_lib
+from bn_jax.runs import json_files
 from experiments.benchmarks import (
     batch_norm,
     batch_norm_calls,
@@ -184,7 +184,7 @@ def test_comparison_is_written_as_table_figure_and_json(tmp_path, capsys):
     benchmark.write(tmp_path, measured.rounds, report, {"skipped": {"c": "why"}})
     table = (tmp_path / "table.md").read_text()
     assert table.splitlines()[2] == "| A | 2.5 (2-3) | 6.5 (4-9) |"
-    written = results_lib.read_object(tmp_path / "results.json")
+    written = json_files.read_object(tmp_path / "results.json")
     assert written["ratio"]["a"] == {"median": 2.5, "min": 2.0, "max": 3.0, "n": 2}
     assert written["s"] == compared.values
     assert written["skipped"] == {"c": "why"}
@@ -489,7 +489,7 @@ def test_growth_reports_slopes_and_draws(tmp_path):
         measured[arm] = [{str(n): 1e-3 * min(n, most) for n in sizes}] * 2
     report = growth.report(benchmark.Measured({}, {}, measured))
     benchmark.write(tmp_path, 2, report, {})
-    found = results_lib.read_object(tmp_path / "results.json")
+    found = json_files.read_object(tmp_path / "results.json")
     assert set(found["slope"]) == set(growth.ARMS)
     whole, last = found["slope"], found["slope_of_the_last_two"]
     for arm in growth.ARMS:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from bn_jax.fields import ConfigError
-from bn_jax.runs import results
+from bn_jax.runs import json_files
 from experiments import jobs, launch, train
 
 MEMBERS = (
@@ -133,7 +133,7 @@ def test_a_part_is_trained_by_hand_and_the_last_merges(command):
     assert "1 part left to be trained: 1" in said
     said = command("--workdir=run", *few, "--part=1/2")
     assert "all parts are merged in run" in said
-    rows = results.read_rows(Path("run/runs.jsonl"))
+    rows = json_files.read_rows(Path("run/runs.jsonl"))
     assert [row["config"]["seed"] for row in rows] == [0, 1]
     assert "the same numbers" in command("--load=run")
 
@@ -181,7 +181,7 @@ def sweep(tmp_path):
 def submitted(workdir):
     """The job of each part."""
     path = workdir / "parts" / "submitted.json"
-    return results.read_object(path) if path.exists() else {}
+    return json_files.read_object(path) if path.exists() else {}
 
 
 def children(pid):

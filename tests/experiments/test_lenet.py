@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from absl import app
 
-from bn_jax.runs import results
+from bn_jax.runs import json_files, results
 from bn_jax.runs import run as run_lib
 from experiments import launch
 from experiments import lenet as experiment
@@ -88,7 +88,7 @@ def assert_reports(said, num_features):
     assert "by exact statistics" in said[4]
     assert "written to run: checkpoints, checksums.json, config.json" in said[-1]
     # One epoch of 23 steps on 6,000 images: far from trained, far from chance.
-    assert results.read_json(Path("run/results.json"))["train_accuracy"] > 0.3
+    assert json_files.read_json(Path("run/results.json"))["train_accuracy"] > 0.3
 
 
 SAME_NUMBERS = "the same numbers as in run/results.json"
@@ -102,7 +102,7 @@ def test_smoke_run_trains_reports_and_reads_back(command):
         said = command(*arguments)
     assert stderr.getvalue() == ""
     assert_reports(said.splitlines(), 16)
-    config = results.read_json(Path("run/config.json"))
+    config = json_files.read_json(Path("run/config.json"))
     assert config["model"] == "mlp:widths=16,activation=relu"
     assert SAME_NUMBERS in command("--load=run")
 
@@ -154,7 +154,7 @@ def test_flags_reach_the_devices_the_input_and_the_checkpoints(tmp_path):
         "per_device",
         "training images are streamed to the devices",
     ]
-    summary = results.read_json(tmp_path / "run" / "results.json")
+    summary = json_files.read_json(tmp_path / "run" / "results.json")
     assert (summary["num_devices"], summary["num_processes"]) == (2, 1)
     assert steps_in(tmp_path / "run") == [4, 8, 10]
 

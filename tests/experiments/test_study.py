@@ -13,7 +13,7 @@ from matplotlib.text import Text
 from bn_jax import data as data_lib
 from bn_jax.fields import ConfigError
 from bn_jax.plots import style
-from bn_jax.runs import results as results_lib
+from bn_jax.runs import json_files, provenance
 from experiments import __main__ as command
 from experiments import figures, launch, report, study
 from marks import slow_but
@@ -78,7 +78,7 @@ def made_up(tmp_path, in_process):
 def test_study_trains_judges_and_draws(made_up, tmp_path):
     folder = tmp_path / "run"
     said = made_up("--smoke")
-    rows = results_lib.read_rows(folder / "runs.jsonl")
+    rows = json_files.read_rows(folder / "runs.jsonl")
     assert [row["arm"] for row in rows] == ["first", "first", "second", "second"]
     assert [row["config"]["seed"] for row in rows] == [0, 1, 0, 1]
     assert rows[2]["config"]["learning_rate"] == pytest.approx(0.2)
@@ -109,7 +109,7 @@ def test_study_trains_judges_and_draws(made_up, tmp_path):
     # Finished runs are read, and everything is written again.
     (folder / "results.json").unlink()
     assert "epoch 1/1" not in made_up("--smoke")
-    assert results_lib.read_rows(folder / "runs.jsonl") == rows
+    assert json_files.read_rows(folder / "runs.jsonl") == rows
     assert json.loads((folder / "results.json").read_text())["verdicts"] == [verdict]
 
     # Figures are drawn from the files alone.
@@ -136,7 +136,7 @@ def probe""",
     )
     (tmp_path / "made_up.py").write_text(measured)
     said = made_up("--smoke", "--arms=large,second", "--step=0.25")
-    rows = results_lib.read_rows(tmp_path / "run" / "runs.jsonl")
+    rows = json_files.read_rows(tmp_path / "run" / "runs.jsonl")
     assert [row["arm"] for row in rows] == ["large"] * 2 + ["second"] * 2
     assert rows[2]["config"]["learning_rate"] == 0.5
     assert {row["config"]["batch_size"] for row in rows} == {3000}
@@ -292,7 +292,7 @@ def test_page_without_marks_is_refused(tmp_path):
 def test_committed_verdicts_are_those_of_the_committed_runs(name):
     question = report.studies()[name].STUDY
     folder = report.RESULTS / name
-    rows = results_lib.read_rows(folder / "runs.jsonl")
+    rows = json_files.read_rows(folder / "runs.jsonl")
     results = report.recorded()[name]
     judged = [verdict.to_dict() for verdict in question.verdicts(rows)]
     assert len(judged) == len(question.claims)
@@ -320,7 +320,7 @@ def test_index_says_what_studies_found_with_their_numbers(monkeypatch):
 @pytest.mark.slow
 def test_recorded_run_is_repeated_bit_for_bit():
     recorded = report.recorded()["bias"]["environment"]
-    here = results_lib.environment()
+    here = provenance.environment()
     if any(here[key] != recorded[key] for key in report.INSTRUCTIONS):
         pytest.skip("recorded with other versions or processor instructions")
     try:
@@ -368,7 +368,7 @@ def near(value):
 @pytest.mark.parametrize("name", slow_but(["which_layers"], report.recorded()))
 def test_figures_of_committed_runs_are_drawn(name, tmp_path):
     question = report.studies()[name].STUDY
-    rows = results_lib.read_rows(report.RESULTS / name / "runs.jsonl")
+    rows = json_files.read_rows(report.RESULTS / name / "runs.jsonl")
     question.draw(rows, tmp_path)
     drawn = {path.name for path in tmp_path.iterdir()}
     assert drawn == {*question.figures, study.CLAIMS}
@@ -379,7 +379,7 @@ def test_figures_can_be_read_at_the_width_of_a_page(name, tmp_path, monkeypatch)
     drawn = []
     monkeypatch.setattr(style, "save", lambda figure, path: drawn.append(figure))
     question = report.studies()[name].STUDY
-    rows = results_lib.read_rows(report.RESULTS / name / "runs.jsonl")
+    rows = json_files.read_rows(report.RESULTS / name / "runs.jsonl")
     question.draw(rows, tmp_path)
     assert len(drawn) == len(question.figures) + 1
     for figure in drawn:
@@ -433,7 +433,7 @@ def test_part_of_a_design_is_judged_and_drawn(name, tmp_path):
     question = report.studies()[name].STUDY
     choices, claims, figures = PARTS[name]
     folder = report.RESULTS / name
-    everything = results_lib.read_rows(folder / "runs.jsonl")
+    everything = json_files.read_rows(folder / "runs.jsonl")
     rows = [row for row in everything if question.choice(row) in choices]
     assert 0 < len(rows) < len(everything)
     assert len(question.verdicts(rows)) == claims
@@ -516,7 +516,7 @@ def test_more_seeds_are_trained_only_of_what_is_undecided(looking, tmp_path):
         "measured same-0-1",
         "measured varied-2-3",
     ]
-    rows = results_lib.read_rows(tmp_path / "run" / "runs.jsonl")
+    rows = json_files.read_rows(tmp_path / "run" / "runs.jsonl")
     seeds = {}
     for row in rows:
         key = row["arm"], row["config"]["learning_rate"]
@@ -537,7 +537,7 @@ def test_more_seeds_are_trained_only_of_what_is_undecided(looking, tmp_path):
 
 def test_study_can_be_kept_to_fewer_seeds(looking, tmp_path):
     looking("--epochs=1", "--seeds=3")
-    rows = results_lib.read_rows(tmp_path / "run" / "runs.jsonl")
+    rows = json_files.read_rows(tmp_path / "run" / "runs.jsonl")
     assert {row["config"]["seed"] for row in rows} == {0, 1}
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     found = [v["verdict"] for v in results["verdicts"]]
@@ -547,7 +547,7 @@ def test_study_can_be_kept_to_fewer_seeds(looking, tmp_path):
 def test_runs_to_choose_by_have_their_own_seeds_and_images(looking, tmp_path):
     choosing = 'choosing={"tried": [{"learning_rate": 0.25}]},'
     looking("--epochs=1", "--seeds=2", first=5, choosing=choosing)
-    rows = results_lib.read_rows(tmp_path / "run" / "runs.jsonl")
+    rows = json_files.read_rows(tmp_path / "run" / "runs.jsonl")
     tried = [row for row in rows if row["arm"] == "tried"]
     assert [row["config"]["seed"] for row in tried] == [0, 1]  # of at most 5
     assert {row["config"]["validation"] for row in tried} == {5000}

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from bn_jax import data, runs
-from bn_jax.runs import results
+from bn_jax.runs import json_files, results
 from bn_jax.training.config import TrainConfig
 from bn_jax.training.sweep import Sweep
 from experiments import launch, train
@@ -74,7 +74,7 @@ def test_mlp_on_the_sample_is_trained_and_evaluated_again(command):
         *("--epochs=1", "--devices=1", "--norm=layer", *MLP),
     )
     assert re.search(r"^epoch 1/1  loss .* test accuracy", said, re.MULTILINE)
-    config = results.read_json(Path("run/config.json"))
+    config = json_files.read_json(Path("run/config.json"))
     assert config["model"] == "mlp:widths=8x8,activation=relu"
     assert "the same numbers as in run/results.json" in command("--load=run")
 
@@ -88,7 +88,7 @@ def test_own_colour_images_with_validation_and_averaged_weights(command, images)
         *("--inputs=standardised", "--average_weights=0.5"),
     )
     lines = re.findall(r"^epoch \d/4 .*validation accuracy ([\d.]+)", said, re.M)
-    found = results.read_json(Path("run/results.json"))
+    found = json_files.read_json(Path("run/results.json"))
     rows = results.read_metrics(Path("run"))
     validated = [row["validation_accuracy"] for row in rows]
     assert lines == [f"{accuracy:.3f}" for accuracy in validated]
@@ -164,7 +164,7 @@ def test_sweeps_that_are_given_one_by_one_are_combined(command):
         *("--train_examples=600", "--sweep=learning_rate=0.1,0.3", "--sweep=seed=0..2"),
     )
     assert "6 members of the sweep" in said
-    assert len(results.read_rows(Path("run/runs.jsonl"))) == 6
+    assert len(json_files.read_rows(Path("run/runs.jsonl"))) == 6
 
 
 @pytest.mark.slow
@@ -172,7 +172,7 @@ def test_best_member_by_validation_is_told(command, images):
     images()
     arguments = ("--epochs=1", "--validation=30", "--sweep=learning_rate=0.1,0.1234567")
     said = command("--workdir=run", *OWN_IMAGES, MLP[0], *arguments)
-    found = results.read_json(Path("run/results.json"))
+    found = json_files.read_json(Path("run/results.json"))
     label, accuracy = found["best_by_validation"], found["best_validation_accuracy"]
     members = re.findall("^learning_rate .*", said, re.M)
     assert len({line.index("  loss ") for line in members}) == 1
@@ -186,7 +186,7 @@ def test_losses_that_overflow_in_prediction_are_null_and_the_run_ends(command):
     options = ("--smoke", "--devices=1", "--model=mlp:widths=8x8")
     said = command("--workdir=run", "--learning_rate=1e30", *options)
     assert "written to run" in said
-    assert results.read_json(Path("run/results.json"))["test_loss_exact"] is None
+    assert json_files.read_json(Path("run/results.json"))["test_loss_exact"] is None
     assert "the same numbers as in run/results.json" in command("--load=run")
 
 
@@ -415,7 +415,7 @@ def test_sweep_of_two_programs_is_resumed_and_not_repeated(
     said = command("--workdir=whole", *arguments)
     printed = re.findall(r"^norm (\S+) +seed (\d)", said, re.MULTILINE)
     assert printed == [(norm, seed) for norm in NORMS for seed in "01"]
-    rows = results.read_rows(Path("whole/runs.jsonl"))
+    rows = json_files.read_rows(Path("whole/runs.jsonl"))
     assert [(r["config"]["norm"], str(r["config"]["seed"])) for r in rows] == printed
     folders = sorted(path.name for path in Path("whole").glob("program*"))
     assert folders == ["program1", "program2"]
@@ -441,7 +441,7 @@ def test_sweep_of_two_programs_is_resumed_and_not_repeated(
     said = command("--workdir=run", *arguments)
     assert finished[1:] == [(NORMS[0], 12, 12), (NORMS[1], 6, 12)]
     assert "resuming from step 6 of 12" in said
-    assert results.read_rows(Path("run/runs.jsonl")) == rows
+    assert json_files.read_rows(Path("run/runs.jsonl")) == rows
     again = command("--load=run")
     assert re.search("the same numbers (as in run/runs.jsonl|but for rounding)", again)
     assert f"member 4 of 4: seed=1, norm={NORMS[1]}" in again

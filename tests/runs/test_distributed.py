@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 import processes
-from bn_jax.runs import distributed, results
+from bn_jax.runs import distributed, json_files, results
 from bn_jax.runs import run as run_lib
 from bn_jax.runs.distributed import DistributedError
 from bn_jax.training import feed
@@ -265,7 +265,7 @@ def test_processes_write_once_stop_together_and_go_on_bit_for_bit(
 def without_times(workdir):
     """A run's results and epochs, but for the times that they took."""
     times = {"seconds", "examples_per_second", "compile_seconds"}
-    summary = results.read_json(workdir / "results.json")
+    summary = json_files.read_json(workdir / "results.json")
     return tuple(
         [{name: row[name] for name in row.keys() - times} for row in rows]
         for rows in ([summary], results.read_metrics(workdir))

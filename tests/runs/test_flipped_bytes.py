@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from bn_jax.fields import ConfigError
-from bn_jax.runs import checkpoint, results
+from bn_jax.runs import checkpoint, json_files
 from bn_jax.runs import run as run_lib
-from bn_jax.runs.results import RunError
+from bn_jax.runs.json_files import RunError
 from bn_jax.training import loop
 from bn_jax.training.config import RunOptions
 from marks import slow_but
@@ -71,7 +71,7 @@ def test_flip_is_refused_or_changes_no_number(
     kind, count, folder, tiny_config, tiny_data, tmp_path
 ):
     like = loop.Trainer(tiny_config, tiny_data).progress().state
-    saved = results.read_json(next(folder.glob("checkpoints/10/run/metadata")))
+    saved = json_files.read_json(next(folder.glob("checkpoints/10/run/metadata")))
     identity = saved["identity"]
     expected = numbers(folder, like, identity)
     found = {path for p in KINDS[kind] for path in folder.glob(p) if path.is_file()}
@@ -102,9 +102,9 @@ def test_flip_is_refused_or_changes_no_number(
 def test_changed_array_is_named_with_the_mend(folder, tmp_path, tiny_config, tiny_data):
     copy = tmp_path / "run"
     shutil.copytree(folder, copy)
-    known = results.read_json(copy / "checksums.json")
+    known = json_files.read_json(copy / "checksums.json")
     known["arrays"]["variables"]["params/norm1/scale"] += 1
-    results.write_json(copy / "checksums.json", known)
+    json_files.write_json(copy / "checksums.json", known)
     with pytest.raises(
         RunError,
         match="variables are damaged: params/norm1/scale hold other numbers than "

@@ -8,7 +8,7 @@ import pytest
 
 from bn_jax import runs
 from bn_jax.fields import ConfigError
-from bn_jax.runs.results import RunError
+from bn_jax.runs.json_files import RunError
 from bn_jax.training import loop
 from bn_jax.training.config import RunOptions, TrainConfig
 

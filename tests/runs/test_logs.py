@@ -12,7 +12,7 @@ import pytest
 from bn_jax.fields import ConfigError
 from bn_jax.runs import run as run_lib
 from bn_jax.runs.interrupt import Interrupted
-from bn_jax.runs.results import RunError
+from bn_jax.runs.json_files import RunError
 from bn_jax.runs.summary import layer_values
 from bn_jax.training.config import RunOptions
 

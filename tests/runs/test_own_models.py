@@ -18,7 +18,7 @@ from bn_jax.fields import ConfigError
 from bn_jax.linen import BatchNorm
 from bn_jax.runs import same_model
 from bn_jax.runs.interrupt import Interrupted
-from bn_jax.runs.results import RunError
+from bn_jax.runs.json_files import RunError
 from bn_jax.training import members
 from bn_jax.training.config import RunOptions, TrainConfig
 from marks import slow_but
@@ -497,7 +497,7 @@ def test_run_of_other_versions_is_known_by_class_and_shapes(
     change, plain, tmp_path, monkeypatch
 ):
     """What they traced may be another program for the same model."""
-    real = same_model.results.read_object
+    real = same_model.json_files.read_object
 
     def read(path):
         found = real(path)
@@ -507,7 +507,7 @@ def test_run_of_other_versions_is_known_by_class_and_shapes(
             return {**found, "jax": "0.1"}
         return {name: v for name, v in found.items() if name != same_model.PROGRAMS}
 
-    monkeypatch.setattr(same_model.results, "read_object", read)
+    monkeypatch.setattr(same_model.json_files, "read_object", read)
     assert runs.load(plain / "run", model=Plain(momentum=0.5)).metrics
 
 

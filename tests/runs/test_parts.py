@@ -7,8 +7,8 @@ import chex
 import pytest
 
 from bn_jax.fields import ConfigError
-from bn_jax.runs import parts, results, sweeps
-from bn_jax.runs.results import RunError
+from bn_jax.runs import json_files, parts, results, sweeps
+from bn_jax.runs.json_files import RunError
 from bn_jax.runs.sweeps import Part
 from bn_jax.training.config import RunOptions, TrainConfig
 from bn_jax.training.members import parse
@@ -54,7 +54,7 @@ def test_merged_parts_are_the_undivided_sweep_bit_for_bit(
     for one, other in zip(sweeps.load(workdir), sweeps.load(whole), strict=True):
         assert one.config == other.config and one.results == other.results
         chex.assert_trees_all_equal(one.variables, other.variables)
-    assert rows == results.read_rows(whole / "runs.jsonl")
+    assert rows == json_files.read_rows(whole / "runs.jsonl")
     assert (workdir / "sweep.png").exists()
     before = (workdir / "results.json").stat().st_mtime_ns
     assert parts.merge(configs[name], tiny_data, **merged) == rows

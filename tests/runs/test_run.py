@@ -16,10 +16,10 @@ from PIL import Image
 
 from bn_jax import data as data_lib
 from bn_jax.fields import ConfigError
-from bn_jax.runs import results, summary, sweeps
+from bn_jax.runs import json_files, results, summary, sweeps
 from bn_jax.runs import run as run_lib
 from bn_jax.runs.interrupt import Interrupted
-from bn_jax.runs.results import RunError
+from bn_jax.runs.json_files import RunError
 from bn_jax.training import parallel, scoring
 from bn_jax.training.config import RunOptions
 from bn_jax.training.evaluation import Evaluator
@@ -141,7 +141,7 @@ def test_longer_run_goes_on_from_the_end_of_a_shorter_one(
     assert_same_run(said, expected)
     assert_same_run(run_lib.load(copy), expected)
     assert said.metrics[:2] == run.metrics  # not trained again, times included
-    assert results.read_json(copy / "results_2_epochs.json") == run.results
+    assert json_files.read_json(copy / "results_2_epochs.json") == run.results
     with pytest.raises(RunError, match="another config .epochs: 3 there, 2 now"):
         run_lib.train(tiny_config, tiny_data, workdir=copy, options=OPTIONS)
 
@@ -339,7 +339,7 @@ def test_folder_in_which_another_process_is_at_work_is_refused(
 ):
     hold = (
         "import sys, time; from bn_jax.runs import results\n"
-        "with results.locked(sys.argv[1]): print('held', flush=True); time.sleep(600)"
+        "with workdirs.locked(sys.argv[1]): print('held', flush=True); time.sleep(600)"
     )
     before = contents(stopped)
     with subprocess.Popen(
@@ -469,9 +469,9 @@ def test_variables_of_another_model_are_refused(run, finished, tmp_path):
     (copy / "config.json").write_text(json.dumps({**config, "norm": "none"}))
     with pytest.raises(RunError, match="config.json is damaged: it is not what check"):
         run_lib.load(copy)
-    known = results.read_json(copy / "checksums.json")
+    known = json_files.read_json(copy / "checksums.json")
     known["files"]["config.json"] = zlib.crc32((copy / "config.json").read_bytes())
-    results.write_json(copy / "checksums.json", known)
+    json_files.write_json(copy / "checksums.json", known)
     with pytest.raises(
         RunError, match="are of another model: .* unknown batch_stats/norm1/"
     ):

@@ -16,7 +16,7 @@ from bn_jax import convert, data, runs
 from bn_jax.fields import ConfigError
 from bn_jax.linen import BatchNorm
 from bn_jax.runs.interrupt import Interrupted
-from bn_jax.runs.results import RunError
+from bn_jax.runs.json_files import RunError
 from bn_jax.training import loop, own_models
 from bn_jax.training.config import RunOptions, TrainConfig
 

@@ -9,7 +9,7 @@ import pytest
 from bn_jax.fields import ConfigError
 from bn_jax.measures import population
 from bn_jax.runs import interrupt, sweeps
-from bn_jax.runs.results import RunError
+from bn_jax.runs.json_files import RunError
 from bn_jax.training import loop, mapped, members, task
 from bn_jax.training.config import RunOptions, TrainConfig
 from bn_jax.training.members import parse

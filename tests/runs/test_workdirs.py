@@ -5,22 +5,22 @@ import sys
 import jax
 import pytest
 
-from bn_jax.runs import results
-from bn_jax.runs.results import RunError
+from bn_jax.runs import json_files, provenance, results, workdirs
+from bn_jax.runs.json_files import RunError
 
 CONFIG = {"norm": "batch_norm", "epochs": 3}
 
 
 def start(workdir, config=CONFIG, **options):
-    with results.held(workdir, config, **options):
+    with workdirs.held(workdir, config, **options):
         results.start_run(workdir, config)
     return workdir
 
 
 def test_start_writes_config_and_environment(tmp_path):
     workdir = start(tmp_path / "new" / "folder")
-    assert results.read_json(workdir / "config.json") == CONFIG
-    environment = results.read_json(workdir / "environment.json")
+    assert json_files.read_json(workdir / "config.json") == CONFIG
+    environment = json_files.read_json(workdir / "environment.json")
     assert environment["jax"] == jax.__version__
     assert (environment["backend"], environment["device_count"]) == ("cpu", 8)
     assert all(name.isupper() for name in environment["cpu_instructions"])  # X86_V3
@@ -31,7 +31,7 @@ def test_processor_with_no_more_than_numpy_was_compiled_for_has_no_instructions(
 ):
     for config in ({"SIMD Extensions": {"baseline": ["NEON"]}}, {}):
         monkeypatch.setattr("numpy.show_config", lambda mode, config=config: config)
-        assert results.environment()["cpu_instructions"] == []
+        assert provenance.environment()["cpu_instructions"] == []
 
 
 def test_folder_of_something_else_is_refused_and_left_alone(tmp_path):
@@ -58,7 +58,7 @@ def test_folder_of_another_kind_of_run_is_refused(there, now, message, tmp_path)
     start(tmp_path, there)
     with pytest.raises(RunError, match=message):
         start(tmp_path, now)
-    assert results.read_json(tmp_path / "config.json") == there
+    assert json_files.read_json(tmp_path / "config.json") == there
 
 
 def test_file_where_the_folder_should_be_is_refused(tmp_path):
@@ -85,22 +85,22 @@ def test_run_of_another_config_is_refused_and_the_differences_named(tmp_path):
     message = r"\(epochs: 3 there, 5 now; lr: None there, 0.1 now\)"
     with pytest.raises(RunError, match=f"holds a run of another config {message}"):
         start(tmp_path, {**CONFIG, "epochs": 5, "lr": 0.1})
-    assert results.read_json(tmp_path / "config.json") == CONFIG
+    assert json_files.read_json(tmp_path / "config.json") == CONFIG
 
 
 def test_finished_run_is_refused_unless_it_may_be_repeated(tmp_path):
     start(tmp_path)
-    results.write_json(tmp_path / "results.json", {"loss": 1.0})
+    json_files.write_json(tmp_path / "results.json", {"loss": 1.0})
     with pytest.raises(RunError, match="finished run of this config; read it with --l"):
         start(tmp_path)
     start(tmp_path, repeat=True)
-    assert results.read_json(tmp_path / "results.json") == {"loss": 1.0}
+    assert json_files.read_json(tmp_path / "results.json") == {"loss": 1.0}
 
 
 def test_start_that_was_killed_before_the_config_was_whole_is_begun_anew(tmp_path):
     (tmp_path / "config.json.unfinished").write_text('{"norm": ')
     start(tmp_path)
-    assert results.read_json(tmp_path / "config.json") == CONFIG
+    assert json_files.read_json(tmp_path / "config.json") == CONFIG
 
 
 DAMAGED = {
@@ -158,11 +158,11 @@ def test_links_are_replaced_and_never_followed(tmp_path):
     names = ("a.json", "a.json.unfinished", "metrics.jsonl", "metrics.jsonl.unfinished")
     for name in names:
         (folder / name).symlink_to(outside)
-    results.write_json(folder / "a.json", {"loss": 1.0})
+    json_files.write_json(folder / "a.json", {"loss": 1.0})
     results.append_metrics(folder, {"epoch": 1})
     results.write_metrics(folder, results.read_metrics(folder))
     assert outside.read_text() == "precious"
-    assert results.read_json(folder / "a.json") == {"loss": 1.0}
+    assert json_files.read_json(folder / "a.json") == {"loss": 1.0}
     assert results.read_metrics(folder) == [{"epoch": 1}]
     assert not [path for path in folder.iterdir() if path.is_symlink()]
 
@@ -172,7 +172,7 @@ def test_folder_that_cannot_be_made_is_refused(tmp_path, parent):
     (tmp_path / "file").write_text("")
     workdir = tmp_path / parent / "run"  # an absolute parent replaces tmp_path
     message = f"cannot write to the working directory {workdir}: .*writable, or give"
-    with pytest.raises(RunError, match=message), results.locked(workdir):
+    with pytest.raises(RunError, match=message), workdirs.locked(workdir):
         pass
 
 
@@ -180,18 +180,18 @@ def test_folder_that_cannot_be_made_is_refused(tmp_path, parent):
 OTHER = """
 import resource, sys, time
 from pathlib import Path
-from bn_jax.runs import results
+from bn_jax.runs import json_files, results, workdirs
 held, folder = map(Path, sys.argv[1:])
-with results.locked(held):
+with workdirs.locked(held):
     print("held", flush=True)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20, -1))
     for write in (
-        lambda: results.write_json(folder / "a.json", {"loss": [2.0] * 100}),
+        lambda: json_files.write_json(folder / "a.json", {"loss": [2.0] * 100}),
         lambda: results.append_metrics(folder, {"epoch": 2, "loss": [2.0] * 100}),
     ):
         try:
             write()
-        except results.RunError as error:
+        except json_files.RunError as error:
             print(error, flush=True)
     print("written", flush=True)
     time.sleep(600)
@@ -202,7 +202,7 @@ with results.locked(held):
 def other(tmp_path_factory):
     """Another process, the folder that it holds, one that it wrote to, what it said."""
     held, folder = (tmp_path_factory.mktemp(name) for name in ("held", "full"))
-    results.write_json(folder / "a.json", {"loss": 1.0})
+    json_files.write_json(folder / "a.json", {"loss": 1.0})
     command = [sys.executable, "-c", OTHER, str(held), str(folder)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         said = list(iter(lambda: process.stdout.readline().rstrip("\n"), "written"))
@@ -228,13 +228,13 @@ def test_full_disk_is_named_and_files_are_left_whole(other):
     for name, message in zip(("a.json", "metrics.jsonl"), messages, strict=True):
         expected = f"cannot write {folder / name}: File too large; what was written"
         assert message.startswith(expected)
-    assert results.read_json(folder / "a.json") == {"loss": 1.0}
+    assert json_files.read_json(folder / "a.json") == {"loss": 1.0}
 
 
 def test_number_that_json_cannot_hold_leaves_the_old_file_whole(tmp_path):
-    results.write_json(tmp_path / "a.json", {"loss": 1.0})
+    json_files.write_json(tmp_path / "a.json", {"loss": 1.0})
     with pytest.raises(ValueError, match="JSON compliant"):
-        results.write_json(tmp_path / "a.json", {"loss": float("nan")})
+        json_files.write_json(tmp_path / "a.json", {"loss": float("nan")})
     assert json.loads((tmp_path / "a.json").read_text()) == {"loss": 1.0}
     assert len(list(tmp_path.iterdir())) == 1
 
@@ -258,8 +258,8 @@ def test_metrics_that_are_written_anew_leave_no_line_of_the_old_ones(tmp_path):
 def test_folder_of_no_run_names_one_inside_and_no_experiment(tmp_path):
     for name, config in (("a", {"experiment": "compare"}), ("b", {"epochs": 1})):
         (tmp_path / name).mkdir()
-        results.write_json(tmp_path / name / "config.json", config)
+        json_files.write_json(tmp_path / name / "config.json", config)
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "config.json").write_text("{")
     with pytest.raises(RunError, match=rf"of a run, such as {tmp_path / 'b'}$"):
-        results.read_object(tmp_path / "config.json")
+        json_files.read_object(tmp_path / "config.json")

@@ -83,7 +83,7 @@ def update_average(
 
 
 def cumulative_momentum(num_batches: ArrayLike) -> Array:
-    """Return the momentum that makes the moving average that of all batches so far.
+    """Return t / (t + 1), with which the moving average is the mean of all batches.
 
     Args:
       num_batches: t, number of batches in the old average, 0 at the first.

@@ -93,7 +93,11 @@ def check_batch_norm(
     check_state(state)
     if statistics is not None:
         check_fields(statistics=(statistics, AVERAGES))
-        check_statistics(x, feature_axis, mean=statistics.mean, var=statistics.var)
+        check_statistics(
+            x,
+            feature_axis,
+            {"statistics.mean": statistics.mean, "statistics.var": statistics.var},
+        )
     by_batch = train and statistics is None
     if not by_batch and not (train if update_state is None else update_state):
         return
@@ -237,9 +241,14 @@ def check_features(
 
 
 def check_statistics(
-    x: Array, feature_axis: int | Sequence[int], **per_feature: Array
+    x: Array, feature_axis: int | Sequence[int], per_feature: Mapping[str, Array]
 ) -> None:
     """Refuse statistics to normalise by that do not fit the features of `x`.
+
+    Args:
+      x: input.
+      feature_axis: see `batch_norm`.
+      per_feature: the statistics, by the names that the caller has for them.
 
     Raises:
       ValueError: if one has another shape than the feature axes, or as
@@ -250,7 +259,7 @@ def check_statistics(
     for name, value in per_feature.items():
         if list(jnp.shape(value)) != expected:
             raise ValueError(
-                f"statistics.{name} has shape {list(jnp.shape(value))}, but x of shape "
+                f"{name} has shape {list(jnp.shape(value))}, but x of shape "
                 f"{list(x.shape)} has {expected} features on its axis "
                 f"{feature_axis!r}; measure them of an array with the same features"
             )

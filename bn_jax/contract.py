@@ -22,7 +22,7 @@ from bn_jax.names import TRACEABLE
 Momentum = Annotated[float, SHARE, TRACEABLE]  # weight of the OLD average
 Epsilon = Annotated[float, POSITIVE, TRACEABLE]
 
-# What of a call a norm takes whose statistics are moments of the batch.
+# The keywords that norms take whose statistics are moments of the batch.
 MOMENTS = frozenset(
     {"weights", "axis_name", "axis_index_groups", "statistics", "update_state"}
 )

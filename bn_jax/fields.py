@@ -30,6 +30,7 @@ class Range:
 
 AT_LEAST_1 = Range("a number at least 1", lambda v: v >= 1)
 NOT_NEGATIVE = Range("a number 0 or greater", lambda v: v >= 0)
+FINITE = Range("a number 0 or greater and finite", lambda v: 0 <= v < math.inf)
 POSITIVE = Range("a number greater than 0 and finite", lambda v: 0 < v < math.inf)
 BELOW_1 = Range("a number in [0, 1)", lambda v: 0 <= v < 1)
 SHARE = Range("a number in [0, 1]", lambda v: 0 <= v <= 1)
@@ -149,7 +150,7 @@ def _expected(field: dataclasses.Field[Any], default: Any, value: Any) -> str | 
     if valid is not None and not valid.holds(value):
         words: str = valid.words
         return words
-    return None
+    return WORDS[float] if value != value else None  # NaN
 
 
 def did_you_mean(given: str, known: Iterable[str]) -> str:

@@ -120,7 +120,8 @@ def normalize(
     checks.check_fields(params=(params, checks.AFFINE))
     x = jnp.asarray(x)
     moments_lib.check_input(x, feature_axis)
-    checks.check_features(x, feature_axis, mean=mean, var=var, **params._asdict())
+    checks.check_features(x, feature_axis, **params._asdict())
+    checks.check_statistics(x, feature_axis, {"mean": mean, "var": var})
     checks.check_epsilon(epsilon)
     axes = moments_lib.reduction_axes(x.ndim, feature_axis)
     return _standardize(x, mean, var, params, epsilon=epsilon, axes=axes)
@@ -160,7 +161,7 @@ def _standardize_present(
     epsilon: float | Array,
     axes: tuple[int, ...],
 ) -> Array:
-    """Return `_standardize`, with what is absent and not finite taken for the mean."""
+    """Replace values of weight 0 that are not finite by the mean, and standardise."""
     present = x
     if weights is not None:
         counts = (weights > 0) | jnp.isfinite(x)
@@ -360,7 +361,7 @@ def _normalize_by_batch(
     across: Callable[[Moments], Moments],
     standardize: Callable[..., Array],
 ) -> tuple[Array, Moments]:
-    """Return y by the batch's own moments, and these.
+    """Normalise the batch by its own moments; return the result and the moments.
 
     On a mesh each device measures its own part, and the moments are merged, which costs
     one exchange. A ghost batch is one part, or several.

@@ -46,7 +46,7 @@ class _Site(NamedTuple):
 def find_pairs(
     predict: Predict, variables: Any, inputs: Array
 ) -> tuple[list[Pair], list[str]]:
-    """Return the norms with the linear layers before them, and what stands against.
+    """Pair each norm with the linear layer before it, or say why it cannot be folded.
 
     The traced program is computed with nothing known. A value that is handed on as it
     is stays the same object; one that an operation takes is said to be used.

@@ -2,7 +2,7 @@ r"""Weighted mean and variance of a set of examples, per feature, which merge ex
 
 `measure` takes them of an array, `merge` joins those of two disjoint sets, and
 `merge_across` those of the devices (or vmapped instances) along a named axis. What is
-done with them, to normalise or to keep an average, is in `bn_jax.functional`.
+done with them is in `bn_jax.functional`, which normalises, and `bn_jax.averages`.
 
 The variance is computed about a shift $c$, here a first estimate of the mean:
 
@@ -405,7 +405,7 @@ def merge_across(
         rows = lax.psum(rows, axis_name, axis_index_groups=axis_index_groups)
     except NotImplementedError as error:
         raise ValueError(
-            f"axis_index_groups={axis_index_groups!r} cannot be had here ({error}); "
+            f"axis_index_groups={axis_index_groups!r} is not supported here ({error}); "
             "use jax.pmap or jax.shard_map(..., check_vma=False), or name two axes and "
             "share statistics along one of them"
         ) from error

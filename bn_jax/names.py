@@ -88,7 +88,7 @@ class Option:
         if typing.get_origin(self.kind) is Literal:
             return value in typing.get_args(self.kind)
         if self.kind is float:
-            return type(value) in (int, float)
+            return type(value) in (int, float) and value == value  # no NaN
         return type(value) is self.kind
 
     def written(self, value: Any) -> str:

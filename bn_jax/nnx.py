@@ -284,9 +284,10 @@ class BatchNorm(nnx.Module):
       axis_index_groups: partition of that axis into groups that share statistics.
       use_fast_variance: accepted for Flax's sake; the variance is computed in the one
         way that is both fast and accurate.
-      promote_dtype: function of a tuple (input, mean, var, scale, bias) and a keyword
-        `dtype` that returns them cast to the dtype to compute in. What it returns for
-        mean and var is not used.
+      promote_dtype: function of a tuple and a keyword `dtype` that returns what is in
+        the tuple cast to the dtype to compute in. The tuple begins with the input, ends
+        with scale and bias, and has the state between, mean and var first. What is
+        returned for the state is not used.
       rngs: source of the keys for the initializers.
       bias_metadata: metadata of the bias's variable, such as its sharding.
       scale_metadata: metadata of the scale's variable.

@@ -28,8 +28,8 @@ _CALLS = {
     "checkpoint": "jaxpr",
     "remat2": "jaxpr",
 }
-# A traced function is found again while this stays as it is; each trace sets another
-# value, so that a function that was compiled before is traced with marks, too.
+# JAX uses the trace of a function again while this value stays as it is. Each trace of
+# ours sets another one, so that functions compiled before are traced with marks, too.
 _trace = jax.make_user_context()
 
 

@@ -305,8 +305,7 @@ def check_attributes(
       kind: the layer's class.
 
     Returns:
-      Whether there are options among them that are no attributes, as of `Norm`, whose
-      transform has them.
+      Whether some of them are options of the transform, not attributes of the layer.
 
     Raises:
       ConfigError: naming those that are neither, and what there is.
@@ -373,12 +372,13 @@ def keeps_statistics(spec: str) -> bool:
     Examples:
       >>> keeps_statistics("renorm"), keeps_statistics("layer")
       (True, False)
+      >>> keeps_statistics("whitening:group_size=3")  # whatever the layers' features
+      True
     """
     transform = NORMS.make(spec)
     if not isinstance(transform, Transform):
         return transform is not None
-    _, state = jax.eval_shape(functools.partial(transform.init, 64))
-    return bool(jax.tree.leaves(state))
+    return "update_state" in transform.takes
 
 
 def check_transform(given: Any) -> None:

@@ -1,10 +1,9 @@
-"""Confidence intervals for means, medians, shares and paired differences of a few runs.
+"""Confidence intervals for means, medians and paired differences of a few runs.
 
 If the whole experiment were repeated many times, a share `level` of its intervals would
 contain the true value. Which interval fits depends on the values: `of_mean` of what is
 roughly normal, on a scale on which it is; `by_ranks` of what is symmetric, with tails
-however long; `of_median` of anything, even of values of which only a bound is known;
-`of_share` of what is or is not.
+however long; `of_median` of anything, even of values of which only a bound is known.
 """
 
 from __future__ import annotations
@@ -192,21 +191,6 @@ def of_median(values: Sequence[float], *, level: float = LEVEL) -> Interval:
         raise ValueError(f"{np.isnan(x).sum()} of {x.size} values are NaN")
     tails = stats.binom.cdf(np.arange(len(x)), len(x), 0.5)
     return _between(x, tails, level, len(x))
-
-
-def of_share(count: int, n: int, *, level: float = LEVEL) -> Interval:
-    """Return the share of n independent cases, with Clopper and Pearson's interval.
-
-    Raises:
-      ValueError: if there are no cases, or fewer than counted.
-    """
-    _check_level(level)
-    if not 0 <= count <= n or n < 1:
-        raise ValueError(f"{count} of {n} is no share; give a count from 0 to n > 0")
-    from scipy import stats
-
-    low, high = stats.binomtest(count, n).proportion_ci(level, method="exact")
-    return Interval(count / n, float(low), float(high), n)
 
 
 def _between(ordered: np.ndarray, tails: np.ndarray, level: float, n: int) -> Interval:

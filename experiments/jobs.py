@@ -157,9 +157,10 @@ def given_arguments() -> list[str]:
     """Return the flags that this command was given, for those of its jobs."""
     known = {name: flags.FLAGS[name] for name in flags.FLAGS}
     return [
-        flag.serialize()
+        argument
         for name, flag in known.items()
         if flag.present and name == flag.name and name != "launcher"
+        for argument in flag.serialize().split("\n")  # of a flag that is repeated
     ]
 
 

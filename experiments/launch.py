@@ -226,12 +226,6 @@ def load_data(name: str) -> ImageData:
     return data
 
 
-def given_or(name: str, smoke: Mapping[str, Any]) -> Any:
-    """Return a flag's value: as given, else that of a smoke run, else the default."""
-    flag = flags.FLAGS[name]
-    return flag.value if flag.present else smoke.get(name, flag.value)
-
-
 def check_no_arguments(argv: Sequence[str]) -> None:
     """Refuse arguments that are not flags, such as a forgotten `--`."""
     if len(argv) > 1:

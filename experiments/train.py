@@ -110,7 +110,7 @@ def main(argv: Sequence[str]) -> None:
         jax.config.update("jax_platforms", "cpu")
     smoke = {"dataset": "sample", "epochs": 1} if given.smoke else {}
     config = flag_fields.read(TrainConfig, given, defaults=smoke)
-    _check_counted(config)
+    _check_counted(config, given.sweep or ())
     if given.sweep is not None:
         train_sweep(launch.workdir(), ";".join(given.sweep), config)
         return
@@ -132,25 +132,34 @@ _COUNT_WITH = {
 }
 
 
-def _check_counted(config: TrainConfig) -> None:
+def _check_counted(config: TrainConfig, specs: Sequence[str]) -> None:
     """Refuse flags that count for nothing, as another one that they need is not given.
+
+    Args:
+      config: that the flags give.
+      specs: of the sweep, if there is one; its fields are as good as flags.
 
     Raises:
       ConfigError: naming both.
     """
     default = TrainConfig()
+    swept = {
+        field.partition("=")[0].strip(): f"--sweep={field.strip()}"
+        for spec in specs
+        for field in spec.split(";")
+    }
     for name, other in _COUNT_WITH.items():
-        swept = any(other in spec for spec in flags.FLAGS.sweep or [])
+        flag = flags.FLAGS[name]
+        given = swept.get(name) or (f"--{name}={flag.value}" if flag.present else None)
         if (
-            flags.FLAGS[name].present
+            given
             and getattr(config, other) == getattr(default, other)
-            and not swept
+            and other not in swept
         ):
-            raise ConfigError(
-                f"--{name}={flags.FLAGS[name].value} without --{other}; give it, too"
-            )
-    alone = flags.FLAGS.devices == "1" and jax.process_count() == 1
-    if config.batch_stats != default.batch_stats and alone:
+            raise ConfigError(f"{given} without --{other}; give it, too")
+    devices = flags.FLAGS.devices
+    num_devices = jax.device_count() if devices == "all" else int(devices)
+    if config.batch_stats != default.batch_stats and num_devices == 1:
         raise ConfigError(
             f"--batch_stats={config.batch_stats} on one device, where it changes "
             "nothing; give --devices=N, too"
@@ -190,9 +199,10 @@ def train(workdir: Path, config: TrainConfig) -> None:
     if found.get("exact_mode") == "one_pass":
         print("exact statistics of these many layers were measured in one pass")
     if "test_accuracy_averaged" in found:
+        by_exact = " by exact statistics of its own" * found["moving_averages"]
         print(
-            f"average of the weights: test accuracy "
-            f"{found['test_accuracy_averaged']:.3f} by exact statistics of its own"
+            "average of the weights: test accuracy "
+            f"{found['test_accuracy_averaged']:.3f}{by_exact}"
         )
     names = sorted(path.name for path in workdir.glob("[!.]*"))
     print(f"written to {workdir}: {', '.join(names)}")

@@ -170,6 +170,12 @@ def test_what_is_no_named_tuple_of_arrays_is_refused(refused, message):
         refused()
 
 
+def test_moments_of_other_features_are_told_to_be_measured_again():
+    x, one = jnp.ones((4, 3)), jnp.ones(1)
+    with pytest.raises(ValueError, match=r"^mean has shape \[1\].*measure them of an"):
+        normalize(x, one, jnp.ones(3))
+
+
 def test_statistics_of_other_features_are_not_broadcast():
     one, three = measure(jnp.ones((8, 1))), measure(jnp.ones(X))
     with pytest.raises(ValueError, match=r"means of a \[3\], those of b \[1\] have"):

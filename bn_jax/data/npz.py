@@ -2,7 +2,8 @@
 
 `numpy.savez(path, train_images=..., train_labels=..., test_images=...,
 test_labels=...)` writes such a file; Keras's names (x_train, y_train, x_test, y_test)
-do as well, and so do the files of MedMNIST. Pickled objects are refused, not read.
+do as well, and so do the files of MedMNIST, whose validation images are left aside.
+Pickled objects are refused, not read.
 """
 
 import zipfile

@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import flax.errors
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -323,7 +324,14 @@ def _mark_calls(
             return proceed(x)
 
         with layers.seen(each_call):
-            outputs, of_results = jax.tree.flatten(predict(variables, inputs))
+            try:
+                outputs, of_results = jax.tree.flatten(predict(variables, inputs))
+            except flax.errors.InvalidRngError as error:
+                raise ValueError(
+                    "the model draws random numbers in prediction, as dropout does in "
+                    "training; expected one that draws none, as by "
+                    f"deterministic=not train ({error})"
+                ) from error
         results.append(of_results)
         return outputs
 

@@ -52,7 +52,11 @@ EachLinear = Callable[[Linear, Array, Proceed], Array]
 
 @contextlib.contextmanager
 def seen(each_call: EachCall, each_linear: EachLinear | None = None) -> Iterator[None]:
-    """Call batch norm layers, and layers with kernels, by way of functions in here.
+    """Hand each call of a batch norm layer to a function, while this context lasts.
+
+    Args:
+      each_call: called in place of the layer.
+      each_linear: called in place of layers with kernels, if given.
 
     Raises:
       ValueError: at a layer that predicts by other statistics than a mean and a

@@ -60,7 +60,7 @@ def exact_statistics(
         anything that can be iterated over again and again, and yields the same. Where a
         mesh shares an array out along N, each device works on its own examples. Scaled
         as in training: bytes, uint8, are refused unless the model is seen to scale
-        them itself, as by `x / 255`.
+        them itself, as by `x / 255`; other integers are taken as they are.
       batch_size: number of examples measured at a time, where inputs are an array. Of T
         batches the first holds the examples 0, T, 2T and so on; a last smaller one, of
         the examples left over at the end, counts by its size.

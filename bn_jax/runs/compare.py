@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bn_jax import transforms
 from bn_jax.runs import json_files, provenance, results, workdirs
 
 _BY_EPOCH = ("loss", "train_accuracy", "validation_accuracy", "test_accuracy")
-_AT_THE_END = ("test_loss_exact", "test_accuracy_exact", "test_accuracy_averaged")
+_BY_EXACT = ("test_loss_exact", "test_accuracy_exact")
+_AT_THE_END = (*_BY_EXACT, "test_accuracy_averaged")
 # Columns of the table, and their titles.
 _SCORES = {
     "loss": "train loss",
@@ -42,7 +44,14 @@ def read(folder: str | Path) -> list[Member]:
         results.check_finished(folder, others=results.OF_A_SWEEP)
         rows = json_files.read_rows(folder / json_files.ROWS)
         source = json_files.read_object(folder / json_files.RESULTS)["data_source"]
-        return [Member(folder, {**row["config"], "data": source}, row) for row in rows]
+        return [
+            Member(
+                folder,
+                {**row["config"], "data": source},
+                _measured(row, transforms.is_batch_norm(row["config"]["norm"])),
+            )
+            for row in rows
+        ]
     workdirs.check_no_experiment(folder, config)
     results.check_finished(folder, others=results.OF_A_RUN)
     summary = json_files.read_object(folder / json_files.RESULTS)
@@ -53,6 +62,7 @@ def read(folder: str | Path) -> list[Member]:
         if any(name in epoch for epoch in metrics)
     }
     row |= {name: summary[name] for name in _AT_THE_END if name in summary}
+    row = _measured(row, summary["moving_averages"])
     config["data"] = summary["data_source"]
     start = json_files.read_object(folder / json_files.ENVIRONMENT).get(
         provenance.START
@@ -60,6 +70,12 @@ def read(folder: str | Path) -> list[Member]:
     if start is not None:  # the folder may have held another run since
         config["init_from"] = f"{config['init_from']} ({start})"
     return [Member(folder, config, row)]
+
+
+def _measured(row: Mapping[str, Any], has_statistics: bool) -> dict[str, Any]:
+    """Return what was measured: no score by exact statistics where there are none."""
+    left_out = () if has_statistics else _BY_EXACT
+    return {name: value for name, value in row.items() if name not in left_out}
 
 
 def grouped(members: Sequence[Member]) -> dict[str, list[Member]]:
@@ -104,7 +120,11 @@ def table(groups: Mapping[str, Sequence[Member]]) -> str:
     """Return a Markdown table: a line a group, mean and range over its seeds."""
     rows = [member.row for members in groups.values() for member in members]
     scores = [name for name in _SCORES if any(name in row for row in rows)]
-    lines = [["run", "n", *(_SCORES[name] for name in scores)]]
+    titles = dict(_SCORES)
+    found = [member.config for members in groups.values() for member in members]
+    if any(config.get("label_smoothing") for config in found):
+        titles["loss"] += " (of smoothed labels, if they are)"
+    lines = [["run", "n", *(titles[name] for name in scores)]]
     for label, members in groups.items():
         # What a row lacks was not measured; None in it is of a run that diverged.
         cells = [

@@ -224,7 +224,8 @@ def _title(config: TrainConfig) -> str:
     # A model that was passed in has norms of its own, which the config does not know.
     is_own = config.model.startswith(OWN_MODEL)
     norm = "" if is_own else f"norm {config.norm}, "
-    return f"{config.model}, {norm}rate {config.learning_rate:g}"
+    smoothed = ", train loss of smoothed labels" * (config.label_smoothing > 0)
+    return f"{config.model}, {norm}rate {config.learning_rate:g}{smoothed}"
 
 
 def _line(report: loop.EpochReport, epochs: int) -> str:

@@ -113,7 +113,7 @@ def remove_link(path: Path) -> Path:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn what the system has against writing into our error.
+    """Raise an OSError as our error, which names the file.
 
     Raises:
       RunError: instead of an OSError.

@@ -13,6 +13,7 @@ from flax import traverse_util
 from bn_jax.measures.layer_calls import LayerCall, layer_calls
 from bn_jax.runs import json_files
 from bn_jax.training import loop
+from bn_jax.training.parameters import of_norms
 from bn_jax.training.scoring import Score
 from bn_jax.training.state import Network
 
@@ -111,23 +112,20 @@ def gamma_beta(
 ) -> dict[str, dict[str, list[float]]]:
     """Return gamma and beta of each normalisation layer, by the layer's name.
 
-    Those are the layers that keep statistics, and those that have a scale or a bias
-    for each feature but no kernel, such as layer norm.
+    Those are the layers that keep statistics, and those whose parameters are a norm's
+    (`bn_jax.training.parameters.of_norms`), such as layer norm's.
 
     Args:
       variables: of a model.
       offsets: see `scale_offsets`.
     """
     params = traverse_util.flatten_dict(variables["params"], sep="/")
+    learned = traverse_util.flatten_dict(of_norms(variables["params"]), sep="/")
+    kept = traverse_util.flatten_dict(variables["batch_stats"], sep="/")
     layers = {
         path.rpartition("/")[0]
-        for path in traverse_util.flatten_dict(variables["batch_stats"], sep="/")
+        for path in (*kept, *(path for path in learned if learned[path]))
     }
-    for path, value in params.items():
-        layer, _, name = path.rpartition("/")
-        others = {p.rpartition("/")[2] for p in params if p.rpartition("/")[0] == layer}
-        if name in ("scale", "bias") and value.ndim == 1 and "kernel" not in others:
-            layers.add(layer)
     return {
         layer: {
             greek: (np.asarray(params[f"{layer}/{name}"], float) + offset).tolist()

@@ -316,23 +316,6 @@ def _best(
     return {"best_by_validation": label, "best_validation_accuracy": accuracy}
 
 
-def load_variables(workdir: str | Path, *, model: Any = None) -> dict[str, Any]:
-    """Return the variables of a finished sweep: NumPy arrays `[members, ...]`.
-
-    Args:
-      workdir: the directory that `sweep` wrote, of members of the same shapes.
-      model: the user's own, of a sweep that it was passed to.
-
-    Raises:
-      RunError: if `workdir` holds none, or they are damaged or of another model.
-      ConfigError: as `run.load` says.
-      ValueError: if members are not of the same shapes.
-    """
-    variables = [run.variables for run in load(workdir, model=model)]
-    stacked: dict[str, Any] = jax.tree.map(lambda *leaves: np.stack(leaves), *variables)
-    return stacked
-
-
 def load(workdir: str | Path, *, model: Any = None) -> list[Run]:
     """Read the members of a finished sweep.
 

@@ -251,8 +251,13 @@ def is_shorter(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Return in words what differs between two configs."""
+
+    def short(value: Any) -> str:
+        text = repr(value)
+        return text if len(text) <= 200 else f"{text[:200]}... ({len(text):,} letters)"
+
     return [
-        f"{name}: {old.get(name)!r} there, {new.get(name)!r} now"
+        f"{name}: {short(old.get(name))} there, {short(new.get(name))} now"
         for name in sorted(old.keys() | new.keys())
         if old.get(name) != new.get(name)
     ]

@@ -1,4 +1,4 @@
-"""Training: a pure step, an epoch in one scan, and what a run writes to disk."""
+"""Training: a pure step, its loop on one device or several, and sweeps."""
 
 from bn_jax import extras
 

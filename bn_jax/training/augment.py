@@ -173,16 +173,3 @@ def crop_and_flip(
 AUGMENTATIONS: Table[Augmentation] = Table(
     "augment", {"none": none, "crop_and_flip": crop_and_flip}
 )
-
-
-def check(text: str, image_shape: tuple[int, ...]) -> None:
-    """Refuse an augmentation that does not fit images.
-
-    Args:
-      text: a name of `AUGMENTATIONS`, with options.
-      image_shape: `[H, W, C]`.
-
-    Raises:
-      ConfigError: in one line, with what was given and what would fit.
-    """
-    AUGMENTATIONS.make(text).check(image_shape)

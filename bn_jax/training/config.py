@@ -17,6 +17,7 @@ from bn_jax import data as data_lib
 from bn_jax.fields import (
     AT_LEAST_1,
     BELOW_1,
+    FINITE,
     NOT_NEGATIVE,
     POSITIVE,
     ConfigError,
@@ -138,8 +139,9 @@ class TrainConfig:
     )
     weight_decay: float = option(
         0.0,
-        "Added to the gradient, times the parameters (adamw decouples it).",
-        valid=NOT_NEGATIVE,
+        "Added to the gradient, times the parameters; adamw decouples it, and has none "
+        "either unless it is given, where optax's has 1e-4.",
+        valid=FINITE,
     )
     decay: str = option(
         "kernels",
@@ -149,10 +151,13 @@ class TrainConfig:
     clip_norm: float = option(
         0.0,
         "Largest norm of the gradient, which is scaled down to it; 0 for any.",
-        valid=NOT_NEGATIVE,
+        valid=FINITE,
     )
     label_smoothing: float = option(
-        0.0, "Share of a label spread over all classes.", valid=BELOW_1
+        0.0,
+        "Share of a label spread over all classes, in the loss of training, not in "
+        "those of validation and test.",
+        valid=BELOW_1,
     )
     rate_factors: str = option(
         "",
@@ -218,10 +223,15 @@ class TrainConfig:
             check(self)
         except ConfigError as error:
             faults.append(str(error))
-        try:
-            data_lib.check_name(str(self.dataset))
-        except data_lib.DataError as error:
-            faults.append(str(error))
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if type(field.default) is float and type(value) is int:
+                object.__setattr__(self, field.name, float(value))
+        if isinstance(self.dataset, str):  # else named by `check`
+            try:
+                data_lib.check_name(self.dataset)
+            except data_lib.DataError as error:
+                faults.append(str(error))
         for name, table in _tables().items():
             text = getattr(self, name)
             if not isinstance(text, str):  # named by `check`
@@ -263,7 +273,7 @@ class TrainConfig:
         return dataclasses.replace(self, **{field: value})
 
     def static(self) -> TrainConfig:
-        """Return the config of all that differ from this one in numbers alone.
+        """Return the config that all have in common that differ in numbers alone.
 
         Their numbers, see `traceable`, have values that are always the same.
         """

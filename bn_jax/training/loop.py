@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bn_jax import data as data_lib
+from bn_jax.fields import ConfigError
 from bn_jax.training import diagnosis, feed, own_models, parallel, scoring, task
 from bn_jax.training import step as step_lib
 from bn_jax.training.config import TrainConfig
@@ -140,8 +141,7 @@ class Trainer:
         self._evaluate = self._evaluator(data.test)
         self._validate = data.validation and self._evaluator(data.validation)
         variables = task.started(config, self.network.init(init_key), start)
-        if config.accumulate > 1 and config.accumulate_stats == "once":
-            step_lib.check_merges(variables["batch_stats"])
+        _check_statistics(config, variables["batch_stats"], placement)
         state = init_state(variables, optimizer, averages=config.average_weights > 0)
         state = jax.tree.map(np.asarray, state)
         self.restore(
@@ -343,6 +343,33 @@ class Trainer:
             self.data.train.images[: MAX_STREAMED_EXAMPLES if self.stream else None],
             devices=self.placement.local_devices,
             average=state.average,
+        )
+
+
+def _check_statistics(
+    config: TrainConfig, batch_stats: Any, placement: parallel.Placement
+) -> None:
+    """Refuse choices on moving averages that a model does not have, or cannot merge.
+
+    Raises:
+      ConfigError: naming the choice, and what to give.
+    """
+    apart = f"batch_stats={config.batch_stats!r}"
+    merges = "accumulate_stats='once'"
+    once = config.accumulate > 1 and config.accumulate_stats == "once"
+    if not jax.tree.leaves(batch_stats) and (once or config.batch_stats != "synced"):
+        raise ConfigError(
+            f"{merges if once else apart} with a model that keeps no moving "
+            "statistics; leave it out"
+        )
+    if once:
+        step_lib.check_merges(batch_stats, merges, instead="each")
+    if placement.num_states > 1 and config.merged_stats == "exact":
+        step_lib.check_merges(
+            batch_stats,
+            f"{apart} and merged_stats='exact'",
+            instead="first",
+            beside=frozenset({"count"}),
         )
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Any, TypeAlias
 
-import jax
 import optax
 from jax import Array
 
@@ -99,19 +98,6 @@ def make_schedule(config: Config, *, steps_per_epoch: int) -> optax.Schedule:
         learning_rate=config.learning_rate,
         run=Run(config.epochs, steps_per_epoch),
     )
-
-
-def check(config: Config, params: Any) -> None:
-    """Refuse a config whose optimizer does not fit a model.
-
-    Args:
-      config: a TrainConfig.
-      params: the model's parameters, as arrays or as shapes (`jax.eval_shape`).
-
-    Raises:
-      ConfigError: as `make_optimizer` and the `init` of what it returns.
-    """
-    jax.eval_shape(make_optimizer(config, steps_per_epoch=1).init, params)
 
 
 def sgd(

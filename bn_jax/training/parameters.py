@@ -100,7 +100,7 @@ def all_parameters(
     """Train all parameters, or all but the norms' gamma or beta.
 
     Returns:
-      What freezes these; None where all parameters learn.
+      A transformation that sets their updates to zero; None where all learn.
     """
     del seed
     if gamma is True and beta is True:

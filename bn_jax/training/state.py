@@ -128,7 +128,7 @@ class Network:
 
 
 def _along(axis_name: Any, call: Callable[[Array], Any]) -> Callable[[Array], Any]:
-    """Return a function that is the one instance along a mapped axis."""
+    """Return a function that is called with a mapped axis of size 1 bound."""
 
     def called(images: Array) -> Any:
         outputs = jax.vmap(call, axis_name=axis_name)(images[None])

@@ -189,21 +189,29 @@ def _stream_key(config: TrainConfig, stream: int) -> Array:
     return jax.random.fold_in(jax.random.key(config.seed), stream)
 
 
-def check_merges(batch_stats: Any) -> None:
-    """Refuse statistics that `accumulate_stats="once"` cannot merge.
+def check_merges(
+    batch_stats: Any, option: str, *, instead: str, beside: frozenset[str] = frozenset()
+) -> None:
+    """Refuse statistics that are not a mean and a variance, which alone can be merged.
+
+    Args:
+      batch_stats: of a model.
+      option: the one that asks to merge them, as the user writes it.
+      instead: its value that merges nothing.
+      beside: names of statistics that may stand beside mean and variance.
 
     Raises:
-      ConfigError: if a layer keeps others than a mean and a variance.
+      ConfigError: if a layer keeps others.
     """
     kept: dict[tuple[str, ...], set[str]] = {}
     for *layer, name in traverse_util.flatten_dict(batch_stats):
         kept.setdefault(tuple(layer), set()).add(name)
     for path, names in kept.items():
-        if names != {"mean", "var"}:
+        if names - beside != {"mean", "var"}:
             raise ConfigError(
-                f"accumulate_stats='once' with the norm {'/'.join(path)}, which keeps "
+                f"{option} with the norm {'/'.join(path)}, which keeps "
                 f"{', '.join(sorted(names))}; it merges means and variances alone: "
-                "give 'each'"
+                f"give {instead!r}"
             )
 
 

@@ -291,11 +291,13 @@ class Sweep:
         if mode is not None:
             found = self._exact_statistics(variables, mode)
             states["exact"] = {**variables, "batch_stats": found}
-            ratios = jax.tree.map(np.divide, variables["batch_stats"], found)
-            for path, ratio in traverse_util.flatten_dict(ratios).items():
+            moving = traverse_util.flatten_dict(variables["batch_stats"])
+            for path, exact in traverse_util.flatten_dict(found).items():
                 if path[-1] == "var":
+                    with np.errstate(divide="ignore", invalid="ignore"):
+                        ratio = np.median(moving[path] / exact, -1)
                     name = f"{'/'.join(path[:-1])}_variance_ratio"
-                    scores[name] = np.median(ratio, -1)[: len(self.configs)]
+                    scores[name] = ratio[: len(self.configs)]
             if self._base.average_weights:
                 averaged = {**variables, "params": state.average}
                 found = self._exact_statistics(averaged, mode)
@@ -376,8 +378,9 @@ class Sweep:
                 batch_size=evaluation.BATCH_SIZE,
                 mode=mode,
             )
-            for i in range(len(self._members))
+            for i in range(len(self.configs))
         ]
+        stats += stats[-1:] * (len(self._members) - len(self.configs))  # as padding
         return jax.tree.map(lambda *leaves: np.stack(leaves), *stats)
 
     def _init_members(self) -> TrainState:

@@ -293,7 +293,7 @@ def _moment(
     moment = old
     if statistics is not None:
         moment = getattr(statistics, name)
-        checks.check_statistics(x, feature_axis, **{name: moment})
+        checks.check_statistics(x, feature_axis, {f"statistics.{name}": moment})
     by_batch = train and statistics is None
     moves = train if update_state is None else update_state
     if not by_batch and not moves:

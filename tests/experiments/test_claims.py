@@ -18,7 +18,12 @@ def runs(**losses):
     return Runs.of(rows, scores.arm_of)
 
 
-ONCE = sequential.once(2)
+def once(seeds):
+    """A single look."""
+    return sequential.Looks((seeds,), 0.95)
+
+
+ONCE = once(2)
 
 
 def claim(value, **bounds):
@@ -205,12 +210,12 @@ def test_one_run_decides_only_what_is_exact():
         (estimate.exactly(lambda runs: 1.0), "holds"),
         (estimate.largest(scores.loss, "a"), "holds"),
     ):
-        one = sequential.once(1)
+        one = once(1)
         assert claim(statistic, above=0.0).judge(found, one).verdict == expected
         other = "fails" if expected == "holds" else expected
         assert claim(statistic, below=0.0).judge(found, one).verdict == other
     apart = estimate.largest_difference(lambda row: row["loss"], "a", "b")
-    assert claim(apart, above=-1.0).judge(found, sequential.once(1)).verdict == "holds"
+    assert claim(apart, above=-1.0).judge(found, once(1)).verdict == "holds"
 
 
 def test_first_look_that_decides_gives_the_verdict():
@@ -243,7 +248,7 @@ def test_seeds_that_judge_are_not_those_that_chose():
     ]
     of = Runs.of(rows, scores.arm_of)
     best = estimate.chosen(scores.loss, lambda arm: True, lowest=True)
-    looks = sequential.once(2)._replace(first_seed=2)
+    looks = once(2)._replace(first_seed=2)
     found = claim(estimate.mean(scores.loss, best), above=0.0).judge(of, looks)
     assert found.interval.value == 8.0  # of b, though a is lower now
     assert found.used == {"b"}
@@ -255,15 +260,15 @@ def test_p_value_is_that_of_the_t_test_times_the_looks():
     losses = [0.3, 0.9, 0.4, 1.3]
     p = stats.ttest_1samp(losses, 0.1).pvalue
     statistic = estimate.mean(scores.loss, "a")
-    once = claim(statistic, above=0.1).judge(runs(a=losses), sequential.once(4))
-    assert once.p == pytest.approx(p, rel=2e-3)
+    judged = claim(statistic, above=0.1).judge(runs(a=losses), once(4))
+    assert judged.p == pytest.approx(p, rel=2e-3)
     looks = sequential.Looks((4, 8), 0.975)
     twice = claim(statistic, above=0.1).judge(runs(a=losses), looks)
     assert twice.p == pytest.approx(2 * p, rel=2e-3)
     # Of two bounds, which it is to lie between: the larger of both.
     between = claim(statistic, above=0.1, below=1.6)
     upper = stats.ttest_1samp(losses, 1.6).pvalue
-    found = between.judge(runs(a=losses), sequential.once(4))
+    found = between.judge(runs(a=losses), once(4))
     assert found.p == pytest.approx(max(p, upper), rel=2e-3)
 
 
@@ -274,7 +279,7 @@ def test_mean_of_equal_values_lies_between_the_least_and_the_greatest():
 
 def test_verdict_is_written_as_json_holds_it():
     given = claim(estimate.mean(scores.loss, "a"), above=0.25)
-    found = given.judge(runs(a=[0.5]), sequential.once(1))
+    found = given.judge(runs(a=[0.5]), once(1))
     assert found.to_dict() == {
         "claim": "it learns",
         "statistic": "loss, nats",
@@ -293,7 +298,7 @@ def test_verdict_is_written_as_json_holds_it():
         ({"below": 0.25}, "< 0.25"),
         ({"above": 0.0, "below": 0.25}, "in (0, 0.25)"),
     ):
-        verdict = claim(half, **bounds).judge(runs(a=[0.5]), sequential.once(1))
+        verdict = claim(half, **bounds).judge(runs(a=[0.5]), once(1))
         assert verdict.threshold == words
 
 

@@ -153,6 +153,22 @@ def test_runs_from_a_folder_that_was_trained_further_are_told_apart(
     assert all(re.search(r"init_from=.*source .crc32=", label) for label in labels)
 
 
+def test_no_score_by_exact_statistics_where_there_are_none(
+    tmp_path, tiny_config, tiny_data
+):
+    config = dataclasses.replace(
+        tiny_config, model="mlp:widths=8", norm="layer", label_smoothing=0.1
+    )
+    runs.train(config, tiny_data, workdir=tmp_path / "run", options=OPTIONS)
+    configs = members.parse("seed=3", config)
+    runs.sweep(configs, tiny_data, workdir=tmp_path / "sweep", options=OPTIONS)
+    read = [*compare_lib.read(tmp_path / "run"), *compare_lib.read(tmp_path / "sweep")]
+    table = compare_lib.table(compare_lib.grouped(read))
+    assert "test accuracy" in table
+    assert "by exact statistics" not in table
+    assert "train loss (of smoothed labels, if they are)" in table
+
+
 def test_what_was_not_measured_is_no_divergence():
     def group(**row):
         return [compare_lib.Member(Path(), {}, {"loss": [1.0], **row})] * 2

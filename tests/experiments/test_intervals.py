@@ -156,17 +156,6 @@ def test_median_takes_values_of_which_only_a_bound_is_known():
         intervals.of_median([math.nan, 1.0])
 
 
-def test_share_has_an_interval_of_shares():
-    # Clopper and Pearson: of none of 10 the upper end is 1 - .025^(1/10).
-    value, low, high, n = intervals.of_share(0, 10)
-    assert (value, low, n) == (0.0, 0.0, 10)
-    assert high == pytest.approx(1 - 0.025**0.1)
-    assert intervals.of_share(10, 10).high == 1.0
-    for count, n in ((-1, 3), (4, 3), (0, 0)):
-        with pytest.raises(ValueError, match="is no share"):
-            intervals.of_share(count, n)
-
-
 @pytest.mark.parametrize("of", [intervals.by_ranks, intervals.of_median])
 def test_interval_without_normality_holds_the_centre_as_often_as_it_says(of):
     rng = np.random.default_rng(1)

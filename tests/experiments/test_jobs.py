@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from absl import flags
 
 from bn_jax.fields import ConfigError
 from bn_jax.runs import json_files
@@ -45,6 +46,17 @@ def test_missing_submitit_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "submitit", None)
     with pytest.raises(ConfigError, match=r"pip install -e '.\[launch\]'"):
         jobs.launcher_of("local:2")
+
+
+def test_jobs_are_given_each_of_several_sweeps(monkeypatch):
+    values = flags.FlagValues()
+    flags.DEFINE_multi_string("sweep", None, "", flag_values=values)
+    flags.DEFINE_string("launcher", None, "", flag_values=values)
+    flags.DEFINE_boolean("smoke", False, "", flag_values=values)
+    given = ["--sweep=learning_rate=0.1,1.0", "--sweep=seed=0..1", "--smoke"]
+    values(["train", *given, "--launcher=local:2"])
+    monkeypatch.setattr(flags, "FLAGS", values)
+    assert sorted(jobs.given_arguments()) == sorted(given)
 
 
 @pytest.fixture

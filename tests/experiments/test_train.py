@@ -251,6 +251,18 @@ SECOND_FAILS = "model.norm_layers=11,1"  # of two members that share a program
         (["--init_statistics=fresh"], "--init_statistics=fresh without --init_from; g"),
         (["--merged_stats=first"], "--merged_stats=first without --batch_stats; give"),
         (
+            ["--sweep=seed=0..1;accumulate_stats=each,once"],
+            "--sweep=accumulate_stats=each,once without --accumulate; give it, too",
+        ),
+        (
+            ["--norm=layer", "--accumulate=2", "--accumulate_stats=once"],
+            "accumulate_stats='once' with a model that keeps no moving statistics; le",
+        ),
+        (
+            ["--norm=layer", "--devices=2", "--batch_stats=per_device"],
+            "batch_stats='per_device' with a model that keeps no moving statistics",
+        ),
+        (
             ["--batch_stats=per_device"],
             "per_device on one device, .*; give --devices=N",
         ),

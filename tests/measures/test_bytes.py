@@ -122,6 +122,20 @@ def test_models_that_scale_bytes_themselves_take_them(first):
         )
 
 
+def test_model_that_draws_random_numbers_is_refused():
+    class Noisy(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Dropout(0.5, deterministic=False)(x)
+            return nn.BatchNorm(use_running_average=True)(x)
+
+    x = np.ones((4, 3), np.float32)
+    keys = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
+    variables = Noisy().init(keys, x)
+    with pytest.raises(ValueError, match="random numbers in prediction.*not train"):
+        exact_statistics(Noisy(), variables, x, batch_size=2)
+
+
 def test_nnx_modules_and_functions_are_looked_through_too():
     module = OwnNnx(rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="inputs are bytes"):

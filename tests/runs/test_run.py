@@ -392,6 +392,7 @@ def test_gamma_and_beta_are_kept_of_norms_without_statistics_too():
             "norm": {"scale": np.array([1.0, 2.0]), "bias": np.array([3.0, 4.0])}
         },
         "center": {"bias": np.zeros(2)},
+        "bias": np.ones(2),  # of the model itself
         "fixup": {"scale": np.ones(())},
     }
     found = summary.gamma_beta({"params": params, "batch_stats": {}})

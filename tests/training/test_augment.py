@@ -137,8 +137,8 @@ def test_names_make_hashable_functions():
     none = AUGMENTATIONS.make("none")
     assert none(jax.random.key(0), images) is images is none.centre(images)
     assert none.side(3) == 3
-    augment.check("none", (1, 1, 1))
-    augment.check("crop_and_flip:size=36", (28, 28, 1))
+    augment.AUGMENTATIONS.make("none").check((1, 1, 1))
+    augment.AUGMENTATIONS.make("crop_and_flip:size=36").check((28, 28, 1))
 
 
 @pytest.mark.parametrize(
@@ -156,5 +156,5 @@ def test_names_make_hashable_functions():
 )
 def test_bad_augmentations_are_refused_in_one_line(text, words):
     with pytest.raises(ConfigError, match=words) as error:
-        augment.check(text, (28, 28, 1))
+        augment.AUGMENTATIONS.make(text).check((28, 28, 1))
     assert "\n" not in str(error.value)

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 import re
 
 import pytest
@@ -8,6 +9,7 @@ from absl import flags
 from bn_jax import data as data_lib
 from bn_jax.fields import ConfigError
 from bn_jax.models import MODELS
+from bn_jax.training import members
 from bn_jax.training.config import RunOptions, TrainConfig, traceable, value_of
 from bn_jax.training.optimizers import OPTIMIZERS
 from bn_jax.transforms import NORMS
@@ -205,12 +207,35 @@ def test_value_out_of_range_is_named_with_what_was_expected(field, value, expect
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["cifar", 5])
-def test_unknown_data_set_is_named_with_those_that_there_are(name):
+def test_unknown_data_set_is_named_with_those_that_there_are():
     with pytest.raises(
         ConfigError, match="one of auto, fashion_mnist, mnist, kmnist, .*sample"
     ):
-        TrainConfig(dataset=name)
+        TrainConfig(dataset="cifar")
+    with pytest.raises(ConfigError, match="^dataset=5; expected a value of type str$"):
+        TrainConfig(dataset=5)
+
+
+def test_integers_that_stand_for_floats_are_floats():
+    """Else members of a sweep, stacked in the type of the first, were cut to 0."""
+    config = TrainConfig(learning_rate=1, weight_decay=0)
+    assert type(config.learning_rate) is type(config.weight_decay) is float
+    stacked = members.stack_values([config, TrainConfig(learning_rate=0.5)])
+    assert stacked["learning_rate"].tolist() == [1.0, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("weight_decay", math.inf, "a number 0 or greater and finite"),
+        ("clip_norm", math.inf, "a number 0 or greater and finite"),
+        ("label_smoothing", math.nan, "a number in "),
+        ("norm", "dyt:alpha=nan", "a number"),
+    ],
+)
+def test_numbers_that_train_nothing_are_refused(field, value, expected):
+    with pytest.raises(ConfigError, match=f"(inf|nan); expected {expected}"):
+        TrainConfig(**{field: value})
 
 
 @pytest.mark.parametrize(

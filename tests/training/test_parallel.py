@@ -1,6 +1,7 @@
 """Several devices train as one: the same numbers, few collectives, nothing mixed up."""
 
 import collections
+import dataclasses
 import functools
 import re
 import types
@@ -386,6 +387,21 @@ def test_merge_of_one_is_itself_and_keeps_what_is_no_average():
     both = jax.tree.map(lambda leaf: np.concatenate([leaf, leaf]), {"norm": layer})
     assert parallel.merged(both, "exact")["norm"]["count"] == 5
     assert parallel.merged({}, "exact") == {}
+
+
+@pytest.mark.parametrize("norm", ["whitening:max_group_size=8", "center", "mabn"])
+def test_averages_that_cannot_be_merged_exactly_are_refused(norm, tiny_data):
+    config = TrainConfig(
+        model="mlp:widths=16x16", norm=norm, batch_size=16, batch_stats="per_device"
+    )
+    placement = parallel.place(config, devices="4")
+    with pytest.raises(
+        ConfigError, match="merged_stats='exact'.*, which keeps.*'first"
+    ):
+        loop.Trainer(config, tiny_data, placement=placement)
+    first = dataclasses.replace(config, merged_stats="first")
+    loop.Trainer(first, tiny_data, placement=placement)
+    loop.Trainer(config, tiny_data, placement=parallel.place(config))  # on one device
 
 
 @pytest.mark.parametrize("rule", slow_but(["exact"], ["exact", "first"]))

@@ -359,10 +359,10 @@ def test_sweep_leaves_a_row_for_each_member_and_is_not_repeated(
 
 def test_variables_of_a_sweep_are_read_back(rows, finished, configs, tiny_data):
     assert rows[1]["config"] == configs[1].to_dict()
-    variables = sweeps.load_variables(finished)
+    variables = sweeps.load(finished)[1].variables
     single = trained(configs[1], tiny_data).state()
     np.testing.assert_allclose(
-        variables["params"]["norm1"]["scale"][1],
+        variables["params"]["norm1"]["scale"],
         single.params["norm1"]["scale"],
         atol=1e-5,
     )

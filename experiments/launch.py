@@ -111,11 +111,12 @@ def set_up_jax() -> None:
         joins = given.coordinator_address is not None or distributed.is_detected()
     if options.devices != "all":
         # Of the host's cores; a GPU or TPU that is there is used all the same.
-        num_local, rest = divmod(int(options.devices), given.num_processes or 1)
+        num_processes = given.num_processes or (distributed.num_tasks() if joins else 1)
+        num_local, rest = divmod(int(options.devices), num_processes)
         if rest:
             raise ConfigError(
-                f"devices={options.devices} does not divide over num_processes="
-                f"{given.num_processes}; give a multiple"
+                f"devices={options.devices} does not divide over {num_processes} "
+                "processes; give a multiple"
             )
         jax.config.update("jax_num_cpu_devices", num_local)
     if joins:

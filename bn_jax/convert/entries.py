@@ -110,6 +110,18 @@ _POSSIBLE = (
 )
 
 
+_MENDS = {
+    "missing": "check names and prefixes; a layer without scale or bias needs "
+    "like=bn_jax.init(..., scale=False, bias=False)",
+    "extra": "map their layer in names (to None to leave it out), or drop them",
+    "misshapen": "give the entries of a layer of the same size",
+    "unreadable": "give arrays of numbers; of a PyTorch tensor, "
+    "tensor.detach().float().cpu()",
+    "impossible": f"expected {_POSSIBLE}; give the entries of a layer that did not "
+    "diverge",
+}
+
+
 class Problems:
     """What does not fit, gathered so that one error names it all."""
 
@@ -121,31 +133,39 @@ class Problems:
         self.impossible: list[str] = []
         self.hint = ""  # what may be the reason of it all, after a colon
 
-    def refuse(self, library: str) -> None:
-        """Raise the error, if there is anything to name."""
-        mends = {
-            "missing": "check names and prefixes; a layer without scale or bias needs "
-            "like=bn_jax.init(..., scale=False, bias=False)",
-            "extra": "map their layer in names (to None to leave it out), or drop them",
-            "misshapen": "give the entries of a layer of the same size",
-            "unreadable": "give arrays of numbers; of a PyTorch tensor, "
-            "tensor.detach().float().cpu()",
-            "impossible": f"expected {_POSSIBLE}; give the entries of a layer that did "
-            "not diverge",
-        }
-        found = {kind: list(getattr(self, kind)) for kind in mends}
+    def refuse(self, what: str, expected: str, mends: Mapping[str, str]) -> None:
+        """Raise the error, if there is anything to name.
+
+        Args:
+          what: does not fit, as a sentence.
+          expected: in its place.
+          mends: by kind of problem, what to do about it.
+
+        Raises:
+          ValueError: naming all problems, kind by kind.
+        """
         lines = [
-            f"{kind} ({mend}): {'; '.join(sorted(found[kind]))}"
+            f"{kind} ({mend}): {'; '.join(found)}"
             for kind, mend in mends.items()
-            if found[kind]
+            if (found := getattr(self, kind))
         ]
         if lines:
-            given = "\n  ".join(lines)
-            expected = ", ".join(PLACES[library].values()).replace("{}", "<layer>")
-            raise ValueError(
-                f"the batch norm entries do not fit{self.hint}; expected for "
-                f"{library}: {expected}\n  {given}"
-            )
+            head = f"{what}{self.hint}; expected {expected}"
+            raise ValueError("\n  ".join([head, *lines]))
+
+
+def refuse_entries(problems: Problems, library: str) -> None:
+    """Refuse the entries of a library's batch norm layers, if they have problems.
+
+    Raises:
+      ValueError: naming them, and the entries that the library's layers have.
+    """
+    for kind in _MENDS:
+        getattr(problems, kind).sort()
+    expected = ", ".join(PLACES[library].values()).replace("{}", "<layer>")
+    problems.refuse(
+        "the batch norm entries do not fit", f"for {library}: {expected}", _MENDS
+    )
 
 
 def note_reason(flat: Mapping[str, Any], problems: Problems) -> None:
@@ -224,7 +244,7 @@ def read_layer(
     note_impossible(PLACES[library], roles, name, problems)
     if library == "torch":
         note_reason(dict(flatten(entries)), problems)
-    problems.refuse(library)
+    refuse_entries(problems, library)
     return roles_to_layer(roles, momentum)
 
 

@@ -18,6 +18,7 @@ from bn_jax.convert.entries import (
     note_impossible,
     note_reason,
     read_entries,
+    refuse_entries,
     roles_to_layer,
     unmapped,
 )
@@ -89,7 +90,7 @@ def layers_from(
     if library == "torch":
         note_reason(flat, problems)
     note_direction(library, flat, names, problems)
-    problems.refuse(library)
+    refuse_entries(problems, library)
     return {ours: roles_to_layer(roles, momentum) for ours, roles in read.items()}
 
 
@@ -164,7 +165,7 @@ def layers_into(
     if library == "torch":
         note_reason(flat, problems)
     note_direction(library, flat, names, problems)
-    problems.refuse(library)
+    refuse_entries(problems, library)
     return replace_entries(entries, replaced)
 
 

@@ -142,7 +142,7 @@ def network_from_torch(
     problems = _Problems()
     matches = _matches(_traced(model, image_shape), flat, epsilon, problems)
     read = _read("torch", flat, matches, problems)
-    problems.refuse(f"the state dict does not fit {type(model).__name__}")
+    problems.refuse_network(f"the state dict does not fit {type(model).__name__}")
 
     variables: dict[Path, Any] = {("params",): {}, ("batch_stats",): {}}
     rows: list[Row] = []
@@ -206,11 +206,11 @@ def network_to_torch(
     matches = _matches(_traced(model, image_shape), flat, epsilon, problems)
     for match in matches:  # whatever its values are
         _read_layer("torch", flat, match.theirs, match.layer, problems)
-    problems.refuse(f"like does not fit {type(model).__name__}")
+    problems.refuse_network(f"like does not fit {type(model).__name__}")
     read = _read("flax", given, matches, problems)
     ours = {k for m in matches for k in _keys("flax", m.ours, m.layer.kind).values()}
     problems.extra += sorted(given.keys() - ours - set(problems.extra))
-    problems.refuse(f"the variables do not fit {type(model).__name__}")
+    problems.refuse_network(f"the variables do not fit {type(model).__name__}")
 
     entries = {key: np.array(as_array(value)) for key, value in flat.items()}
     for match, roles in zip(matches, read, strict=True):
@@ -236,6 +236,18 @@ class _Match(NamedTuple):
     layer: _Layer
 
 
+_MENDS = {
+    "missing": "the model has them",
+    "extra": "the model has no place for them",
+    "misshapen": "make the model of the same depth, width and num_classes, and give "
+    "the image_shape of images of other channels",
+    "unreadable": "give arrays of numbers; of a tensor, tensor.detach().float().cpu()",
+    "impossible": "expected finite numbers, and variances of 0 or more",
+    "unlike": "PyTorch's computes something else; make the layer as expected, or give "
+    "the epsilon of PyTorch's norms",
+}
+
+
 class _Problems(Problems):
     """What does not fit, of a whole network."""
 
@@ -243,30 +255,10 @@ class _Problems(Problems):
         super().__init__()
         self.unlike: list[str] = []  # layers that compute something else
 
-    def refuse(self, what: str) -> None:
-        """Raise the error, if there is anything to name."""
-        mends = {
-            "missing": "the model has them",
-            "extra": "the model has no place for them",
-            "misshapen": "make the model of the same depth, width and num_classes, and "
-            "give the image_shape of images of other channels",
-            "unreadable": "give arrays of numbers; of a tensor, "
-            "tensor.detach().float().cpu()",
-            "impossible": "expected finite numbers, and variances of 0 or more",
-            "unlike": "PyTorch's computes something else; make the layer as expected, "
-            "or give the epsilon of PyTorch's norms",
-        }
-        lines = [
-            f"{kind} ({mend}): {'; '.join(getattr(self, kind))}"
-            for kind, mend in mends.items()
-            if getattr(self, kind)
-        ]
-        if lines:
-            listed = "\n  ".join(lines)
-            raise ValueError(
-                f"{what}{self.hint}; expected layers of the same kinds and shapes, in "
-                f"the same order in the same modules\n  {listed}"
-            )
+    def refuse_network(self, what: str) -> None:
+        """Refuse a network's entries, as `refuse` does, if they have problems."""
+        expected = "layers of the same kinds and shapes, in the same order in the same "
+        self.refuse(what, f"{expected}modules", _MENDS)
 
 
 def _flat_state_dict(entries: Any) -> dict[str, Any]:

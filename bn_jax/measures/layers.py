@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -121,13 +122,18 @@ def _linen_call(
 
 @contextlib.contextmanager
 def _nnx_seen(each_call: EachCall, each_linear: EachLinear | None) -> Iterator[None]:
-    """Replace the calls of NNX layers, as NNX has no interceptors."""
+    """Replace the calls of NNX layers in this thread, as NNX has no interceptors."""
     from flax import nnx  # here, as those who use Linen alone need not wait for it
 
     from bn_jax.nnx import BatchNorm, Norm
 
+    this_thread = threading.get_ident()
+
     def replaced(call: Callable[..., Any]) -> Callable[..., Any]:
         def seen_call(module: Any, *args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() != this_thread:
+                return call(module, *args, **kwargs)
+
             def values(kind: type[nnx.Variable[Any]]) -> dict[str, Any]:
                 own = vars(module).items()
                 return {name: v[...] for name, v in own if isinstance(v, kind)}

@@ -6,6 +6,7 @@ reads and writes the run's folder; the others learn from it what they need.
 
 from __future__ import annotations
 
+import atexit
 import collections
 import contextlib
 import ctypes
@@ -50,20 +51,30 @@ class DistributedError(RuntimeError):
     """Processes that did not come together."""
 
 
-def is_detected(environment: Mapping[str, str] = os.environ) -> bool:
-    """Return whether Slurm, Kubernetes or a TPU pod has started several processes.
+def num_tasks(environment: Mapping[str, str] = os.environ) -> int:
+    """Return how many processes Slurm has started; 1 without it.
 
     Raises:
       DistributedError: if Slurm's variable is not a number.
     """
-    tpu_hosts = environment.get("TPU_WORKER_HOSTNAMES", "").split(",")
     tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
     if not re.fullmatch(r"[0-9]{1,9}", tasks):
         raise DistributedError(
             f"SLURM_STEP_NUM_TASKS={tasks!r} in the environment; expected the number "
             "that Slurm writes there: start the program by srun, or unset it"
         )
-    return int(tasks) > 1 or "JOB_COMPLETION_INDEX" in environment or len(tpu_hosts) > 1
+    return max(1, int(tasks))
+
+
+def is_detected(environment: Mapping[str, str] = os.environ) -> bool:
+    """Return whether Slurm, Kubernetes or a TPU pod has started several processes.
+
+    Raises:
+      DistributedError: as `num_tasks`.
+    """
+    tpu_hosts = environment.get("TPU_WORKER_HOSTNAMES", "").split(",")
+    slurms = num_tasks(environment) > 1
+    return slurms or "JOB_COMPLETION_INDEX" in environment or len(tpu_hosts) > 1
 
 
 def initialize(
@@ -220,8 +231,9 @@ def end_in_a_line_with_others(is_whole: Callable[[], bool]) -> None:
     """End this process in a line, not in a dump, when another one has died.
 
     JAX's runtime then writes to file descriptor 2 and aborts. What it writes goes to a
-    file instead, of which nothing is shown where it says that another process died, and
-    the abort ends with a status of ours. Python's standard error stays as it is.
+    file instead, which is shown when this process ends, unless it says that another one
+    died; the abort then ends with a status of ours. Python's standard error stays as it
+    is.
 
     Args:
       is_whole: whether the run's results are written; the status is then 0.
@@ -232,13 +244,17 @@ def end_in_a_line_with_others(is_whole: Callable[[], bool]) -> None:
     sys.stderr = open(kept, "w", buffering=1, encoding="utf-8", errors="replace")
     os.dup2(log.fileno(), 2)
 
+    def said() -> bytes:
+        return os.pread(log.fileno(), os.fstat(log.fileno()).st_size, 0)
+
     def end(signum: int) -> None:
         del signum
-        said = os.pread(log.fileno(), 10**6, 0)
-        if any(words in said for words in _OF_A_DEATH):
+        if any(words in said() for words in _OF_A_DEATH):
             os.write(kept, f"{told_of_a_death(is_whole())}\n".encode())
             os._exit(0 if is_whole() else 1)
-        os.write(kept, said)
+        os.write(kept, said())
+
+    atexit.register(lambda: os.write(kept, said()))
 
     handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(end)
     _KEPT_ALIVE.append((handler, log))

@@ -369,6 +369,19 @@ def test_abort_for_another_reason_shows_what_was_said(start):
     assert said == "the runtime's own words"
 
 
+def test_warnings_of_the_runtime_are_shown_at_the_end(start):
+    program = """
+        import os
+        from bn_jax.runs import distributed
+        distributed.end_in_a_line_with_others(lambda: True)
+        os.write(2, b"a warning of the runtime")
+        print("done", flush=True)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    status, said = start.command(command).end()
+    assert (status, said) == (0, "done\na warning of the runtime")
+
+
 @pytest.mark.slow
 def test_error_on_process_0_alone_ends_the_others(tmp_path, start):
     occupied = tmp_path / "file"

@@ -18,8 +18,8 @@ from flax import linen as nn
 from flax.linen import initializers
 from jax import Array
 
+from bn_jax import modules, transforms
 from bn_jax import moments as moments_lib
-from bn_jax import transforms
 from bn_jax.averages import BatchNormState
 from bn_jax.checks import AVERAGES, check_layer_fits, check_static
 from bn_jax.contract import Transform
@@ -62,21 +62,21 @@ def norm(
       >>> y.round(3).tolist()
       [[-1.0, 1.0, 0.0, 0.0]]
     """
-    name, made, values, others = transforms.layer_of(spec, options, attributes)
+    name, made, values, others = modules.layer_of(spec, options, attributes)
     if made is None:
         return None
     kind: Any = {"batch_norm": BatchNorm, "flax": nn.BatchNorm}.get(name or "", Norm)
     if kind is Norm:
         others["transform"] = made
     bound = {**values, **others} if kind is not Norm else others
-    transforms.check_attributes(spec, bound, kind)
+    modules.check_attributes(spec, bound, kind)
 
     def constructor(
         use_running_average: bool | None = None, /, **given: Any
     ) -> nn.Module:
         if use_running_average is not None:  # in the place where Flax's layer has it
             given["use_running_average"] = use_running_average
-        if transforms.check_attributes(spec, given, kind):  # another transform
+        if modules.check_attributes(spec, given, kind):  # another transform
             again = norm(spec, options=options, **{**attributes, **given})
             assert again is not None
             return again()
@@ -318,7 +318,7 @@ class BatchNorm(nn.Module):
             use_bias=self.use_bias,
             average=self.average,
         )
-        scale_init = transforms.offset_init(self.scale_init, self.scale_offset)
+        scale_init = modules.offset_init(self.scale_init, self.scale_offset)
         return _apply(
             self,
             transform,
@@ -364,11 +364,11 @@ def _apply(
       initializers: of parameters by name; None for the transform's own values.
       scale_offset: see `BatchNorm`.
     """
-    transforms.check_transform(transform)
+    modules.check_transform(transform)
     given = jnp.asarray(x)
     # Integers, too, as in Flax.
     x = given.astype(moments_lib.statistics_dtype(given.dtype))
-    x, axis, weights = transforms.as_batch(x, module.axis, mask, weights)
+    x, axis, weights = modules.as_batch(x, module.axis, mask, weights)
     moments_lib.check_input(x, axis)
     shape = tuple(x.shape[a] for a in moments_lib.feature_axes(x.ndim, axis))
     num_features = shape if len(shape) > 1 else shape[0]
@@ -382,7 +382,7 @@ def _apply(
     averages = {k: v.value for k, v in variables.items() if k in AVERAGES}
     check_layer_fits(_name(module), x, axis, **averages)
     first, _ = transform.init(num_features, module.param_dtype)
-    drawn_by = transforms.check_initializers(transform, first, initializers)
+    drawn_by = modules.check_initializers(transform, first, initializers)
 
     def param(name: str, value: Array | None) -> Array | None:
         if value is None:
@@ -391,7 +391,7 @@ def _apply(
         return module.param(name, initializer, value.shape, value.dtype)
 
     params = type(first)(**{k: param(k, v) for k, v in first._asdict().items()})
-    params = transforms.with_offset(params, scale_offset)
+    params = modules.with_offset(params, scale_offset)
     dtype = nn.dtypes.canonicalize_dtype(given, *params, dtype=module.dtype)
 
     train = False
@@ -403,34 +403,25 @@ def _apply(
         train = not predict
     check_static(update_average=update_average, zero_masked=module.zero_masked)
     moves = train if update_average is None else update_average
-    options = {
-        "weights": weights,
-        "axis_name": module.axis_name,
-        "axis_index_groups": module.axis_index_groups,
-        "ghost_batch_size": module.ghost_batch_size,
-        "statistics": statistics,
-    }
-    options = transforms.taken(transform, **options)
-    if train and module.is_initializing():
-        # No collective, no average moved, no warning of a dummy batch of one.
-        moves = False
-        options = transforms.of_dummy_batch(transform, x, axis, weights)
-    if "update_state" in transform.takes:
-        options["update_state"] = moves
-    kept = transforms.kept(x, axis, weights) if module.zero_masked else None
-    y, state = transform.apply(
-        transforms.zero_unless(kept, x),
+    state = {name: variable.value for name, variable in variables.items()}
+    y, moved = modules.call(
+        module,
+        transform,
+        x,
         params,
-        type(initial)(**{name: variable.value for name, variable in variables.items()}),
-        train=train,
+        type(initial)(**state),
         feature_axis=axis,
-        batch_axis=module.batch_axis if given.ndim > 1 else 0,
-        **options,
+        is_example=given.ndim == 1,
+        weights=weights,
+        statistics=statistics,
+        train=train,
+        update_state=moves,
+        is_dummy=module.is_initializing(),
     )
-    if moves:
+    if moved is not None:
         for name, variable in variables.items():
-            variable.value = getattr(state, name)
-    return transforms.zero_unless(kept, y).astype(dtype).reshape(given.shape)
+            variable.value = getattr(moved, name)
+    return y.astype(dtype).reshape(given.shape)
 
 
 def _check_complete(module: Any, transform: Transform, names: Sequence[str]) -> None:

@@ -20,8 +20,8 @@ from flax.nnx import initializers
 from flax.nnx.nn import dtypes
 from jax import Array, lax
 
+from bn_jax import modules, transforms
 from bn_jax import moments as moments_lib
-from bn_jax import transforms
 from bn_jax.averages import BatchNormState
 from bn_jax.checks import (
     AFFINE,
@@ -67,17 +67,17 @@ def norm(
       >>> layer(jnp.array([[1.0, 3.0, 0.0, 0.0]])).round(3).tolist()
       [[-1.0, 1.0, 0.0, 0.0]]
     """
-    name, made, values, others = transforms.layer_of(spec, options, attributes)
+    name, made, values, others = modules.layer_of(spec, options, attributes)
     if made is None:
         return None
     kind: Any = {"batch_norm": BatchNorm, "flax": nnx.BatchNorm}.get(name or "", Norm)
     if kind is Norm:
         others["transform"] = made
     bound = {**values, **others} if kind is not Norm else others
-    transforms.check_attributes(spec, bound, kind)
+    modules.check_attributes(spec, bound, kind)
 
     def constructor(num_features: int, **given: Any) -> nnx.Module:
-        if transforms.check_attributes(spec, given, kind):  # another transform
+        if modules.check_attributes(spec, given, kind):  # another transform
             again = norm(spec, options=options, **{**attributes, **given})
             assert again is not None
             return again(num_features)
@@ -159,7 +159,7 @@ class Norm(nnx.Module):
         _add_state(self, transform, num_features)
         params, _ = transform.init(num_features, param_dtype)
         # Scale before bias, as in Flax: each draws a key.
-        drawn_by = transforms.check_initializers(
+        drawn_by = modules.check_initializers(
             transform, params, {"scale": scale_init, "bias": bias_init}
         )
         if drawn_by and rngs is None:
@@ -358,7 +358,7 @@ class BatchNorm(nnx.Module):
 
         _add_state(self, transforms.batch_norm(average=average), num_features)
         # Scale before bias, as in Flax: each draws a key.
-        scale_init = transforms.offset_init(scale_init, scale_offset)
+        scale_init = modules.offset_init(scale_init, scale_offset)
         self.scale = param(use_scale, scale_init, scale_metadata)
         self.bias = param(use_bias, bias_init, bias_metadata)
 
@@ -448,7 +448,7 @@ class BatchNorm(nnx.Module):
 
 
 def _add_state(module: Any, transform: Transform, num_features: Any) -> None:
-    transforms.check_transform(transform)
+    modules.check_transform(transform)
     _, state = transform.init(num_features)
     for name, value in state._asdict().items():
         setattr(module, name, nnx.BatchStat(value))
@@ -505,45 +505,34 @@ def _apply(
 
     x, *promoted = promote_dtype((x, *state, *params), dtype=module.dtype)
     params = type(params)(*promoted[len(state) :])
-    params = transforms.with_offset(params, scale_offset)
+    params = modules.with_offset(params, scale_offset)
     if not moves:
         state = jax.tree.map(_widened, state)
     dtype = dtypes.canonicalize_dtype(x, *params, dtype=module.dtype)
-    batch, axis, weights = transforms.as_batch(x, module.axis, mask, weights)
+    batch, axis, weights = modules.as_batch(x, module.axis, mask, weights)
     per_feature = {**state._asdict(), **params._asdict()}
     per_feature = {k: v for k, v in per_feature.items() if k in (*AFFINE, *AVERAGES)}
     check_layer_fits(type(module).__name__, batch, axis, **per_feature)
-    options = transforms.taken(
+    y, moved = modules.call(
+        module,
         transform,
-        weights=weights,
-        axis_name=module.axis_name,
-        axis_index_groups=module.axis_index_groups,
-        ghost_batch_size=module.ghost_batch_size,
-        statistics=statistics,
-    )
-    if train and _is_tabulated(module):
-        # No collective, and no warning of a batch of one, which serves for a table.
-        moves = False
-        options = transforms.of_dummy_batch(transform, batch, axis, weights)
-    if "update_state" in transform.takes:
-        options["update_state"] = moves
-    kept = transforms.kept(batch, axis, weights) if module.zero_masked else None
-    y, state = transform.apply(
-        # Wide, so that the result is rounded once, to dtype.
-        _widened(transforms.zero_unless(kept, batch)),
+        _widened(batch),  # so that the result is rounded once, to dtype
         params,
         state,
-        train=train,
         feature_axis=axis,
-        batch_axis=module.batch_axis if x.ndim > 1 else 0,
-        **options,
+        is_example=x.ndim == 1,
+        weights=weights,
+        statistics=statistics,
+        train=train,
+        update_state=moves,
+        is_dummy=_is_tabulated(module),
     )
-    if moves:
+    if moved is not None:
         # No gradient, as in Flax: the variables outlive the differentiated call.
         # The mean of complex inputs is complex, which [...] = would cast to real.
-        for name, value in state._asdict().items():
+        for name, value in moved._asdict().items():
             getattr(module, name).set_value(lax.stop_gradient(value))
-    return transforms.zero_unless(kept, y).astype(dtype).reshape(x.shape)
+    return y.astype(dtype).reshape(x.shape)
 
 
 def _is_tabulated(module: Any) -> bool:

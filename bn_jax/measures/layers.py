@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from bn_jax import transforms
+from bn_jax import modules
 from bn_jax.functional import BatchNormParams, normalize
 from bn_jax.moments import Moments, align_weights
 
@@ -93,7 +93,7 @@ def normalized(
         epsilon=layer.epsilon,
         feature_axis=layer.axis,
     )
-    return transforms.zero_unless(kept, y).astype(dtype)
+    return modules.zero_unless(kept, y).astype(dtype)
 
 
 def _linen_call(
@@ -207,7 +207,7 @@ def _call(
                 getattr(module, "dtype", None),
                 statistics["mean"],
                 statistics["var"],
-                transforms.with_offset(given, offset),
+                modules.with_offset(given, offset),
                 offset,
                 getattr(module, "zero_masked", False),
             )

@@ -10,8 +10,6 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from bn_jax.models.resnet import ResNet
-
 # Above this number of kernels, one program that draws all of them takes longer to
 # compile than the forward pass takes to be traced.
 _MAX_COMPILED_TOGETHER = 32
@@ -44,10 +42,6 @@ def make_init(
       >>> dense["kernel"].shape, dense["bias"].tolist()
       ((4, 3), [0.0, 0.0, 0.0])
     """
-    if isinstance(model, ResNet):
-        # The parameters are the same in all layouts. In this one no kernel is
-        # rearranged for its convolution, which would be computed here, too.
-        model = model.clone(layout="NHWC")
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.result_type(float))
 
     def at_once(key: Array) -> Any:

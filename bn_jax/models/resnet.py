@@ -258,6 +258,9 @@ class ResNet(nn.Module):
         """
         _check(self.depth, self.residual, self.norm)
         layout = self.layout or layers.default_layout()
+        layers.check_layout(layout)
+        if self.is_initializing():
+            layout = "NHWC"  # in which no kernel is rearranged for its convolution
         num_blocks = (self.depth - 2) // 6  # in each of three stages
         fixup = self.residual == "fixup"
         normalise = None

@@ -13,7 +13,7 @@ from typing import Any
 
 from bn_jax.runs import json_files, provenance
 from bn_jax.runs.json_files import RunError
-from bn_jax.training import programs
+from bn_jax.training import fingerprints
 from bn_jax.training.config import OWN_MODEL, TrainConfig
 from bn_jax.training.state import Network
 
@@ -32,7 +32,9 @@ def recorded(config: TrainConfig, network: Network) -> dict[str, Any]:
     if not config.model.startswith(OWN_MODEL):
         return {}
     initial = not config.init_from
-    return {PROGRAMS: programs.checksums(network, config.batch_size, initial=initial)}
+    return {
+        PROGRAMS: fingerprints.checksums(network, config.batch_size, initial=initial)
+    }
 
 
 def check(workdir: Path, config: TrainConfig, network: Network) -> None:
@@ -60,7 +62,7 @@ def check(workdir: Path, config: TrainConfig, network: Network) -> None:
     # What an NNX module that is made already holds is not what its class would draw.
     is_made = getattr(network.model, "is_made", False)
     initial = "initialisation" in of_run and not is_made
-    now = programs.checksums(network, config.batch_size, initial=initial)
+    now = fingerprints.checksums(network, config.batch_size, initial=initial)
     if of_run["settings"] != now["settings"]:
         return
     modes = now.keys() - {"axes", "settings"}

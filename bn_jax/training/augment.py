@@ -92,8 +92,8 @@ class CropAndFlip:
       arXiv:1512.03385, section 4.2.
     """
 
-    padding: int = 4
-    size: int | None = None
+    padding: Annotated[int, NOT_NEGATIVE] = 4
+    size: Annotated[int | None, AT_LEAST_1] = None
     flip: bool = True
 
     def __call__(self, key: Array, images: Array, *, first: int | Array = 0) -> Array:
@@ -155,21 +155,6 @@ class CropAndFlip:
         return jnp.pad(images, ((0, 0), (p, p), (p, p), (0, 0)))
 
 
-def none() -> Augmentation:
-    """Leave images as they are."""
-    return Unchanged()
-
-
-def crop_and_flip(
-    *,
-    padding: Annotated[int, NOT_NEGATIVE] = 4,
-    size: Annotated[int | None, AT_LEAST_1] = None,
-    flip: bool = True,
-) -> Augmentation:
-    """Take random crops of padded images, and mirror half of them."""
-    return CropAndFlip(padding, size, flip)
-
-
 AUGMENTATIONS: Table[Augmentation] = Table(
-    "augment", {"none": none, "crop_and_flip": crop_and_flip}
+    "augment", {"none": Unchanged, "crop_and_flip": CropAndFlip}
 )

@@ -2,8 +2,8 @@
 
 Both take the same `train_step` and give the same numbers. The devices of one process,
 or of many that `jax.distributed` has joined, form one axis, `DATA`: each takes an equal
-part of every batch. (An ensemble's axis is another, `MODELS`: its members share
-neither statistics nor gradients.)
+part of every batch. (Members of a sweep, which share neither statistics nor gradients,
+have another axis, `bn_jax.training.mapped.MODELS`.)
 
 `Pmap` runs a program per device, in which the norms find the others by the axis name;
 each device has its own copy of the state, and moving averages that differ where
@@ -35,7 +35,6 @@ from bn_jax.training.config import TrainConfig
 from bn_jax.training.state import TrainState
 
 DATA = "data"
-MODELS = "models"
 
 # Steps in one call of the compiled loop. Between calls a run can be stopped, and the
 # batches of one are read ahead where the data set is streamed, so that they are few; a
@@ -487,55 +486,3 @@ def make_steps(
     if placement.uses_axis:
         return Pmap(placement, train_step, pace)
     return Mesh(placement, train_step, pace, float32_products=float32_products)
-
-
-class Members:
-    """Arrays with a leading axis of models, shared out over devices along `MODELS`."""
-
-    def __init__(self, devices: Sequence[jax.Device]) -> None:
-        self._devices = list(devices)
-        mesh = jax.sharding.Mesh(np.array(self._devices), (MODELS,))
-        self._shared = NamedSharding(mesh, PartitionSpec())
-        self._apart = NamedSharding(mesh, PartitionSpec(MODELS))
-
-    def compiled(
-        self,
-        function: Callable[..., Any],
-        *,
-        shared: Sequence[bool],
-        donate: tuple[int, ...],
-    ) -> Callable[..., Any]:
-        """Return `function`, given on each device the members there.
-
-        Args:
-          function: of stacked members.
-          shared: for each argument, whether all members share it.
-          donate: arguments that are used up.
-        """
-        if len(self._devices) == 1:
-            return jax.jit(function, donate_argnums=donate)
-        mapped: Callable[..., Any] = jax.pmap(
-            function,
-            axis_name=MODELS,
-            in_axes=tuple(None if is_shared else 0 for is_shared in shared),
-            donate_argnums=donate,
-            devices=self._devices,
-        )
-        return mapped
-
-    def put(self, stacked: np.ndarray) -> Array:
-        """Return an array of members on the devices, `[D, members / D, ...]`."""
-        if len(self._devices) > 1:
-            stacked = stacked.reshape(len(self._devices), -1, *stacked.shape[1:])
-        return put(stacked, self._apart)
-
-    def put_shared(self, array: np.ndarray) -> Array:
-        """Return an array on each device."""
-        return put(array, self._shared)
-
-    def get(self, array: Array) -> np.ndarray:
-        """Return an array of members on the host."""
-        stacked = np.asarray(array)
-        if len(self._devices) > 1:
-            stacked = stacked.reshape(-1, *stacked.shape[2:])
-        return stacked

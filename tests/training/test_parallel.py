@@ -615,7 +615,7 @@ def test_members_of_an_ensemble_train_as_if_alone(batch_stats, x64):
     )
 
     def of_members(states, batch):
-        states, metrics = jax.vmap(one_step, (0, None), axis_name=parallel.MODELS)(
+        states, metrics = jax.vmap(one_step, (0, None), axis_name="models")(
             states, batch
         )
         return states, jax.tree.map(jnp.mean, metrics)

@@ -14,7 +14,7 @@ from flax import nnx
 import bn_jax.nnx
 from bn_jax import models
 from bn_jax.linen import BatchNorm
-from bn_jax.training import programs
+from bn_jax.training import fingerprints
 from bn_jax.training.state import Network
 
 SHAPE = (4, 4, 1)
@@ -55,7 +55,7 @@ class OwnNnx(nnx.Module):
 
 
 def checksums(model):
-    return programs.checksums(Network(models.as_model(model), SHAPE), 4)
+    return fingerprints.checksums(Network(models.as_model(model), SHAPE), 4)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_precision_of_the_users_choice_changes_nothing():
 
 def test_numbers_of_a_program_are_by_value_and_not_by_how_python_prints_them():
     def times(value):
-        return programs._crc32(jax.make_jaxpr(lambda x: x * value)(1.0))
+        return fingerprints._crc32(jax.make_jaxpr(lambda x: x * value)(1.0))
 
     assert times(np.float32(0.1)) != times(np.float32(np.nextafter(0.1, 1, dtype="f4")))
 
@@ -111,7 +111,7 @@ SCRIPT = """
 from flax import nnx
 from bn_jax import models
 from bn_jax.linen import norm
-from bn_jax.training import programs
+from bn_jax.training import fingerprints
 from bn_jax.training.state import Network
 from bn_jax.models.mlp import MLP
 import bn_jax.nnx
@@ -126,7 +126,7 @@ class Own(nnx.Module):
 
 mlp = MLP(widths=[3, 2], norm=norm("whitening:method=zca"))
 for model in (mlp, Own):
-    print(programs.checksums(Network(models.as_model(model), (4, 4, 1)), 4))
+    print(fingerprints.checksums(Network(models.as_model(model), (4, 4, 1)), 4))
 """
 
 

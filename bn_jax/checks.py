@@ -218,6 +218,25 @@ def check_not_empty(x: Array) -> None:
         )
 
 
+def single_axis(x: Array, name: str, axis: int) -> int:
+    """Return an axis of `x` as a non-negative integer.
+
+    Args:
+      x: array of any shape.
+      name: of the argument that gave the axis, for the message.
+      axis: one integer, counted from the end where negative.
+
+    Raises:
+      ValueError: if it is not one axis of `x`.
+    """
+    if not isinstance(axis, SupportsIndex) or not -x.ndim <= axis < x.ndim:
+        raise ValueError(
+            f"{name}={axis!r} is not an axis of x of shape {list(x.shape)}; give one "
+            f"integer in [{-x.ndim}, {x.ndim - 1}]"
+        )
+    return operator.index(axis) % x.ndim
+
+
 def check_features(
     x: Array, feature_axis: int | Sequence[int], **per_feature: Array | None
 ) -> None:

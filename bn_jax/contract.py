@@ -28,6 +28,10 @@ MOMENTS = frozenset(
 )
 
 
+class EmptyState(NamedTuple):
+    """The state of a transform that averages nothing over batches."""
+
+
 class DivisorError(ConfigError):
     """An option of a norm that does not divide the number of features.
 

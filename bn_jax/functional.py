@@ -127,6 +127,24 @@ def normalize(
     return _standardize(x, mean, var, params, epsilon=epsilon, axes=axes)
 
 
+def scale_and_shift(
+    y: Array, scale: Array | None, bias: Array | None, axes: Sequence[int]
+) -> Array:
+    """Multiply by gamma and add beta, of shape `[C]`, each or both None.
+
+    Args:
+      y: normalised values.
+      scale: gamma.
+      bias: beta.
+      axes: those of y that are no feature axes.
+    """
+    if scale is not None:
+        y = y * jnp.expand_dims(scale, axes)
+    if bias is not None:
+        y = y + jnp.expand_dims(bias, axes)
+    return y
+
+
 def _standardize(
     x: Array,
     mean: Array,

@@ -40,7 +40,6 @@ WITHOUT = {
     "bn_jax.variables.collection",
     "bn_jax.variables.leaves_of",
     "bn_jax.variables.replaced",
-    "bn_jax.variants.per_example.single_axis",
 }
 
 

@@ -25,8 +25,9 @@ from bn_jax import (
     normalize,
     update_average,
 )
+from bn_jax.contract import EmptyState
 from bn_jax.variants.one_moment import center, init_center, init_scale, scale
-from bn_jax.variants.per_example import EmptyState, layer_norm
+from bn_jax.variants.per_example import layer_norm
 from bn_jax.variants.quantile import init as init_quantile
 from bn_jax.variants.quantile import quantile_norm
 from bn_jax.variants.renorm import batch_renorm

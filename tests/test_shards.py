@@ -12,7 +12,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from bn_jax import batch_norm, init, measure
-from bn_jax.variants.per_example import EmptyState, layer_norm
+from bn_jax.contract import EmptyState
+from bn_jax.variants.per_example import layer_norm
 from marks import slow_but
 from reference import normal
 

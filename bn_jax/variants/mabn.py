@@ -216,11 +216,7 @@ def mabn(
         y = z * jnp.expand_dims(r, axes)
     else:
         y = wide * jnp.expand_dims(lax.rsqrt(state.var + epsilon), axes)
-    if gamma is not None:
-        y = y * jnp.expand_dims(gamma, axes)
-    if beta is not None:
-        y = y + jnp.expand_dims(beta, axes)
-    y = y.astype(x.dtype)
+    y = functional_lib.scale_and_shift(y, gamma, beta, axes).astype(x.dtype)
     if not moves:
         return y, state
     m = jnp.where(is_warm, momentum, cumulative_momentum(state.count))

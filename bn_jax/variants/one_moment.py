@@ -174,13 +174,8 @@ def center(
         update_state=update_state,
     )
     axes = moments_lib.reduction_axes(x.ndim, feature_axis)
-    gamma, beta = params
     y = x.astype(moments_lib.statistics_dtype(x.dtype)) - jnp.expand_dims(mean, axes)
-    if gamma is not None:
-        y = y * jnp.expand_dims(gamma, axes)
-    if beta is not None:
-        y = y + jnp.expand_dims(beta, axes)
-    return y.astype(x.dtype), state
+    return functional_lib.scale_and_shift(y, *params, axes).astype(x.dtype), state
 
 
 def scale(

@@ -13,10 +13,9 @@ collective.
 from __future__ import annotations
 
 import math
-import operator
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, NamedTuple, SupportsIndex
+from typing import Annotated, Any
 
 import jax.numpy as jnp
 from jax import Array
@@ -24,13 +23,9 @@ from jax import Array
 from bn_jax import checks
 from bn_jax import functional as functional_lib
 from bn_jax import moments as moments_lib
-from bn_jax.contract import DivisorError, Epsilon, Transform, with_options
+from bn_jax.contract import DivisorError, EmptyState, Epsilon, Transform, with_options
 from bn_jax.fields import AT_LEAST_1, counted
 from bn_jax.functional import BatchNormParams, normalize
-
-
-class EmptyState(NamedTuple):
-    """The state of a transform that averages nothing over batches."""
 
 
 def group_norm(
@@ -81,8 +76,8 @@ def group_norm(
     del train
     x = jnp.asarray(x)
     moments_lib.check_input(x, feature_axis)
-    feature = single_axis(x, "feature_axis", feature_axis)
-    batch = single_axis(x, "batch_axis", batch_axis)
+    feature = checks.single_axis(x, "feature_axis", feature_axis)
+    batch = checks.single_axis(x, "batch_axis", batch_axis)
     if batch == feature:
         raise ValueError(
             f"batch_axis={batch_axis} and feature_axis={feature_axis} are the same "
@@ -115,12 +110,7 @@ def group_norm(
     y = normalize(groups, mean, var, epsilon=epsilon, feature_axis=kept)
     y = y.reshape(x.shape)
     others = moments_lib.reduction_axes(x.ndim, feature)
-    scale, bias = params
-    if scale is not None:
-        y = y * jnp.expand_dims(scale, others)
-    if bias is not None:
-        y = y + jnp.expand_dims(bias, others)
-    return y.astype(x.dtype), state
+    return functional_lib.scale_and_shift(y, *params, others).astype(x.dtype), state
 
 
 def layer_norm(
@@ -224,7 +214,7 @@ def instance_norm(
     """
     x = jnp.asarray(x)
     moments_lib.check_input(x, feature_axis)
-    feature = single_axis(x, "feature_axis", feature_axis)
+    feature = checks.single_axis(x, "feature_axis", feature_axis)
     return group_norm(
         x,
         params,
@@ -235,25 +225,6 @@ def instance_norm(
         feature_axis=feature_axis,
         batch_axis=batch_axis,
     )
-
-
-def single_axis(x: Array, name: str, axis: int) -> int:
-    """Return an axis of `x` as a non-negative integer.
-
-    Args:
-      x: array of any shape.
-      name: of the argument that gave the axis, for the message.
-      axis: one integer, counted from the end where negative.
-
-    Raises:
-      ValueError: if it is not one axis of `x`.
-    """
-    if not isinstance(axis, SupportsIndex) or not -x.ndim <= axis < x.ndim:
-        raise ValueError(
-            f"{name}={axis!r} is not an axis of x of shape {list(x.shape)}; give one "
-            f"integer in [{-x.ndim}, {x.ndim - 1}]"
-        )
-    return operator.index(axis) % x.ndim
 
 
 def layer_transform(

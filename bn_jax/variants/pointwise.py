@@ -21,9 +21,8 @@ from jax.scipy.special import erf
 from bn_jax import checks
 from bn_jax import functional as functional_lib
 from bn_jax import moments as moments_lib
-from bn_jax.contract import Transform, initializer, without_batch_axis
+from bn_jax.contract import EmptyState, Transform, initializer, without_batch_axis
 from bn_jax.names import TRACEABLE
-from bn_jax.variants.per_example import EmptyState
 
 
 class DyTParams(NamedTuple):
@@ -143,7 +142,10 @@ def dyt(
     """
     del train
     x, wide = _checked(x, params, DyTParams._fields, feature_axis)
-    return _affine(jnp.tanh(params.alpha * wide), params, feature_axis, x.dtype), state
+    axes = moments_lib.reduction_axes(x.ndim, feature_axis)
+    y = jnp.tanh(params.alpha * wide)
+    y = functional_lib.scale_and_shift(y, params.scale, params.bias, axes)
+    return y.astype(x.dtype), state
 
 
 def derf(
@@ -184,7 +186,9 @@ def derf(
     del train
     x, wide = _checked(x, params, DerfParams._fields, feature_axis)
     y = erf(params.alpha * wide + params.shift)
-    return _affine(y, params, feature_axis, x.dtype), state
+    axes = moments_lib.reduction_axes(x.ndim, feature_axis)
+    y = functional_lib.scale_and_shift(y, params.scale, params.bias, axes)
+    return y.astype(x.dtype), state
 
 
 def _checked(
@@ -210,20 +214,6 @@ def _checked(
                 "a scalar, one for all features"
             )
     return x, x.astype(moments_lib.statistics_dtype(x.dtype))
-
-
-def _affine(
-    y: Array,
-    params: DyTParams | DerfParams,
-    feature_axis: int | Sequence[int],
-    dtype: Any,
-) -> Array:
-    axes = moments_lib.reduction_axes(y.ndim, feature_axis)
-    if params.scale is not None:
-        y = y * jnp.expand_dims(params.scale, axes)
-    if params.bias is not None:
-        y = y + jnp.expand_dims(params.bias, axes)
-    return y.astype(dtype)
 
 
 def dyt_transform(

@@ -49,7 +49,6 @@ from bn_jax.contract import (
 from bn_jax.fields import Range
 from bn_jax.functional import BatchNormParams
 from bn_jax.mapped_axes import AxisName, axis_size
-from bn_jax.variants.per_example import single_axis
 
 Target = Literal["uniform", "gaussian"]
 
@@ -176,7 +175,7 @@ def quantile_norm(
             f"x has dtype {x.dtype}, which has no order; transform the real and "
             "imaginary parts as features"
         )
-    axis = single_axis(x, "feature_axis", feature_axis)
+    axis = checks.single_axis(x, "feature_axis", feature_axis)
     checks.check_fields(params=(params, checks.AFFINE), state=(state, ("knots",)))
     checks.check_features(x, axis, **params._asdict())
     checks.check_state(state)
@@ -205,11 +204,7 @@ def quantile_norm(
 
     transform = functools.partial(_interpolate, targets=targets, epsilon=epsilon)
     y = jax.vmap(transform)(rows, knots.astype(dtype))
-    scale, bias = params
-    if scale is not None:
-        y = y * scale[:, None]
-    if bias is not None:
-        y = y + bias[:, None]
+    y = functional_lib.scale_and_shift(y, *params, (1,))
     y = jnp.moveaxis(y.astype(x.dtype).reshape(moved.shape), 0, axis)
     return y, new_state
 

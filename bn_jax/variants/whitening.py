@@ -47,7 +47,6 @@ from bn_jax.fields import AT_LEAST_1, ConfigError
 from bn_jax.functional import BatchNormParams
 from bn_jax.mapped_axes import AxisName
 from bn_jax.moments import Moments, measure
-from bn_jax.variants.per_example import single_axis
 from bn_jax.variants.whitening_matrices import matrix_function, product, transpose
 
 Method = Literal["zca", "pca", "cholesky", "iternorm"]
@@ -187,7 +186,7 @@ def whiten(
             f"x has dtype {x.dtype}; whitening is of real numbers: whiten "
             "the real and imaginary parts as features"
         )
-    axis = single_axis(x, "feature_axis", feature_axis)
+    axis = checks.single_axis(x, "feature_axis", feature_axis)
     checks.check_fields(
         params=(params, checks.AFFINE), state=(state, ("mean", "covariance"))
     )
@@ -326,7 +325,7 @@ def whitening_transform(
     ) -> tuple[Array, Any]:
         x = jnp.asarray(x)
         moments_lib.check_input(x, feature_axis)
-        num_features = x.shape[single_axis(x, "feature_axis", feature_axis)]
+        num_features = x.shape[checks.single_axis(x, "feature_axis", feature_axis)]
         return whiten(
             x,
             params,

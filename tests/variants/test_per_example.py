@@ -9,8 +9,8 @@ import pytest
 from jax.test_util import check_grads
 
 from bn_jax import BatchNormParams
+from bn_jax.contract import EmptyState
 from bn_jax.variants import per_example
-from bn_jax.variants.per_example import EmptyState
 from marks import slow_but
 from reference import normal
 

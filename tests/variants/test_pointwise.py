@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.special import erf
 
-from bn_jax.variants.per_example import EmptyState
+from bn_jax.contract import EmptyState
 from bn_jax.variants.pointwise import (
     DerfParams,
     DyTParams,

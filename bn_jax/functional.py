@@ -1,10 +1,10 @@
 r"""Batch normalisation as a pure function with explicit state.
 
-`batch_norm` is the composition of steps that are public and usable alone: `measure` the
-batch (over all devices), `normalize`, and `update_average`. It holds no state,
-reads no global and compiles nothing: callers jit. It works under `jit`, `grad`, `jvp`,
-`vmap`, `scan` and `checkpoint`, to derivatives of any order, in forward and in reverse
-mode, as its gradients are those of the formula itself.
+`batch_norm` measures the batch (over all devices), normalises it and updates the moving
+averages, as the public functions `measure`, `normalize` and `update_average` do one by
+one. It holds no state, reads no global and compiles nothing: callers jit. It works
+under `jit`, `grad`, `jvp`, `vmap`, `scan` and `checkpoint`, to derivatives of any
+order, in forward and in reverse mode, as its gradients are those of the formula itself.
 
 $$y = \gamma \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta$$
 """
@@ -12,7 +12,7 @@ $$y = \gamma \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta$$
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -345,41 +345,50 @@ def batch_norm(
         )
     else:
         axis = batch_axis % x.ndim
-        y, moments = _normalize_by_batch(
+        ghosts = x.shape[axis] // ghost_batch_size if ghost_batch_size else 1
+        axis = axis if axis in axes else axes[0]
+        parts = shards.num_parts(x.shape[axis], ghosts)
+        moments = _moments_of_ghosts(
             x,
             weights,
             axes=axes,
-            axis=axis if axis in axes else axes[0],
-            ghosts=x.shape[axis] // ghost_batch_size if ghost_batch_size else 1,
-            across=functools.partial(
-                moments_lib.across,
-                axis_name=axis_name,
-                axis_index_groups=axis_index_groups,
-            ),
-            standardize=functools.partial(
-                _standardize_by_batch,
-                params=params,
-                state=state,
-                epsilon=epsilon,
-                axes=axes,
-            ),
+            axis=axis,
+            ghosts=ghosts,
+            parts=parts,
+            axis_name=axis_name,
+            axis_index_groups=axis_index_groups,
         )
+        y = _standardize_ghosts(
+            x,
+            weights,
+            moments,
+            params,
+            state,
+            epsilon=epsilon,
+            axes=axes,
+            axis=axis,
+            ghosts=ghosts,
+            about_mean=parts > ghosts,
+        )
+        if ghosts > 1:
+            moments = merge_stacked(moments)
     if not update_state:
         return y, state
     return y, update_average(state, moments, momentum=momentum)
 
 
-def _normalize_by_batch(
+def _moments_of_ghosts(
     x: Array,
     weights: Array | None,
     *,
     axes: tuple[int, ...],
     axis: int,
     ghosts: int,
-    across: Callable[[Moments], Moments],
-    standardize: Callable[..., Array],
-) -> tuple[Array, Moments]:
-    """Normalise the batch by its own moments; return the result and the moments.
+    parts: int,
+    axis_name: AxisName | None,
+    axis_index_groups: AxisIndexGroups | None,
+) -> Moments:
+    """Return the moments of each ghost batch, stacked; of one, as they are.
 
     On a mesh each device measures its own part, and the moments are merged, which costs
     one exchange. A ghost batch is one part, or several.
@@ -390,31 +399,54 @@ def _normalize_by_batch(
       axes: that statistics are taken over.
       axis: along which the batch is cut.
       ghosts: number of ghost batches.
-      across: merges moments over the instances of a mapped axis.
-      standardize: gives y of x, weights and moments.
+      parts: number of parts, a multiple of `ghosts`.
+      axis_name: see `batch_norm`.
+      axis_index_groups: see there.
     """
-    parts = shards.num_parts(x.shape[axis], ghosts)
+    across = functools.partial(
+        moments_lib.across, axis_name=axis_name, axis_index_groups=axis_index_groups
+    )
     if parts == 1:
-        moments = across(moments_lib.moments_over(x, axes, weights))
-        return standardize(x, weights, moments), moments
-
+        return across(moments_lib.moments_over(x, axes, weights))
     moments = moments_lib.moments_of_parts(x, axes, weights, parts, axis=axis)
-    standardize = functools.partial(standardize, about_mean=parts > ghosts)
     if parts > ghosts:
         moments = moments_lib.gathered(moments)
         of_ghosts = jax.tree.map(lambda m: shards.cut(m, 0, ghosts), moments)
         moments = jax.vmap(merge_stacked)(of_ghosts)
     moments = jax.vmap(across)(moments)
-    if ghosts == 1:
-        moments = jax.tree.map(lambda m: m[0], moments)
-        return standardize(x, weights, moments), moments
+    return moments if ghosts > 1 else jax.tree.map(lambda m: m[0], moments)
 
+
+def _standardize_ghosts(
+    x: Array,
+    weights: Array | None,
+    moments: Moments,
+    params: BatchNormParams,
+    state: BatchNormState,
+    *,
+    epsilon: float | Array,
+    axes: tuple[int, ...],
+    axis: int,
+    ghosts: int,
+    about_mean: bool,
+) -> Array:
+    """Return y, each ghost batch by its own moments; see `_moments_of_ghosts`."""
+    standardize = functools.partial(
+        _standardize_by_batch,
+        params=params,
+        state=state,
+        epsilon=epsilon,
+        axes=axes,
+        about_mean=about_mean,
+    )
+    if ghosts == 1:
+        return standardize(x, weights, moments)
     y = jax.vmap(standardize, (axis, axis, 0), axis)(
         shards.cut(x, axis, ghosts),
         shards.cut_weights(weights, x, axis, ghosts),
         moments,
     )
-    return y.reshape(x.shape), merge_stacked(moments)
+    return y.reshape(x.shape)
 
 
 def _standardize_by_batch(
@@ -426,7 +458,7 @@ def _standardize_by_batch(
     state: BatchNormState,
     epsilon: float | Array,
     axes: tuple[int, ...],
-    about_mean: bool = False,
+    about_mean: bool,
 ) -> Array:
     """Return y by the moments of the batch, or by the state where nothing weighs."""
     if weights is None:

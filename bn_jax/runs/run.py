@@ -180,15 +180,15 @@ def train(
     options = RunOptions.given(options)
     if model is not None:
         config = own_models.named(config, model)
-    config, start = own_models.starting_from(config, model, variables)
+    config, initial = own_models.starting_from(config, model, variables)
     logs.check(options.logs())
     distributed.check_same(_agreed(config, options, data))
     selected = task.select(config, data)
     checksum = None
-    if start is None and config.init_from:
+    if initial is None and config.init_from:
         folder = workdirs.existing(config.init_from, "init_from")
-        start = _read(folder, model).variables  # whatever its attributes
-        checksum = own_models.checksum(start)
+        initial = _read(folder, model).variables  # whatever its attributes
+        checksum = own_models.checksum(initial)
     placement = parallel.place(
         config, devices=options.devices, parallel=options.parallel
     )
@@ -201,7 +201,7 @@ def train(
         placement=placement,
         stream=_is_streamed(options, selected),
         checkpoint_steps=checkpoint_steps,
-        start=start,
+        start=initial,
     )
     with contextlib.ExitStack() as stack:
         request = stack.enter_context(interrupt.listening())
@@ -210,13 +210,13 @@ def train(
         if distributed.is_primary():
             files = Files(workdir, trainer, options.logs(), checksum)
 
-        def start() -> bytes:
+        def open_folder() -> bytes:
             assert files is not None  # this is called on the primary alone
             stack.enter_context(files.held(resume=options.resume))
             return checkpoint.to_bytes(files.start(like))
 
-        started = distributed.on_primary(start)
-        progress = checkpoint.from_bytes(started, like)
+        found = distributed.on_primary(open_folder)
+        progress = checkpoint.from_bytes(found, like)
         if progress is not None:
             trainer.restore(progress)
         if files is not None:

@@ -19,6 +19,7 @@ from bn_jax.training.evaluation import Evaluator
 from bn_jax.training.optimizers import make_optimizer, make_schedule
 from bn_jax.training.scoring import Score
 from bn_jax.training.state import TrainState, init_state
+from bn_jax.training.streams import Stream, key_of
 from bn_jax.training.task import Task
 
 # Of a data set that is streamed, so many examples give the exact statistics.
@@ -116,7 +117,7 @@ class Trainer:
         self.network.check_fits(config.batch_size // len(placement.devices))
         if model is not None:
             own_models.check_sharing(config, placement, trained)
-        init_key, self.order_key = jax.random.split(jax.random.key(config.seed))
+        self.order_key = key_of(config.seed, Stream.ORDER)
         self._order = feed.Order(
             self.order_key,
             num_examples=len(data.train.labels),
@@ -140,7 +141,9 @@ class Trainer:
         )
         self._evaluate = self._evaluator(data.test)
         self._validate = data.validation and self._evaluator(data.validation)
-        variables = task.started(config, self.network.init(init_key), start)
+        variables = task.started(
+            config, self.network.init(key_of(config.seed, Stream.WEIGHTS)), start
+        )
         _check_statistics(config, variables["batch_stats"], placement)
         state = init_state(variables, optimizer, averages=config.average_weights > 0)
         state = jax.tree.map(np.asarray, state)

@@ -24,6 +24,7 @@ from jax import Array
 
 from bn_jax.fields import ConfigError, Range
 from bn_jax.names import TRACEABLE, Table
+from bn_jax.training.streams import Stream, key_of
 from bn_jax.variables import MOVING_PRODUCTS
 
 
@@ -167,8 +168,7 @@ def at_random(
       arXiv:2003.00152.
     """
     choose = _of_each_channel if per_channel else _of_all
-    # Another key than that of the initial weights.
-    key = jax.random.fold_in(jax.random.key(seed), 1)
+    key = key_of(seed, Stream.TRAINED)
 
     def init(params: Any) -> _LearnsState:
         leaves, structure = jax.tree.flatten(params)

@@ -21,9 +21,7 @@ from bn_jax.training.augment import AUGMENTATIONS
 from bn_jax.training.config import TrainConfig
 from bn_jax.training.losses import losses
 from bn_jax.training.state import Network, TrainState
-
-# Streams of random numbers of a run; 0 and 1 are those of weights and `trained=random`.
-_DROPOUT, _AUGMENTATION = 2, 3
+from bn_jax.training.streams import Stream, key_of
 
 
 class Batch(NamedTuple):
@@ -88,12 +86,12 @@ def make_train_step(
         batch; gradients and metrics are means over all of it. Each instance drops
         features of its own. Whether statistics are shared, too, is the model's affair.
     """
-    dropout_key = _stream_key(config, _DROPOUT)
-    augment_key = _stream_key(config, _AUGMENTATION)
+    dropout_key = key_of(config.seed, Stream.DROPOUT)
+    augment_key = key_of(config.seed, Stream.AUGMENTATION)
     augment = AUGMENTATIONS.make(config.augment)
     accumulate, average_weights = config.accumulate, config.average_weights
 
-    def key_of(step: Array, key: Array) -> Array:
+    def key_of_step(step: Array, key: Array) -> Array:
         key = jax.random.fold_in(key, step)
         if axis_name is not None:
             key = jax.random.fold_in(key, lax.axis_index(axis_name))
@@ -156,7 +154,7 @@ def make_train_step(
         batch = Batch(augmented(batch.images, state.step), batch.labels)
         compute = gradients_of if accumulate == 1 else accumulated
         gradients, batch_stats, (loss, accuracy) = compute(
-            state.params, state.batch_stats, batch, key_of(state.step, dropout_key)
+            state.params, state.batch_stats, batch, key_of_step(state.step, dropout_key)
         )
         if axis_name is not None:
             gradients, loss, accuracy = _mean_over(
@@ -182,11 +180,6 @@ def make_train_step(
         return state, Metrics(loss, accuracy)
 
     return train_step
-
-
-def _stream_key(config: TrainConfig, stream: int) -> Array:
-    """Return the key of a stream of random numbers, apart from all others of a run."""
-    return jax.random.fold_in(jax.random.key(config.seed), stream)
 
 
 def check_merges(

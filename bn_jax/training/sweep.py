@@ -35,6 +35,7 @@ from bn_jax.training import step as step_lib
 from bn_jax.training.config import TrainConfig
 from bn_jax.training.optimizers import make_optimizer
 from bn_jax.training.state import Network, TrainState, init_state
+from bn_jax.training.streams import Stream, key_of
 from bn_jax.training.task import Task, make_network
 
 
@@ -130,7 +131,7 @@ class Sweep:
         self.restore(Progress(self._init_members(), no_steps, no_steps, scores, 0.0))
 
     def _order_of(self, seed: int) -> feed.Order:
-        _, key = jax.random.split(jax.random.key(seed))
+        key = key_of(seed, Stream.ORDER)
         return feed.Order(
             key,
             num_examples=len(self.data.train.labels),
@@ -393,7 +394,7 @@ class Sweep:
             optimizer = make_optimizer(
                 config.with_traced({"seed": seed}), steps_per_epoch=self.steps_per_epoch
             )
-            key, _ = jax.random.split(jax.random.key(seed))
+            key = key_of(seed, Stream.WEIGHTS)
             state = init_state(
                 init(key), optimizer, averages=config.average_weights > 0
             )

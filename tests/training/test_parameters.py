@@ -185,7 +185,7 @@ def test_as_many_others_learn_as_norms_have():
     # of the parameters.
     others = {k: PARAMS[k] for k in ("conv", "head")}
     vector, unravel = ravel_pytree(others)
-    key = jax.random.fold_in(jax.random.key(1), 1)
+    key = jax.random.fold_in(jax.random.key(1), 4)
     expected = unravel(
         (jax.random.permutation(key, vector.size) < 4).astype(vector.dtype)
     )

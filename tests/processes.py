@@ -146,7 +146,7 @@ def train_into(workdirs, data, config, checkpoint_every="4steps", kill_at=None):
 
 def measure(data, axes):
     """Measure a data set that all processes share out; print how far it is from one."""
-    images = np.asarray(load_data(data).train.images[:160])
+    images = load_data(data).train.images[:160] / np.float32(255)
     model = Small()
     variables = jax.device_get(model.init(jax.random.key(0), images[:2], train=False))
     mesh = jax.make_mesh((4,), ("data",), (getattr(AxisType, axes),))

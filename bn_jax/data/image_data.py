@@ -41,7 +41,7 @@ class Split(NamedTuple):
     one-hot labels give `labels.argmax(-1)`.
     """
 
-    images: np.ndarray  # shape=[N, H, W, C], dtype=uint8
+    images: np.ndarray  # shape=[N, H, W, C] (a user's own also [N, H, W]), dtype=uint8
     labels: np.ndarray  # shape=[N] (a user's own also [N, 1]), dtype=int32
 
 
@@ -80,25 +80,18 @@ class ImageData:
         """Check a user's own arrays, and name what was not named."""
         if self.kind != "arrays":
             return
-        splits = {"train": self.train, "test": self.test, "validation": self.validation}
-        checked = {k: _checked(k, v) for k, v in splits.items() if v is not None}
-        shapes = {k: split.images.shape[1:] for k, split in checked.items()}
+        given = {"train": self.train, "test": self.test, "validation": self.validation}
+        splits = {k: _checked(k, v) for k, v in given.items() if v is not None}
+        shapes = {k: split.images.shape[1:] for k, split in splits.items()}
         if len(set(shapes.values())) > 1:
             raise DataError(
                 f"images of different shapes: {shapes}, expected one shape. Resize or "
                 "crop them"
             )
-        names = tuple(self.class_names) or _numbered(checked["train"].labels)
-        for name, split in checked.items():
-            wrong = np.flatnonzero((split.labels < 0) | (split.labels >= len(names)))
-            if wrong.size:
-                raise DataError(
-                    f"{name} has the label {split.labels[wrong[0]]} at position "
-                    f"{wrong[0]:,} ({wrong.size:,} such), expected 0 to "
-                    f"{len(names) - 1}, by the class names or else the labels of the "
-                    "training examples. Number the classes from 0, or leave such "
-                    "examples out"
-                )
+        names = tuple(self.class_names) or _numbered(splits["train"].labels)
+        for name, split in splits.items():
+            _check_range(name, split.labels, len(names))
+        checked = {k: _as_stored(split) for k, split in splits.items()}
         values: dict[str, object] = {**checked, "class_names": names}
         if not (self.name and self.source):
             crc32 = 0
@@ -237,42 +230,84 @@ def as_labels(holder: str, labels: np.ndarray, count: int) -> np.ndarray:
 
 
 def _checked(name: str, split: Split) -> Split:
-    """Return images and labels of a user's own as a split is to be."""
+    """Return images `[N, H, W, C]` and labels `[N]` of a user's own, as they came.
+
+    Raises:
+        DataError: If they are not bytes, or not integers, of such shapes.
+    """
     if not isinstance(split, tuple) or len(split) != 2:
         raise DataError(
             f"{name} is of type {type(split).__name__}, expected Split(images, labels)"
         )
     images, labels = (np.asarray(array) for array in split)
-    if images.dtype != np.uint8 or images.ndim != 4 or 0 in images.shape:
+    if images.dtype != np.uint8:
+        mend = "Give images.astype(numpy.uint8) if the values are 0 to 255."
+        if images.dtype.kind == "f":
+            mend = (
+                "If the values are 0 to 1, give (255 * images).round().astype("
+                "numpy.uint8); if 0 to 255, images.round().astype(numpy.uint8)."
+            )
         raise DataError(
-            f"{name} has images of shape {list(images.shape)} and dtype "
-            f"{images.dtype}, expected at least one, uint8 [N, H, W, C]. Give them as "
-            "bytes, before any scaling, and one channel as images[..., None]"
+            f"{name} has images of dtype {images.dtype}, expected uint8 from 0 to 255. "
+            f"{mend}"
         )
-    labels = as_labels(f"{name} has labels", labels, len(images))
-    if has_channels_first(images.shape):
+    if images.ndim not in (3, 4) or 0 in images.shape:
         raise DataError(
-            f"{name} has images of shape {list(images.shape)}, which looks like [N, C, "
-            "H, W], expected [N, H, W, C]. Give numpy.moveaxis(images, 1, -1)"
+            f"{name} has images of shape {images.shape}, expected [N, H, W, C] or "
+            "[N, H, W] with at least one image and one pixel. Reshape them"
         )
-    images = np.ascontiguousarray(images).view()
-    labels = labels.astype(np.int32, order="C")
-    for array in (images, labels):
-        array.setflags(write=False)
-    return Split(images, labels)
+    if images.ndim == 3:
+        images = images[..., None]
+    elif has_channels_first(images.shape):
+        raise DataError(
+            f"{name} has images of shape {images.shape}, which looks like [N, C, H, "
+            "W], expected [N, H, W, C]. Give numpy.moveaxis(images, 1, -1)"
+        )
+    return Split(images, as_labels(f"{name} has labels", labels, len(images)))
 
 
 def _numbered(labels: np.ndarray) -> tuple[str, ...]:
-    """Return the numbers of the classes as their names."""
+    """Return the numbers of the classes as their names.
+
+    Raises:
+        DataError: If training labels are not each number from 0 to K - 1.
+    """
     present = np.unique(labels)
-    if len(present) < 2 or not np.array_equal(present, np.arange(len(present))):
+    count = len(present)
+    if count < 2 or present[-1] != count - 1:
+        listed = ", ".join(str(label) for label in present[:5])
         raise DataError(
-            f"the training examples have {len(present):,} different labels, from "
-            f"{present[0]} to {present[-1]}, expected each class from 0 to K - 1 and "
-            "at least 2. Number them so, with numpy.unique(labels, "
+            f"train has {count:,} different labels, from {present[0]} to {present[-1]} "
+            f"({listed}{', ...' if count > 5 else ''}), expected each class from 0 to "
+            "K - 1 and at least 2. Number them so, with numpy.unique(labels, "
             "return_inverse=True)[1], or give class_names"
         )
     return tuple(map(str, present.tolist()))
+
+
+def _check_range(name: str, labels: np.ndarray, classes: int) -> None:
+    """Refuse labels that are no number of a class.
+
+    Raises:
+        DataError: Naming the first of them.
+    """
+    wrong = np.flatnonzero((labels < 0) | (labels >= classes))
+    if wrong.size:
+        raise DataError(
+            f"{name} has the label {labels[wrong[0]]} at position {wrong[0]:,} "
+            f"({wrong.size:,} such), expected 0 to {classes - 1}, by the class names "
+            "or else the labels of the training examples. Number the classes from 0, "
+            "or leave such examples out"
+        )
+
+
+def _as_stored(split: Split) -> Split:
+    """Return C-contiguous, read-only arrays, of labels in int32."""
+    images = np.ascontiguousarray(split.images).view()
+    labels = split.labels.astype(np.int32, order="C")
+    for array in (images, labels):
+        array.setflags(write=False)
+    return Split(images, labels)
 
 
 def channel_statistics(split: Split) -> tuple[np.ndarray, np.ndarray]:

@@ -6,6 +6,7 @@ do as well, and so do the files of MedMNIST, whose validation images are left as
 Pickled objects are refused, not read.
 """
 
+import dataclasses
 import zipfile
 import zlib
 from collections.abc import Iterable
@@ -13,13 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bn_jax.data.image_data import (
-    DataError,
-    ImageData,
-    Split,
-    as_labels,
-    has_channels_first,
-)
+from bn_jax.data.image_data import DataError, ImageData, Split
 from bn_jax.data.spec import PARTS, Part
 
 PREFIX = "npz:"
@@ -65,40 +60,19 @@ def load(name: str) -> ImageData:
             "its path after 'npz:', as in npz:PATH."
         )
     arrays = _read(path)
-    pairs = {}
-    for split in ("train", "test"):
-        images = _as_images(path, f"{split}_images", arrays[f"{split}_images"])
-        part = f"{split}_labels"
-        labels = as_labels(f"{path} holds {part}", arrays[part], len(images))
-        pairs[split] = (images, labels)
-    shapes = {split: images.shape[1:] for split, (images, _) in pairs.items()}
-    if shapes["train"] != shapes["test"]:
-        raise DataError(
-            f"{path} holds training images of shape {shapes['train']} and test images "
-            f"of shape {shapes['test']}, expected one shape. Resize or crop them "
-            "before saving."
-        )
+    class_names: tuple[str, ...] = ()
     if _CLASS_NAMES in arrays:
         class_names = _check_class_names(path, arrays[_CLASS_NAMES])
-    else:
-        class_names = _count_classes(path, pairs["train"][1])
-    for split, (_, labels) in pairs.items():
-        _check_range(path, f"{split}_labels", labels, len(class_names))
-    train, test = (_as_split(*pair) for pair in pairs.values())
-    crc32 = 0
-    for array in (*train, *test):
-        crc32 = zlib.crc32(array.data, crc32)
-    return ImageData(
-        name=name,
-        train=train,
-        test=test,
-        class_names=class_names,
-        kind="npz",
-        source=(
-            f"{len(train.labels):,} + {len(test.labels):,} images, npz file {path}, "
-            f"crc32 {crc32:08x}"
-        ),
-    )
+    try:
+        data = ImageData(
+            train=Split(arrays["train_images"], arrays["train_labels"]),
+            test=Split(arrays["test_images"], arrays["test_labels"]),
+            class_names=class_names,
+        )
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
+    source = data.source.replace("arrays", f"npz file {path}", 1)
+    return dataclasses.replace(data, name=name, kind="npz", source=source)
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:
@@ -180,49 +154,6 @@ def _array(path: Path, file: np.lib.npyio.NpzFile, key: str) -> np.ndarray:
     return array
 
 
-def _as_images(path: Path, part: str, images: np.ndarray) -> np.ndarray:
-    """Check images, and add the axis of channels where there is none."""
-    if images.dtype != np.uint8:
-        mend = "Convert it with images.astype(numpy.uint8) if its values are 0 to 255."
-        if images.dtype.kind == "f":
-            mend = (
-                "If the values are 0 to 1, save (255 * images).round().astype("
-                "numpy.uint8); if 0 to 255, images.round().astype(numpy.uint8)."
-            )
-        raise DataError(
-            f"{path} holds {part} of dtype {images.dtype}, expected uint8 from 0 to "
-            f"255. {mend}"
-        )
-    if images.ndim not in (3, 4) or 0 in images.shape:
-        raise DataError(
-            f"{path} holds {part} of shape {images.shape}, expected [N, H, W, C] or "
-            "[N, H, W] with at least one image and one pixel. Reshape it before saving."
-        )
-    if images.ndim == 3:
-        return images[..., None]
-    if has_channels_first(images.shape):
-        raise DataError(
-            f"{path} holds {part} of shape {images.shape}, which looks like [N, C, H, "
-            "W]; expected [N, H, W, C]. Save numpy.moveaxis(images, 1, -1)."
-        )
-    return images
-
-
-def _count_classes(path: Path, labels: np.ndarray) -> tuple[str, ...]:
-    """Return the numbers of the classes as their names."""
-    present = np.unique(labels)
-    count = len(present)
-    if count < 2 or present[-1] != count - 1:
-        listed = ", ".join(str(label) for label in present[:5])
-        raise DataError(
-            f"{path} holds {count:,} different train_labels, from {present[0]} to "
-            f"{present[-1]} ({listed}{', ...' if count > 5 else ''}); expected each "
-            "class from 0 to K - 1 and at least 2. Number them so, with "
-            "numpy.unique(labels, return_inverse=True)[1], or save class_names, too."
-        )
-    return tuple(str(label) for label in range(count))
-
-
 def _check_class_names(path: Path, names: np.ndarray) -> tuple[str, ...]:
     if names.ndim != 1 or names.dtype.kind != "U" or len(names) < 2:
         raise DataError(
@@ -230,21 +161,3 @@ def _check_class_names(path: Path, names: np.ndarray) -> tuple[str, ...]:
             "expected at least 2 texts. Save numpy.array([...], dtype=str)."
         )
     return tuple(str(name) for name in names)
-
-
-def _check_range(path: Path, part: str, labels: np.ndarray, classes: int) -> None:
-    wrong = np.flatnonzero((labels < 0) | (labels >= classes))
-    if wrong.size:
-        raise DataError(
-            f"{path} holds the label {labels[wrong[0]]} at position {wrong[0]:,} of "
-            f"{part} ({wrong.size:,} such), expected 0 to {classes - 1}, by the number "
-            "of class_names or else of classes in train_labels. Number the classes "
-            "from 0, or leave out such examples."
-        )
-
-
-def _as_split(images: np.ndarray, labels: np.ndarray) -> Split:
-    split = Split(np.ascontiguousarray(images), labels.astype(np.int32, order="C"))
-    for array in split:
-        array.setflags(write=False)
-    return split

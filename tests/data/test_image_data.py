@@ -187,8 +187,10 @@ def test_labels_in_a_column_are_taken_as_they_are():
 @pytest.mark.parametrize(
     ("train", "test", "message"),
     [
-        (own()._replace(images=own().images / 255), own(), "float64.* as bytes"),
-        (own()._replace(images=own().images[..., 0]), own(), "images.*None"),
+        (own()._replace(images=own().images / 255), own(), r"float64, .*255 \* images"),
+        (own()._replace(images=own().images[0, 0]), own(), r"or \[N, H, W\] with"),
+        # It would be 0 in the 32 bits in which labels are kept.
+        (own(), own()._replace(labels=own().labels + 2**32), "the label 4294967296"),
         (own(shape=(3, 8, 8)), own(shape=(3, 8, 8)), r"looks like \[N, C, H, W\]"),
         (own(shape=(3, 9, 8)), own(shape=(3, 9, 8)), r"looks like \[N, C, H, W\]"),
         (own(), own(shape=(6, 8, 1)), "different shapes: .*'test': .6, 8, 1"),

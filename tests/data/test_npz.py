@@ -203,13 +203,16 @@ def test_both_names_of_an_array_are_refused(arrays, error_of):
         (
             "train_images",
             lambda x: x / np.float32(255),
-            ["train_images of dtype float32, expected uint8", "(255 * images).round()"],
+            [
+                "train has images of dtype float32, expected uint8",
+                "(255 * images).round()",
+            ],
         ),
         (
             "test_images",
             lambda x: x.astype(np.int64),
             [
-                "test_images of dtype int64, expected uint8",
+                "test has images of dtype int64, expected uint8",
                 "images.astype(numpy.uint8)",
             ],
         ),
@@ -221,7 +224,7 @@ def test_both_names_of_an_array_are_refused(arrays, error_of):
         (
             "test_images",
             lambda x: x[:, :5],
-            ["shape (6, 5, 3) and test images of shape (5, 5, 3), expected one shape"],
+            ["{'train': (6, 5, 3), 'test': (5, 5, 3)}, expected one shape"],
         ),
         (
             "train_images",
@@ -229,7 +232,7 @@ def test_both_names_of_an_array_are_refused(arrays, error_of):
             ["looks like [N, C, H, W]", "numpy.moveaxis(images, 1, -1)"],
         ),
         ("train_labels", lambda y: y[1:], ["of shape (11,), expected (12,)"]),
-        ("test_labels", lambda y: y[0], ["test_labels of shape ()"]),
+        ("test_labels", lambda y: y[0], ["test has labels of shape ()"]),
         (
             "train_labels",
             lambda y: np.eye(4, dtype=int)[y],
@@ -243,7 +246,7 @@ def test_both_names_of_an_array_are_refused(arrays, error_of):
         (
             "train_labels",
             lambda y: np.where(y == 0, -1, y),
-            ["the label -1 at position 0 of train_labels (3 such), expected 0 to 3"],
+            ["train has the label -1 at position 0 (3 such), expected 0 to 3"],
         ),
         ("train_labels", lambda y: y * 1000, ["4 different", "(0, 1000, 2000, 3000)"]),
         ("train_labels", lambda y: y * 0, ["at least 2"]),
@@ -262,7 +265,7 @@ def test_unfit_array_is_refused(arrays, error_of, key, change, problems):
 @pytest.mark.parametrize(
     ("names", "problem"),
     [
-        (["a", "b", "c"], "the label 3 at position 3 of train_labels"),
+        (["a", "b", "c"], "train has the label 3 at position 3"),
         ([1, 2, 3, 4], "class_names of dtype int64"),
         ([["a", "b", "c", "d"]], "class_names of dtype <U1 and shape (1, 4)"),
         (["a"], "expected at least 2 texts"),

@@ -3,7 +3,9 @@
 A program for one device gives the same numbers for a batch that lies on many: the
 compiler adds the exchanges between them. How many it needs depends on the program. If
 the program cuts the batch where the devices do, one exchange is enough for its moments,
-where the compiler would make two or three.
+where the compiler would make two or three. All automatic axes of the mesh are taken for
+the batch's. Where one of them shares out features, the numbers are right, too, but the
+compiler adds exchanges of the moments along it.
 """
 
 from __future__ import annotations

@@ -143,7 +143,6 @@ def sweep(
         workdirs.check_free(workdir, config, repeat=True, grows=grows)
         own, workdir = part.members(whole), part.folder(workdir)
         config["part"] = list(part)
-    numbers = {i: place for place, i in enumerate(own)}
     groups = [[own[i] for i in g] for g in members.grouped([configs[i] for i in own])]
     devices = _devices(options, max(map(len, groups)))
     first = configs[0]
@@ -165,7 +164,7 @@ def sweep(
         )
         if not (workdir / json_files.CONFIG).exists():
             start()
-        rows: list[Any] = [None] * len(own)
+        of_member: dict[int, dict[str, Any]] = {}
         programs = []
         checksums = {}
         folders = folders_of(workdir, len(groups))
@@ -186,10 +185,10 @@ def sweep(
                 folder=folder,
             )
             of_group = program.train(start, request, exact=exact, train=train)
-            for i, row in zip(group, of_group, strict=True):
-                rows[numbers[i]] = row
+            of_member.update(zip(group, of_group, strict=True))
             programs.append(program)
             checksums[name_of_variables(workdir, folder)] = program.checksums
+        rows = [of_member[i] for i in own]
         finish(
             workdir,
             [configs[i] for i in own],

@@ -237,6 +237,23 @@ def single_axis(x: Array, name: str, axis: int) -> int:
     return operator.index(axis) % x.ndim
 
 
+def check_real(x: Array, norm: str) -> None:
+    """Refuse complex numbers.
+
+    Args:
+      x: array.
+      norm: what does not take them, for the message.
+
+    Raises:
+      TypeError: if `x` is complex.
+    """
+    if jnp.iscomplexobj(x):
+        raise TypeError(
+            f"x has dtype {x.dtype}, and {norm} are of real numbers; give the real and "
+            "imaginary parts as features"
+        )
+
+
 def check_features(
     x: Array, feature_axis: int | Sequence[int], **per_feature: Array | None
 ) -> None:

@@ -169,11 +169,7 @@ def mabn(
     checks.check_known("r_max", r_max, AT_LEAST_1)
     x = jnp.asarray(x)
     moments_lib.check_input(x, feature_axis)
-    if jnp.iscomplexobj(x):
-        raise TypeError(
-            f"x has dtype {x.dtype}; mabn is of real numbers: give the real and "
-            "imaginary parts as features"
-        )
+    checks.check_real(x, "moving averages of squares")
     checks.check_fields(
         params=(params, MABNParams._fields), state=(state, MABNState._fields)
     )

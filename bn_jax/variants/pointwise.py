@@ -200,11 +200,7 @@ def _checked(
     """Return x as an array, and in the dtype to compute in."""
     x = jnp.asarray(x)
     moments_lib.check_input(x, feature_axis)
-    if jnp.iscomplexobj(x):
-        raise TypeError(
-            f"x has dtype {x.dtype}, of which tanh and erf are not bounded; transform "
-            "the real and imaginary parts as features"
-        )
+    checks.check_real(x, "tanh and erf")
     checks.check_fields(params=(params, fields))
     checks.check_features(x, feature_axis, scale=params.scale, bias=params.bias)
     for name in set(fields) - set(checks.AFFINE):

@@ -170,11 +170,7 @@ def quantile_norm(
     checks.check_momentum(momentum)
     x = jnp.asarray(x)
     moments_lib.check_input(x, feature_axis)
-    if jnp.iscomplexobj(x):
-        raise TypeError(
-            f"x has dtype {x.dtype}, which has no order; transform the real and "
-            "imaginary parts as features"
-        )
+    checks.check_real(x, "ranks")
     axis = checks.single_axis(x, "feature_axis", feature_axis)
     checks.check_fields(params=(params, checks.AFFINE), state=(state, ("knots",)))
     checks.check_features(x, axis, **params._asdict())

@@ -181,11 +181,7 @@ def whiten(
     checks.check_momentum(momentum)
     x = jnp.asarray(x)
     moments_lib.check_input(x, feature_axis)
-    if jnp.iscomplexobj(x):
-        raise TypeError(
-            f"x has dtype {x.dtype}; whitening is of real numbers: whiten "
-            "the real and imaginary parts as features"
-        )
+    checks.check_real(x, "whitened features")
     axis = checks.single_axis(x, "feature_axis", feature_axis)
     checks.check_fields(
         params=(params, checks.AFFINE), state=(state, ("mean", "covariance"))

@@ -43,7 +43,7 @@ def listing() -> str:
             verdicts = f"{report.counts(recorded[name])}; {minutes:.0f} min"
         lines += [
             report.question(name),
-            f"  python -m experiments {name} --workdir=runs/{name}",
+            f"  python -m experiments {name} --workdir=runs/{name} --devices=2",
             f"  {verdicts}",
         ]
     others = {k: v for k, v in commands().items() if k not in report.studies()}

@@ -184,5 +184,8 @@ def curves_legend(titles: Mapping[str, str], training: str = "training") -> Any:
     return {
         f"{norm}{suffix}": f"{title}, {what}"
         for norm, title in titles.items()
-        for suffix, what in (("", training), (" test", "test, moving averages"))
+        for suffix, what in (
+            ("", training),
+            (" test", "test" + ", moving averages" * (norm != "none")),
+        )
     }

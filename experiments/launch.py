@@ -128,8 +128,8 @@ def set_up_jax() -> None:
         devices = fields.counted(jax.device_count(), "device")
         print(
             f"process {jax.process_index()} of {jax.process_count()}, "
-            f"{jax.local_device_count()} of {devices}; one of the "
-            f"{others} others that dies ends this one within "
+            f"{jax.local_device_count()} of {devices}; if "
+            f"{'the other' if others == 1 else 'another'} dies, this one ends within "
             f"{distributed.DEATH_SECONDS} seconds",
             flush=True,
         )

@@ -218,6 +218,9 @@ def train_sweep(workdir: Path, spec: str, base: TrainConfig) -> None:
     _check_swept(spec)
     data = launch.load_data(base.dataset)
     print(f"{counted(len(configs), 'member')} of the sweep", flush=True)
+    if part is not None and parts.is_merged(configs, workdir):
+        print(f"all parts are merged in {workdir}")
+        return
     if launcher is not None:
         rows = _by_jobs(launcher, configs, data, workdir)
     else:
@@ -314,6 +317,11 @@ def _by_jobs(
     grows = sweeps.can_grow(configs)
     workdirs.check_free(workdir, config, repeat=True, grows=grows)
     if not parts.is_merged(configs, workdir):
+        for number in range(1, launcher.num_parts + 1):
+            part = sweeps.Part(number, launcher.num_parts)
+            of_part = {**config, "part": list(part)}
+            folder = part.folder(workdir)
+            workdirs.check_free(folder, of_part, repeat=True, grows=grows)
         jobs.run(launcher, configs, jobs.given_arguments(), workdir)
     return parts.merge(configs, data, workdir=workdir, num_parts=launcher.num_parts)
 

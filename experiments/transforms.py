@@ -291,7 +291,7 @@ STUDY = study.Study(
             "{slowdown} times the time of a step; layer norm ends {layer_loss} higher "
             "at this rate.",
             alt="Training loss after as many steps and in as much time, and test "
-            "accuracy by moving averages and by own statistics, of 17 transforms.",
+            "accuracy by moving averages and by own statistics, of all transforms.",
         ),
         "distances.png": figure(
             "estimates",
@@ -303,12 +303,13 @@ STUDY = study.Study(
                 },
                 measured,
             ),
-            "of the covariance to the identity; 120 features of untrained LeNets; "
-            "n = {n}; line: least to greatest",
+            "of the covariance to the identity; 1: no covariance; 120 features of "
+            "untrained LeNets; n = {n}; line: least to greatest",
             reference=0.0,
-            finding="ZCA of all features, which leaves none correlated on its own "
-            "batch, is {all_other} from the identity on others; in groups of 16 it is "
-            "{groups_other} within the groups.",
+            finding="ZCA of all features, which on its own batch leaves hardly any "
+            "correlated, is {all_other} from the identity on others; in groups of 16 "
+            "it is {groups_other} within the groups. Layer and group norm, at 1, "
+            "whiten nothing: they leave features that hardly vary.",
             alt="Distance of the covariance to the identity after each transform, on "
             "the batch it was measured on and on other images.",
         ),

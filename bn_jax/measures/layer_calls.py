@@ -351,7 +351,8 @@ def _places(
     starts = np.cumsum([1, *(math.prod(t.shape) for t in types.values())])
     numbered = {}
     for (path, t), first in zip(types.items(), starts[:-1], strict=True):
-        numbers = first + np.arange(math.prod(t.shape), dtype=np.float32)
+        wide = np.finfo(np.promote_types(t.dtype, np.float32)).dtype
+        numbers = (first + np.arange(math.prod(t.shape))).astype(wide)
         numbered[path] = Statistics(numbers.reshape(t.shape), -numbers.reshape(t.shape))
     leaves = [
         leaf if isinstance(leaf, np.ndarray) else tracing.Unknown()

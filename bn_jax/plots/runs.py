@@ -290,10 +290,11 @@ def arms_by_epoch(
       KeyError: if an arm has no line style.
       ValueError: if lists of an arm are of different lengths.
     """
-    seeds = len({row["config"]["seed"] for row in rows})
+    counts = [sum(row["arm"] == arm for row in rows) for arm in titles]
+    fewer = f"{min(counts)} to " * (min(counts) < max(counts))
     note = (
-        f"n = {counted(seeds, 'seed')}; band: least to greatest; star: exact "
-        "statistics; at the right: published re-runs, mean and standard deviation"
+        f"n = {fewer}{counted(max(counts), 'seed')}; band: least to greatest; star: "
+        "exact statistics; at the right: published re-runs, mean and standard deviation"
     )
     figure = style.figure(10, 3.9, note)
     panels = {

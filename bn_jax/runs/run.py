@@ -46,6 +46,11 @@ class Run(NamedTuple):
     layer whatever the number of devices. In `metrics` and `results` losses are in nats,
     accuracies shares of 1, times in seconds; None is a number that is not finite, or
     could not be measured.
+
+    `best` holds the variables of the epoch that is best on the validation set, and
+    `average` the parameters alone, averaged over the steps
+    (`TrainConfig(average_weights=...)`). They need statistics of their own before they
+    predict: `bn_jax.measures.population.with_exact_statistics`, as in RECIPES.md.
     """
 
     config: TrainConfig

@@ -184,6 +184,12 @@ def check_sharing(
         )
     wanted = parallel.DATA if placement.group_size > 1 else None
     wrong = sorted(name for name, axis_name in names.items() if axis_name != wanted)
+    if wrong and wanted is None:
+        raise ConfigError(
+            f"batch_stats={config.batch_stats!r} with norms that name an axis, "
+            f"{', '.join(wrong)} of the model; build the model without axis_name, or "
+            "give batch_stats='synced' (statistics of the whole batch)"
+        )
     if wrong:
         raise ConfigError(
             f"batch_stats={config.batch_stats!r} on {len(placement.devices)} devices "

@@ -5,6 +5,8 @@
 #     text_representation:
 #       extension: .py
 #       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -127,7 +129,7 @@ _, without = train(learning_rate=0.9, norm="none")
 # %%
 figure, panels = plt.subplots(1, 2, figsize=(9, 3.2))
 for panel, name in zip(panels, ("loss", "test_accuracy"), strict=True):
-    for label, of in (("batch norm", history), ("none", without)):
+    for label, of in (("batch norm, rate 1.0", history), ("none, rate 0.9", without)):
         panel.plot([getattr(report, name) for report in of], ".-", label=label)
     panel.set(xlabel="epoch", ylabel=name.replace("_", " "))
 panels[0].legend()
@@ -159,14 +161,12 @@ print("first step:", abs(float(losses[0][0] - losses[1][0])))
 # ## In a model of your own
 #
 # `bn_jax.linen.BatchNorm` takes the place of `flax.linen.BatchNorm`; variables and
-# numbers stay. What moving averages cost is then one line: the loss by the batch's own
-# statistics, by the averages, and by those of the whole data set.
+# numbers stay.
 
 # %%
 from flax import linen as nn
 
 from bn_jax.linen import BatchNorm  # was: from flax.linen import BatchNorm
-from bn_jax.measures.gap import gap
 
 
 class Net(nn.Module):
@@ -181,13 +181,26 @@ inputs = data.train.images[:2048] / np.float32(255)
 labels = data.train.labels[:2048]
 net = Net()
 own = jax.jit(net.init)(jax.random.key(0), inputs[:1])
-print(gap(net, own, inputs, labels, measure_on=inputs, batch_size=256))
+print(net.apply(own, inputs).shape)
+
+# %% [markdown]
+# What moving averages cost is one line for any model and its variables, here for the
+# LeNet that was trained above: the loss by the batch's own statistics, by the averages,
+# and by those of the whole data set.
+
+# %%
+from bn_jax.measures.gap import gap
+
+lenet = with_norm.network.model
+print(gap(lenet, variables, inputs, labels, measure_on=inputs, batch_size=256))
 
 # %% [markdown]
 # ## All devices, with synced statistics
 #
 # The cores of a TPU, several GPUs, or host devices of a CPU. Each takes a part of every
-# batch; the norms merge their moments, so that the numbers are those of one device.
+# batch; the norms merge their moments, so that the numbers are those of one device. A
+# CPU is one device, unless `jax.config.update("jax_num_cpu_devices", 2)` comes before
+# all else that uses JAX.
 
 # %%
 devices = max(n for n in range(1, jax.device_count() + 1) if 256 % n == 0)
@@ -198,7 +211,10 @@ together = loop.Trainer(config, data, placement=placement)
 first = losses[0][0]
 where = "1 device" if devices == 1 else f"{devices} devices"
 print(f"{where}: {report.examples_per_second:,.0f} examples/s")
-print("first step:", abs(float(first - together.progress().step_losses[0])))
+print(
+    "loss of the first step, difference to one device:",
+    abs(float(first - together.progress().step_losses[0])),
+)
 
 # %% [markdown]
 # ## An experiment: which learning rates work?

@@ -207,6 +207,17 @@ def test_integers_that_a_layer_takes_are_measured_too(norm):
     )
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_averages_of_32_bits_are_measured_where_jax_computes_in_64(dtype):
+    x = np.random.default_rng(0).normal(5, 2, (8, 3)).astype(dtype)
+    model = nn.Sequential([BatchNorm(use_running_average=True)])
+    variables = model.init(jax.random.key(0), x.astype(np.float32))
+    with jax.enable_x64(True):
+        found = exact_statistics(model, variables, x, batch_size=4)["layers_0"]
+    np.testing.assert_allclose(found["mean"], x.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(found["var"], x.var(0), rtol=1e-5)
+
+
 def test_first_examples_only_when_told():
     predict_one, variables, x = mlp()
     measured = functools.partial(

@@ -174,7 +174,7 @@ def test_statistics_that_would_not_be_shared_as_asked_are_refused(
     with pytest.raises(ConfigError, match="norms with axis_name='data', which .*bn"):
         runs.train(config, tiny_data, model=Own(), workdir=tmp_path, options=two)
     per_device = dataclasses.replace(config, batch_stats="per_device")
-    with pytest.raises(ConfigError, match="axis_name=None, which .*bn"):
+    with pytest.raises(ConfigError, match="name an axis, .*bn of .*without axis_name"):
         runs.train(
             per_device, tiny_data, model=Own("data"), workdir=tmp_path, options=two
         )

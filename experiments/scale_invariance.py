@@ -161,7 +161,7 @@ STUDY = study.Study(
         ),
         "cosines.png": lines(
             weight_scores.abs_cosine,
-            "|cosine| of weights and gradient, mean over layers",
+            "|cosine|, mean over layers",
             "Weights and gradient are orthogonal with batch norm, {cosine}, and are "
             "not without: over all steps, the largest of a layer's is "
             "{cosine_without}.",
@@ -170,7 +170,7 @@ STUDY = study.Study(
         ),
         "effective_rates.png": lines(
             weight_scores.effective_rate,
-            "rate / squared norm, geometric mean over layers",
+            "rate / |w|², geometric mean of layers",
             "Rates that are two decades apart end {effective} decades apart in what "
             "they do; with weights held at their norm, nothing shrinks rate 10.",
             "Effective rate by step, a line for each of three rates: with batch norm "

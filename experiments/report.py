@@ -15,7 +15,6 @@ processor instructions are those of the record.
 
 from __future__ import annotations
 
-import functools
 import importlib
 import json
 import math
@@ -42,7 +41,6 @@ README = HERE / "README.md"
 FRONT = HERE.parent / "README.md"
 
 
-@functools.cache
 def studies() -> dict[str, ModuleType]:
     """Find the modules in this folder that define a STUDY, in order of `place`."""
     names = [p.stem for p in HERE.glob("*.py") if "\nSTUDY = " in p.read_text()]

@@ -110,9 +110,12 @@ def main(argv: Sequence[str]) -> None:
         jax.config.update("jax_platforms", "cpu")
     smoke = {"dataset": "sample", "epochs": 1} if given.smoke else {}
     config = flag_fields.read(TrainConfig, given, defaults=smoke)
-    _check_counted(config, given.sweep or ())
-    if given.sweep is not None:
-        train_sweep(launch.workdir(), ";".join(given.sweep), config)
+    spec = None if given.sweep is None else ";".join(given.sweep)
+    swept = {} if spec is None else _swept(spec)
+    _check_counted(config, swept)
+    if spec is not None:
+        _check_given_once(swept)
+        train_sweep(launch.workdir(), spec, config)
         return
     for name in OF_SWEEPS:
         if given[name].present:
@@ -132,22 +135,23 @@ _COUNT_WITH = {
 }
 
 
-def _check_counted(config: TrainConfig, specs: Sequence[str]) -> None:
+def _swept(spec: str) -> dict[str, str]:
+    """Return the fields that a sweep varies, each as a flag that gives it."""
+    fields = [field.strip() for field in spec.split(";")]
+    return {field.partition("=")[0].strip(): f"--sweep={field}" for field in fields}
+
+
+def _check_counted(config: TrainConfig, swept: Mapping[str, str]) -> None:
     """Refuse flags that count for nothing, as another one that they need is not given.
 
     Args:
       config: that the flags give.
-      specs: of the sweep, if there is one; its fields are as good as flags.
+      swept: fields that are as good as flags.
 
     Raises:
       ConfigError: naming both.
     """
     default = TrainConfig()
-    swept = {
-        field.partition("=")[0].strip(): f"--sweep={field.strip()}"
-        for spec in specs
-        for field in spec.split(";")
-    }
     for name, other in _COUNT_WITH.items():
         flag = flags.FLAGS[name]
         given = swept.get(name) or (f"--{name}={flag.value}" if flag.present else None)
@@ -215,7 +219,6 @@ def train_sweep(workdir: Path, spec: str, base: TrainConfig) -> None:
     if flags.FLAGS.launcher is not None:
         launcher = jobs.launcher_of(flags.FLAGS.launcher)
     configs = members.parse(spec, base)
-    _check_swept(spec)
     data = launch.load_data(base.dataset)
     print(f"{counted(len(configs), 'member')} of the sweep", flush=True)
     if part is not None and parts.is_merged(configs, workdir):
@@ -229,7 +232,7 @@ def train_sweep(workdir: Path, spec: str, base: TrainConfig) -> None:
     if part is not None:
         _end_part(part, configs, data, workdir)
         return
-    names = [part.partition("=")[0].strip() for part in spec.split(";")]
+    names = list(_swept(spec))
     widths = [max(len(str(c.value(name))) for c in configs) for name in names]
     for config, row in zip(configs, rows, strict=True):
         member = "  ".join(
@@ -253,18 +256,17 @@ def train_sweep(workdir: Path, spec: str, base: TrainConfig) -> None:
     print(f"written to {workdir}")
 
 
-def _check_swept(spec: str) -> None:
+def _check_given_once(swept: Mapping[str, str]) -> None:
     """Refuse flags whose fields a sweep varies, as the sweep alone would count.
 
     Raises:
       ConfigError: naming the first.
     """
-    for field in spec.split(";"):
-        name = field.partition("=")[0].strip()
+    for name, field in swept.items():
         if name in flags.FLAGS and flags.FLAGS[name].present:
             raise ConfigError(
-                f"--{name}={flags.FLAGS[name].value} together with --sweep={field}; "
-                "give one of them"
+                f"--{name}={flags.FLAGS[name].value} together with {field}; give one "
+                "of them"
             )
 
 

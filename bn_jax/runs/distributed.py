@@ -247,14 +247,21 @@ def end_in_a_line_with_others(is_whole: Callable[[], bool]) -> None:
     def said() -> bytes:
         return os.pread(log.fileno(), os.fstat(log.fileno()).st_size, 0)
 
+    def tells_of_a_death() -> bool:
+        return any(words in said() for words in _OF_A_DEATH)
+
     def end(signum: int) -> None:
         del signum
-        if any(words in said() for words in _OF_A_DEATH):
+        if tells_of_a_death():
             os.write(kept, f"{told_of_a_death(is_whole())}\n".encode())
             os._exit(0 if is_whole() else 1)
         os.write(kept, said())
 
-    atexit.register(lambda: os.write(kept, said()))
+    def show() -> None:
+        if not tells_of_a_death():
+            os.write(kept, said())
+
+    atexit.register(show)
 
     handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(end)
     _KEPT_ALIVE.append((handler, log))

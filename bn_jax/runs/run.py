@@ -47,10 +47,11 @@ class Run(NamedTuple):
     accuracies shares of 1, times in seconds; None is a number that is not finite, or
     could not be measured.
 
-    `best` holds the variables of the epoch that is best on the validation set, and
-    `average` the parameters alone, averaged over the steps
-    (`TrainConfig(average_weights=...)`). They need statistics of their own before they
-    predict: `bn_jax.measures.population.with_exact_statistics`, as in RECIPES.md.
+    `best` holds the variables of the epoch that is best on the validation set.
+    `average` holds the average of the parameters over the steps, which predicts by
+    statistics of its own: as
+    `with_exact_statistics(model, {**run.variables, "params": run.average}, inputs)`
+    returns them (`bn_jax.measures.population`).
     """
 
     config: TrainConfig

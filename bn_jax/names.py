@@ -272,12 +272,15 @@ class Table(Generic[T]):
         return self.rows[named.name](**{**named.options, **given})
 
     def help(self) -> str:
-        """Return the names with their options, for --help."""
+        """Return the names with their options, for --help.
+
+        Blanks stand where a line may end: they are not part of what is typed.
+        """
         described = []
         for name in self.rows:
             options = self.options(name).values()
-            listed = ",".join(f"{o.name}={o.written(o.default)}" for o in options)
-            described.append(f"{name}:{listed}" if listed else name)
+            listed = ", ".join(f"{o.name}={o.written(o.default)}" for o in options)
+            described.append(f"{name}: {listed}" if listed else name)
         return " | ".join(described)
 
 

@@ -32,7 +32,10 @@ def define(kind: type) -> None:
         help_text = field.metadata["help"]
         table = field.metadata["table"]
         if table is not None:
-            help_text += f" With its options and their defaults: {table.help()}."
+            help_text += (
+                " NAME or NAME:option=value,option=value of these, with defaults: "
+                f"{table.help()}."
+            )
         if choices is not None:
             several = ",..." if isinstance(field.default, tuple) else ""
             help_text = f"<{'|'.join(choices)}>{several}: {help_text}"

@@ -366,12 +366,12 @@ def _check_statistics(
             "statistics; leave it out"
         )
     if once:
-        step_lib.check_merges(batch_stats, merges, instead="each")
+        step_lib.check_merges(batch_stats, merges, instead="accumulate_stats='each'")
     if placement.num_states > 1 and config.merged_stats == "exact":
         step_lib.check_merges(
             batch_stats,
             f"{apart} and merged_stats='exact'",
-            instead="first",
+            instead="merged_stats='first'",
             beside=frozenset({"count"}),
         )
 

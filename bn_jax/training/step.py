@@ -190,7 +190,7 @@ def check_merges(
     Args:
       batch_stats: of a model.
       option: the one that asks to merge them, as the user writes it.
-      instead: its value that merges nothing.
+      instead: what merges nothing, likewise.
       beside: names of statistics that may stand beside mean and variance.
 
     Raises:
@@ -204,7 +204,7 @@ def check_merges(
             raise ConfigError(
                 f"{option} with the norm {'/'.join(path)}, which keeps "
                 f"{', '.join(sorted(names))}; it merges means and variances alone: "
-                f"give {instead!r}"
+                f"give {instead}"
             )
 
 

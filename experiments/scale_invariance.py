@@ -165,8 +165,8 @@ STUDY = study.Study(
             "Weights and gradient are orthogonal with batch norm, {cosine}, and are "
             "not without: over all steps, the largest of a layer's is "
             "{cosine_without}.",
-            "Absolute cosine of weights and gradient by step, mean over layers: near "
-            "1e-6 with batch norm, from .01 to .3 without.",
+            "Absolute cosine of weights and gradient by step, mean over layers: "
+            "from 1e-7 to 1e-4 with batch norm, from .01 to .3 without.",
         ),
         "effective_rates.png": lines(
             weight_scores.effective_rate,

@@ -338,7 +338,7 @@ def test_folder_in_which_another_process_is_at_work_is_refused(
     stopped, run, tiny_config, tiny_data
 ):
     hold = (
-        "import sys, time; from bn_jax.runs import results\n"
+        "import sys, time; from bn_jax.runs import workdirs\n"
         "with workdirs.locked(sys.argv[1]): print('held', flush=True); time.sleep(600)"
     )
     before = contents(stopped)

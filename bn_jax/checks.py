@@ -284,7 +284,7 @@ def check_statistics(
     Args:
       x: input.
       feature_axis: see `batch_norm`.
-      per_feature: the statistics, by the names that the caller has for them.
+      per_feature: the statistics by name, such as "statistics.mean", for the message.
 
     Raises:
       ValueError: if one has another shape than the feature axes, or as

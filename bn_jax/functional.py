@@ -430,7 +430,7 @@ def _standardize_ghosts(
     ghosts: int,
     about_mean: bool,
 ) -> Array:
-    """Return y, each ghost batch by its own moments; see `_moments_of_ghosts`."""
+    """Normalise each ghost batch by its moments; see `_moments_of_ghosts`."""
     standardize = functools.partial(
         _standardize_by_batch,
         params=params,

@@ -73,7 +73,7 @@ def read(folder: str | Path) -> list[Member]:
 
 
 def _measured(row: Mapping[str, Any], has_statistics: bool) -> dict[str, Any]:
-    """Return what was measured: no score by exact statistics where there are none."""
+    """Return a row, without scores by exact statistics if the model has none."""
     left_out = () if has_statistics else _BY_EXACT
     return {name: value for name, value in row.items() if name not in left_out}
 

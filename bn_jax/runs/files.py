@@ -22,7 +22,7 @@ from bn_jax.runs import (
 )
 from bn_jax.runs import summary as summary_lib
 from bn_jax.runs.json_files import RunError
-from bn_jax.training import loop, parallel, schedules
+from bn_jax.training import loop, merging, schedules
 from bn_jax.training.config import OWN_MODEL, TrainConfig
 from bn_jax.training.loop import EpochReport, Progress
 from bn_jax.training.optimizers import make_schedule
@@ -177,7 +177,7 @@ class Files:
             return None
         step, state = len(progress.step_losses), progress.state
         (report,) = (report for report in history if report.step == step)
-        merged = parallel.merged(state.batch_stats, self._config.merged_stats)
+        merged = merging.merged(state.batch_stats, self._config.merged_stats)
         return report, {"params": state.params, "batch_stats": merged}
 
     def finish(

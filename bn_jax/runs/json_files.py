@@ -164,10 +164,11 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def read_bytes(path: Path) -> bytes:
-    """Return what a file holds.
+    """Read a file.
 
     Raises:
-      RunError: if it is not there, naming a run's folder beside it, or cannot be read.
+      RunError: if it cannot be read, or is missing; if a folder inside the same one
+        holds a run, the message names it.
     """
     try:
         return path.read_bytes()

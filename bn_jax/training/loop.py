@@ -11,8 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from bn_jax import data as data_lib
-from bn_jax.fields import ConfigError
-from bn_jax.training import diagnosis, feed, own_models, parallel, scoring, task
+from bn_jax.training import (
+    diagnosis,
+    feed,
+    merging,
+    own_models,
+    parallel,
+    scoring,
+    task,
+)
 from bn_jax.training import step as step_lib
 from bn_jax.training.config import TrainConfig
 from bn_jax.training.evaluation import Evaluator
@@ -144,7 +151,7 @@ class Trainer:
         variables = task.started(
             config, self.network.init(key_of(config.seed, Stream.WEIGHTS)), start
         )
-        _check_statistics(config, variables["batch_stats"], placement)
+        merging.check(config, variables["batch_stats"], placement)
         state = init_state(variables, optimizer, averages=config.average_weights > 0)
         state = jax.tree.map(np.asarray, state)
         self.restore(
@@ -194,7 +201,7 @@ class Trainer:
         state = progress.state
         copies = {len(leaf) for leaf in jax.tree.leaves(state.batch_stats)}
         if copies - {self.placement.num_states}:
-            merged = parallel.merged(state.batch_stats, self.config.merged_stats)
+            merged = merging.merged(state.batch_stats, self.config.merged_stats)
             state = _with_copies(
                 state.replace(batch_stats=merged), self.placement.num_states
             )
@@ -217,7 +224,7 @@ class Trainer:
     def state(self) -> TrainState:
         """Return the state on the host, its moving averages merged into one."""
         state = self._steps.get_state(self._state)
-        merged = parallel.merged(state.batch_stats, self.config.merged_stats)
+        merged = merging.merged(state.batch_stats, self.config.merged_stats)
         return state.replace(batch_stats=merged)
 
     def train(self) -> Iterator[EpochReport | None]:
@@ -346,33 +353,6 @@ class Trainer:
             self.data.train.images[: MAX_STREAMED_EXAMPLES if self.stream else None],
             devices=self.placement.local_devices,
             average=state.average,
-        )
-
-
-def _check_statistics(
-    config: TrainConfig, batch_stats: Any, placement: parallel.Placement
-) -> None:
-    """Refuse choices on moving averages that a model does not have, or cannot merge.
-
-    Raises:
-      ConfigError: naming the choice, and what to give.
-    """
-    apart = f"batch_stats={config.batch_stats!r}"
-    merges = "accumulate_stats='once'"
-    once = config.accumulate > 1 and config.accumulate_stats == "once"
-    if not jax.tree.leaves(batch_stats) and (once or config.batch_stats != "synced"):
-        raise ConfigError(
-            f"{merges if once else apart} with a model that keeps no moving "
-            "statistics; leave it out"
-        )
-    if once:
-        step_lib.check_merges(batch_stats, merges, instead="accumulate_stats='each'")
-    if placement.num_states > 1 and config.merged_stats == "exact":
-        step_lib.check_merges(
-            batch_stats,
-            f"{apart} and merged_stats='exact'",
-            instead="merged_stats='first'",
-            beside=frozenset({"count"}),
         )
 
 

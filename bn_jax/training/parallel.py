@@ -28,7 +28,6 @@ from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from bn_jax import data as data_lib
-from bn_jax.averages import BatchNormState, merge_states
 from bn_jax.fields import ConfigError
 from bn_jax.training import step as step_lib
 from bn_jax.training.config import TrainConfig
@@ -197,29 +196,6 @@ def norm_attributes(config: TrainConfig, placement: Placement) -> dict[str, Any]
         groups = np.arange(num_devices).reshape(-1, group_size)
         attributes["axis_index_groups"] = groups.tolist()
     return attributes
-
-
-def merged(batch_stats: Any, rule: str) -> Any:
-    """Return one set of moving averages of those that differ by group of devices.
-
-    Args:
-      batch_stats: collection with a leading axis of groups in each array.
-      rule: "exact" merges means and variances, the variance between groups included
-        (`bn_jax.averages.merge_states`); "first" takes the first group's.
-    """
-
-    def is_layer(node: Any) -> bool:
-        return isinstance(node, dict) and "mean" in node and "var" in node
-
-    def of_layer(layer: Any) -> Any:
-        first = jax.tree.map(lambda leaf: leaf[0], layer)
-        if rule == "first" or not is_layer(layer) or len(layer["mean"]) == 1:
-            return first
-        state = merge_states(BatchNormState(layer["mean"], layer["var"]))
-        mean, var = np.asarray(state.mean), np.asarray(state.var)
-        return {**first, "mean": mean, "var": var}
-
-    return jax.tree.map(of_layer, batch_stats, is_leaf=is_layer)
 
 
 def put(array: np.ndarray | Array, sharding: NamedSharding) -> Array:

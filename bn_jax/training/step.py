@@ -11,12 +11,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from flax import traverse_util
 from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 
 from bn_jax.averages import debiased_momentum
-from bn_jax.fields import ConfigError
 from bn_jax.training.augment import AUGMENTATIONS
 from bn_jax.training.config import TrainConfig
 from bn_jax.training.losses import losses
@@ -180,32 +178,6 @@ def make_train_step(
         return state, Metrics(loss, accuracy)
 
     return train_step
-
-
-def check_merges(
-    batch_stats: Any, option: str, *, instead: str, beside: frozenset[str] = frozenset()
-) -> None:
-    """Refuse statistics that are not a mean and a variance, which alone can be merged.
-
-    Args:
-      batch_stats: of a model.
-      option: the one that asks to merge them, as the user writes it.
-      instead: what merges nothing, likewise.
-      beside: names of statistics that may stand beside mean and variance.
-
-    Raises:
-      ConfigError: if a layer keeps others.
-    """
-    kept: dict[tuple[str, ...], set[str]] = {}
-    for *layer, name in traverse_util.flatten_dict(batch_stats):
-        kept.setdefault(tuple(layer), set()).add(name)
-    for path, names in kept.items():
-        if names - beside != {"mean", "var"}:
-            raise ConfigError(
-                f"{option} with the norm {'/'.join(path)}, which keeps "
-                f"{', '.join(sorted(names))}; it merges means and variances alone: "
-                f"give {instead}"
-            )
 
 
 def _moved_once(old: Any, moved: Any, move: Callable[[Any], Any]) -> Any:

@@ -17,7 +17,7 @@ from flax import linen as nn
 from bn_jax import data as data_lib
 from bn_jax.fields import ConfigError
 from bn_jax.linen import BatchNorm
-from bn_jax.training import loop, parallel
+from bn_jax.training import loop, merging, parallel
 from bn_jax.training import step as step_lib
 from bn_jax.training.config import TrainConfig
 from bn_jax.training.state import Network, init_state
@@ -160,7 +160,7 @@ def assert_near(one, other, atol):
 
 def merged(state):
     """The state with the exact merge of its moving averages, in a stack of one."""
-    one = parallel.merged(state.batch_stats, "exact")
+    one = merging.merged(state.batch_stats, "exact")
     return state.replace(batch_stats=jax.tree.map(lambda leaf: leaf[None], one))
 
 
@@ -367,10 +367,10 @@ def test_exact_merge_adds_the_variance_between_devices():
         "mean": np.array([[1.0, 0.0], [3.0, 0.0]], np.float32),
         "var": np.array([[2.0, 1.0], [4.0, 2.0]], np.float32),
     }
-    exact = parallel.merged({"block": {"norm": layer}}, "exact")["block"]["norm"]
+    exact = merging.merged({"block": {"norm": layer}}, "exact")["block"]["norm"]
     np.testing.assert_allclose(exact["mean"], [2.0, 0.0])
     np.testing.assert_allclose(exact["var"], [4.0, 1.5])
-    first = parallel.merged({"block": {"norm": layer}}, "first")["block"]["norm"]
+    first = merging.merged({"block": {"norm": layer}}, "first")["block"]["norm"]
     np.testing.assert_array_equal(first["mean"], [1.0, 0.0])
     np.testing.assert_array_equal(first["var"], [2.0, 1.0])
 
@@ -382,11 +382,11 @@ def test_merge_of_one_is_itself_and_keeps_what_is_no_average():
         "count": np.array([5.0], np.float32),
     }
     for rule in ("exact", "first"):
-        one = parallel.merged({"norm": layer}, rule)["norm"]
+        one = merging.merged({"norm": layer}, rule)["norm"]
         chex.assert_trees_all_equal(one, {name: v[0] for name, v in layer.items()})
     both = jax.tree.map(lambda leaf: np.concatenate([leaf, leaf]), {"norm": layer})
-    assert parallel.merged(both, "exact")["norm"]["count"] == 5
-    assert parallel.merged({}, "exact") == {}
+    assert merging.merged(both, "exact")["norm"]["count"] == 5
+    assert merging.merged({}, "exact") == {}
 
 
 @pytest.mark.parametrize("norm", ["whitening:max_group_size=8", "center", "mabn"])

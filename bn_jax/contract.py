@@ -110,26 +110,6 @@ def initializer(
     return init
 
 
-def with_options(
-    function: Callable[..., tuple[Array, Any]], **options: Any
-) -> Callable[..., tuple[Array, Any]]:
-    """Bind options to a function that is applied.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> from bn_jax import batch_norm, init
-      >>> apply = with_options(batch_norm, momentum=0.75)
-      >>> y, state = apply(jnp.array([[1.0], [3.0]]), *init(1), train=True)
-      >>> state.mean.tolist()
-      [0.5]
-    """
-
-    def apply(x: Array, params: Any, state: Any, **call: Any) -> tuple[Array, Any]:
-        return function(x, params, state, **options, **call)
-
-    return apply
-
-
 def without_batch_axis(
     function: Callable[..., tuple[Array, Any]], **options: Any
 ) -> Callable[..., tuple[Array, Any]]:

@@ -403,25 +403,27 @@ def _apply(
         train = not predict
     check_static(update_average=update_average, zero_masked=module.zero_masked)
     moves = train if update_average is None else update_average
-    state = {name: variable.value for name, variable in variables.items()}
-    y, moved = modules.call(
+    is_dummy = module.is_initializing()
+    moves = moves and not (train and is_dummy)
+    options = modules.options_of(
         module,
         transform,
         x,
-        params,
-        type(initial)(**state),
         feature_axis=axis,
         is_example=given.ndim == 1,
         weights=weights,
         statistics=statistics,
         train=train,
         update_state=moves,
-        is_dummy=module.is_initializing(),
+        is_dummy=is_dummy,
     )
-    if moved is not None:
+    kept = modules.kept(module, x, axis, weights)
+    state = type(initial)(**{name: v.value for name, v in variables.items()})
+    y, state = transform.apply(modules.zero_unless(kept, x), params, state, **options)
+    if moves:
         for name, variable in variables.items():
-            variable.value = getattr(moved, name)
-    return y.astype(dtype).reshape(given.shape)
+            variable.value = getattr(state, name)
+    return modules.zero_unless(kept, y).astype(dtype).reshape(given.shape)
 
 
 def _check_complete(module: Any, transform: Transform, names: Sequence[str]) -> None:

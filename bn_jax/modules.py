@@ -240,12 +240,26 @@ def taken(transform: Transform, **options: Any) -> dict[str, Any]:
     return given
 
 
-def call(
+def kept(
+    module: Any, x: Array, feature_axis: int | Sequence[int], weights: Array | None
+) -> Array | None:
+    """Return which values of x a module keeps; None where it keeps all.
+
+    Args:
+      module: whose `zero_masked` says whether values of weight 0 become 0.
+      x: input, as `as_batch` returns it.
+      feature_axis: likewise.
+      weights: likewise.
+    """
+    if not module.zero_masked or weights is None:
+        return None
+    return moments_lib.align_weights(weights, x, feature_axis) != 0
+
+
+def options_of(
     module: Any,
     transform: Transform,
     x: Array,
-    params: Any,
-    state: Any,
     *,
     feature_axis: int | Sequence[int],
     is_example: bool,
@@ -254,15 +268,13 @@ def call(
     train: bool,
     update_state: bool,
     is_dummy: bool,
-) -> tuple[Array, Any]:
-    """Apply a transform with the attributes of a module.
+) -> dict[str, Any]:
+    """Return the keyword arguments with which a module applies a transform.
 
     Args:
       module: whose attributes are those of `Norm` but `transform`.
       transform: what is applied.
-      x: input, as `as_batch` returns it.
-      params: see `Transform.apply`.
-      state: see there.
+      x: to what.
       feature_axis: see `as_batch`.
       is_example: whether x was one example, whose batch axis is new.
       weights: see `as_batch`.
@@ -270,14 +282,10 @@ def call(
       train: see there.
       update_state: see there.
       is_dummy: whether the call initialises the module, or makes a table of its layers:
-        no collective is called, the state stays, and a batch of one gives no warning.
-
-    Returns:
-      The result, and the new state; None where the state stays as it is.
+        no collective is called, and a batch of one gives no warning.
 
     Raises:
       ConfigError: if the transform does not take what is given.
-      ValueError: as `Transform.apply`.
     """
     options = taken(
         transform,
@@ -288,25 +296,18 @@ def call(
         statistics=statistics,
     )
     if train and is_dummy:
-        update_state, options = False, {}
+        options = {}
         if "statistics" in transform.takes:
             moments = moments_lib.measure(x, feature_axis=feature_axis, weights=weights)
             options = {"statistics": moments}
     if "update_state" in transform.takes:
         options["update_state"] = update_state
-    counts = None
-    if module.zero_masked and weights is not None:
-        counts = moments_lib.align_weights(weights, x, feature_axis) != 0
-    y, state = transform.apply(
-        zero_unless(counts, x),
-        params,
-        state,
-        train=train,
-        feature_axis=feature_axis,
-        batch_axis=0 if is_example else module.batch_axis,
+    return {
+        "train": train,
+        "feature_axis": feature_axis,
+        "batch_axis": 0 if is_example else module.batch_axis,
         **options,
-    )
-    return zero_unless(counts, y), state if update_state else None
+    }
 
 
 def check_taken(name: str, takes: frozenset[str], given: Mapping[str, Any]) -> None:

@@ -513,26 +513,31 @@ def _apply(
     per_feature = {**state._asdict(), **params._asdict()}
     per_feature = {k: v for k, v in per_feature.items() if k in (*AFFINE, *AVERAGES)}
     check_layer_fits(type(module).__name__, batch, axis, **per_feature)
-    y, moved = modules.call(
+    batch = _widened(batch)  # so that the result is rounded once, to dtype
+    is_dummy = _is_tabulated(module)
+    moves = moves and not (train and is_dummy)
+    options = modules.options_of(
         module,
         transform,
-        _widened(batch),  # so that the result is rounded once, to dtype
-        params,
-        state,
+        batch,
         feature_axis=axis,
         is_example=x.ndim == 1,
         weights=weights,
         statistics=statistics,
         train=train,
         update_state=moves,
-        is_dummy=_is_tabulated(module),
+        is_dummy=is_dummy,
     )
-    if moved is not None:
+    kept = modules.kept(module, batch, axis, weights)
+    y, state = transform.apply(
+        modules.zero_unless(kept, batch), params, state, **options
+    )
+    if moves:
         # No gradient, as in Flax: the variables outlive the differentiated call.
         # The mean of complex inputs is complex, which [...] = would cast to real.
-        for name, value in moved._asdict().items():
+        for name, value in state._asdict().items():
             getattr(module, name).set_value(lax.stop_gradient(value))
-    return y.astype(dtype).reshape(x.shape)
+    return modules.zero_unless(kept, y).astype(dtype).reshape(x.shape)
 
 
 def _is_tabulated(module: Any) -> bool:

@@ -30,7 +30,6 @@ from bn_jax.contract import (
     Momentum,
     Transform,
     initializer,
-    with_options,
 )
 from bn_jax.names import Table
 from bn_jax.variants.mabn import mabn_transform as mabn
@@ -92,7 +91,7 @@ def batch_norm(
     takes = MOMENTS | {"ghost_batch_size"}
     init = initializer(functional_lib.init, scale=use_scale, bias=use_bias)
     if average == "exponential":
-        apply = with_options(
+        apply = functools.partial(
             functional_lib.batch_norm, momentum=momentum, epsilon=epsilon
         )
         return Transform(init, apply, takes, epsilon=epsilon, name="batch_norm")

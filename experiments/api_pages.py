@@ -15,6 +15,8 @@ import pkgutil
 import warnings
 from collections.abc import Sequence
 
+from absl import app
+
 import bn_jax
 from bn_jax.fields import ConfigError
 from experiments import launch
@@ -33,6 +35,7 @@ def modules() -> list[str]:
     ]
 
 
+@launch.errors_in_a_line()
 def main(argv: Sequence[str]) -> None:
     launch.check_no_arguments(argv)
     folder = launch.workdir()
@@ -52,4 +55,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    launch.start(main, launch.define_workdir_flag)
+    app.run(main, flags_parser=launch.flags_parser(launch.define_workdir_flag))

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from absl import flags
+from absl import app, flags
 
 from bn_jax.fields import ConfigError
 from bn_jax.runs import compare, json_files
@@ -23,6 +23,7 @@ if __name__ != "__main__":
     flags.disclaim_key_flags()
 
 
+@launch.errors_in_a_line()
 def main(argv: Sequence[str]) -> None:
     """Compare the folders that are given."""
     if len(argv) < 2:
@@ -48,4 +49,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    launch.start(main, launch.define_workdir_flag)
+    app.run(main, flags_parser=launch.flags_parser(launch.define_workdir_flag))

@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import app
 from flax import linen as flax_linen
 from flax import nnx as flax_nnx
 
@@ -485,6 +486,7 @@ RENORM_CHECKS: Checks = {
 }
 
 
+@launch.errors_in_a_line()
 def main(argv: Sequence[str]) -> None:
     launch.check_no_arguments(argv)
     with launch.experiment("conformance", {}) as workdir:
@@ -544,4 +546,4 @@ def markdown(errors: Mapping[str, Mapping[str, str]], checks: Checks) -> str:
 
 
 if __name__ == "__main__":
-    launch.start(main, launch.define_workdir_flag)
+    app.run(main, flags_parser=launch.flags_parser(launch.define_workdir_flag))

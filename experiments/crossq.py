@@ -28,7 +28,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import flags
+from absl import app, flags
 
 import bn_jax.linen
 from bn_jax import fields, transforms
@@ -201,6 +201,7 @@ def compare(design: Design) -> dict[str, Any]:
     }
 
 
+@launch.errors_in_a_line()
 def main(argv: Sequence[str]) -> None:
     launch.check_no_arguments(argv)
     design = flag_fields.read(Design, flags.FLAGS)
@@ -227,4 +228,4 @@ def define_flags() -> None:
 
 
 if __name__ == "__main__":
-    launch.start(main, define_flags)
+    app.run(main, flags_parser=launch.flags_parser(define_flags))

@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-from absl import flags
+from absl import app, flags
 from tqdm import tqdm
 
 from bn_jax.fields import AT_LEAST_1, NOT_NEGATIVE, ConfigError
@@ -173,7 +173,7 @@ class Job:
 
         sys.argv = ["experiments.train", *arguments]
         try:
-            launch.start(train.main, train.define_flags)
+            app.run(train.main, flags_parser=launch.flags_parser(train.define_flags))
         except SystemExit as ended:
             if ended.code:
                 raise

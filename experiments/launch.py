@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
-from absl import app, flags, logging
+from absl import flags, logging
 
 from bn_jax import fields, paths
 from bn_jax.fields import ConfigError
@@ -406,15 +406,16 @@ def _as_options(name: str) -> list[str]:
     return found
 
 
-def start(
-    main: Callable[[Sequence[str]], None], define_flags: Callable[[], None]
-) -> None:
-    """Run an experiment; a user's mistake ends with one line and status 1.
+def flags_parser(
+    define_flags: Callable[[], None],
+) -> Callable[[Sequence[str]], list[str]]:
+    """Define flags, and return what `absl.app.run` parses them with.
+
+    A flag that is wrong ends with one line.
 
     Args:
-      main: the experiment, given what is left of the command line.
-      define_flags: called first. Flags are not defined on import, so that experiments
-        can be imported side by side.
+      define_flags: called here, not on import, so that experiments can be imported side
+        by side.
     """
     _keep_output()
     define_flags()
@@ -427,32 +428,38 @@ def start(
         except flags.Error as error:
             sys.exit(f"error: {_told(error)}")
 
-    def run(argv: Sequence[str]) -> None:
-        from bn_jax.data import DataError
-        from bn_jax.runs import distributed
-        from bn_jax.runs.distributed import DistributedError
-        from bn_jax.runs.interrupt import Interrupted
-        from bn_jax.runs.json_files import RunError
+    return parse
 
-        if not flags.FLAGS["verbosity"].present:
-            _quiet_orbax()
-        try:
-            main(argv)
-        except Interrupted as interrupted:
-            print(interrupted, file=sys.stderr)
-            sys.exit(128 + interrupted.signum)
-        except (
-            ConfigError,
-            DataError,
-            DistributedError,
-            FloatingPointError,
-            RunError,
-        ) as error:
-            fail(f"error: {error}")
-        except (RuntimeError, ValueError) as error:  # of JAX
-            if not distributed.is_of_a_death(error):
-                raise
-            distributed.end_with_others(_is_whole())
-        distributed.leave()
 
-    app.run(run, flags_parser=parse)
+@contextlib.contextmanager
+def errors_in_a_line() -> Iterator[None]:
+    """End the process with one line and status 1 after a user's mistake.
+
+    It decorates the function that `absl.app.run` calls.
+    """
+    from bn_jax.data import DataError
+    from bn_jax.runs import distributed
+    from bn_jax.runs.distributed import DistributedError
+    from bn_jax.runs.interrupt import Interrupted
+    from bn_jax.runs.json_files import RunError
+
+    if not flags.FLAGS["verbosity"].present:
+        _quiet_orbax()
+    try:
+        yield
+    except Interrupted as interrupted:
+        print(interrupted, file=sys.stderr)
+        sys.exit(128 + interrupted.signum)
+    except (
+        ConfigError,
+        DataError,
+        DistributedError,
+        FloatingPointError,
+        RunError,
+    ) as error:
+        fail(f"error: {error}")
+    except (RuntimeError, ValueError) as error:  # of JAX
+        if not distributed.is_of_a_death(error):
+            raise
+        distributed.end_with_others(_is_whole())
+    distributed.leave()

@@ -16,7 +16,9 @@ The flags are those of `experiments.train`, whose defaults are this run.
 
 from __future__ import annotations
 
+from absl import app
+
 from experiments import launch, train
 
 if __name__ == "__main__":
-    launch.start(train.main, train.define_flags)
+    app.run(train.main, flags_parser=launch.flags_parser(train.define_flags))

@@ -26,7 +26,7 @@ from string import Formatter
 from types import ModuleType
 from typing import Any
 
-from absl import flags
+from absl import app, flags
 
 from bn_jax.fields import ConfigError
 from bn_jax.runs import json_files, provenance, sweeps
@@ -345,6 +345,7 @@ def _same(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
+@launch.errors_in_a_line()
 def main(argv: Sequence[str]) -> None:
     launch.check_no_arguments(argv)
     if not README.exists():
@@ -388,4 +389,4 @@ def define_flags() -> None:
 
 
 if __name__ == "__main__":
-    launch.start(main, define_flags)
+    app.run(main, flags_parser=launch.flags_parser(define_flags))

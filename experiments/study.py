@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import flags
+from absl import app, flags
 
 from bn_jax import fields, paths
 from bn_jax.data import ImageData
@@ -205,7 +205,10 @@ class Study:
 
 def start(study: Study) -> None:
     """Run a study from the command line."""
-    launch.start(lambda argv: _main(study, argv), lambda: _define_flags(study))
+    app.run(
+        lambda argv: _main(study, argv),
+        flags_parser=launch.flags_parser(lambda: _define_flags(study)),
+    )
 
 
 def _define_flags(study: Study) -> None:
@@ -230,6 +233,7 @@ def _define_flags(study: Study) -> None:
     )
 
 
+@launch.errors_in_a_line()
 def _main(study: Study, argv: Sequence[str]) -> None:
     launch.check_no_arguments(argv)
     if flags.FLAGS.plot_only:

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from absl import flags
+from absl import app, flags
 
 from bn_jax import runs, transforms
 from bn_jax.data import ImageData
@@ -79,6 +79,7 @@ def define_flags() -> None:
     )
 
 
+@launch.errors_in_a_line()
 def main(argv: Sequence[str]) -> None:
     """Train, sweep or evaluate again, as the flags say."""
     launch.check_no_arguments(argv)
@@ -451,4 +452,4 @@ def _is_close(new: float | str | None, old: float | str | None) -> bool:
 
 
 if __name__ == "__main__":
-    launch.start(main, define_flags)
+    app.run(main, flags_parser=launch.flags_parser(define_flags))

@@ -13,8 +13,7 @@ import pytest
 from flax import linen as nn
 
 from bn_jax import folding, linen
-from bn_jax.training import step as step_lib
-from bn_jax.training import task
+from bn_jax.training import feed, loop, task
 from bn_jax.training.config import TrainConfig
 from bn_jax.training.optimizers import make_optimizer
 from bn_jax.training.state import init_state
@@ -75,8 +74,8 @@ def test_the_config_decides_of_the_products_of_the_model(
     variables = jax.eval_shape(network.init, jax.random.key(0))
     state = jax.eval_shape(lambda v: init_state(v, optimizer), variables)
     images = jax.ShapeDtypeStruct((4, 28, 28, 1), jnp.uint8)
-    batch = step_lib.Batch(images, jax.ShapeDtypeStruct((4,), jnp.int32))
-    step = step_lib.make_train_step(config, network, optimizer)
+    batch = feed.Batch(images, jax.ShapeDtypeStruct((4,), jnp.int32))
+    step = loop.make_train_step(config, network, optimizer)
     assert precisions(step, state, batch) == {expected}
     assert precisions(network.predict, variables, images) == {expected}
     assert precisions(network.predict_by_batch, variables, images) == {expected}

@@ -143,19 +143,19 @@ class Projection(nn.Module):
       features: number of output channels.
       stride: in pixels.
       conv: constructor of convolutions, called as `convolution` is.
-      normalise: function of an array and a `name` that makes a norm and applies it.
+      norm_layer: makes a norm, as `layers.norm_layer` does, by its `name`.
     """
 
     features: int
     stride: int
     conv: Callable[..., nn.Module]
-    normalise: Callable[..., Array]
+    norm_layer: Callable[..., Callable[[Array], Array]]
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """Return activations in the layout of `x`."""
         x = self.conv(self.features, 1, stride=self.stride, name="conv")(x)
-        return self.normalise(x, name="norm")
+        return self.norm_layer(name="norm")(x).astype(x.dtype)
 
 
 class Block(nn.Module):
@@ -171,8 +171,8 @@ class Block(nn.Module):
       projects: whether the shortcut is a `Projection`; without, input and output must
         have the same shape.
       conv: see `Projection`.
-      normalise: see `Projection`.
-      normalise_last: the same, for the last norm before the sum.
+      norm_layer: see `Projection`.
+      last_norm_layer: the same, for the last norm before the sum.
     """
 
     features: int
@@ -180,8 +180,8 @@ class Block(nn.Module):
     bottleneck: bool
     projects: bool
     conv: Callable[..., nn.Module]
-    normalise: Callable[..., Array]
-    normalise_last: Callable[..., Array]
+    norm_layer: Callable[..., Callable[[Array], Array]]
+    last_norm_layer: Callable[..., Callable[[Array], Array]]
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -193,13 +193,14 @@ class Block(nn.Module):
         y = x
         for i, (size, features, stride) in enumerate(convs, start=1):
             y = self.conv(features, size, stride=stride, name=f"conv{i}")(y)
-            if i < len(convs):
-                y = jax.nn.relu(self.normalise(y, name=f"norm{i}"))
-            else:
-                y = self.normalise_last(y, name=f"norm{i}")
+            is_last = i == len(convs)
+            norm_layer = self.last_norm_layer if is_last else self.norm_layer
+            y = norm_layer(name=f"norm{i}")(y).astype(y.dtype)
+            if not is_last:
+                y = jax.nn.relu(y)
         if self.projects:
             x = Projection(
-                features, self.stride, self.conv, self.normalise, name="shortcut"
+                features, self.stride, self.conv, self.norm_layer, name="shortcut"
             )(x)
         return jax.nn.relu(x + y)
 
@@ -246,7 +247,7 @@ class ImageNetResNet(nn.Module):
     Attributes:
       depth: number of layers with kernels, not counting shortcuts. From 50 on, blocks
         are bottlenecks; their stride is that of the 3 x 3 convolution (version 1.5).
-      norm: constructor of the normalisation, as `layers.normalise` calls it; None for
+      norm: constructor of the normalisation, as `layers.norm_layer` calls it; None for
         none. Convolutions have a bias where they have no norm.
       width: number of channels of the stem and the first stage's 3 x 3 convolutions;
         each further stage has twice as many.
@@ -301,20 +302,22 @@ class ImageNetResNet(nn.Module):
         conv = functools.partial(
             convolution, layout=layout, use_bias=self.norm is None, dtype=self.dtype
         )
-        normalise = functools.partial(
-            layers.normalise,
-            norm=self.norm,
+        norm_layer = functools.partial(
+            layers.norm_layer,
+            self.norm,
             train=train,
             axis=layout.index("C"),
             batch_axis=layout.index("N"),
         )
-        normalise_last = normalise
+        last_norm_layer = norm_layer
         if self.norm is not None and self.zero_init_residual:
-            normalise_last = functools.partial(normalise, norm=_of_last(self.norm))
+            last_norm_layer = functools.partial(
+                layers.norm_layer, _of_last(self.norm), **norm_layer.keywords
+            )
 
         x = layers.from_nhwc(x, layout)
         x = conv(self.width, 7, stride=2, name="stem")(x)
-        x = jax.nn.relu(normalise(x, name="stem_norm"))
+        x = jax.nn.relu(norm_layer(name="stem_norm")(x).astype(x.dtype))
         x = max_pool_3x3(x, layout)
         bottleneck = self.depth >= 50
         for stage, num_blocks in enumerate(STAGES[self.depth]):
@@ -323,8 +326,8 @@ class ImageNetResNet(nn.Module):
                 features=self.width * 2**stage,
                 bottleneck=bottleneck,
                 conv=conv,
-                normalise=normalise,
-                normalise_last=normalise_last,
+                norm_layer=norm_layer,
+                last_norm_layer=last_norm_layer,
             )
             x = Stage(
                 num_blocks,

@@ -28,7 +28,7 @@ from bn_jax.models.blocks import Pair, conv2d_by_blocks
 
 Layout = Literal["NHWC", "CHWN"]
 Padding = Literal["VALID", "SAME"] | tuple[Pair, Pair]
-# The constructor of a normalisation; `normalise` says how it is called.
+# The constructor of a normalisation; `norm_layer` says how it is called.
 NormConstructor = Callable[..., nn.Module]
 
 Activation = Literal["sigmoid", "relu", "tanh", "gelu", "silu", "linear"]
@@ -124,8 +124,7 @@ def with_scale_init(
     return functools.partial(norm, scale_init=initializer)
 
 
-def normalise(
-    x: Array,
+def norm_layer(
     norm: NormConstructor | None,
     *,
     train: bool,
@@ -133,17 +132,16 @@ def normalise(
     batch_axis: int,
     name: str,
     switch: bool | Array = True,
-) -> Array:
-    """Make a norm in the calling module and apply it.
+) -> Callable[[Array], Array]:
+    """Make a norm in the calling module.
 
-    The norm is made as `norm(use_running_average=..., axis=..., batch_axis=...,
+    It is made as `norm(use_running_average=..., axis=..., batch_axis=...,
     name=...)`. Arguments that the constructor lacks are left out: Flax's
     `nn.BatchNorm` has no `batch_axis`. One that has no `axis`, such as Flax's
     `nn.LayerNorm`, gets examples on the first axis and features on the last.
 
     Args:
-      x: activations.
-      norm: the constructor; None returns x.
+      norm: the constructor; None for the identity.
       train: whether the norm uses the batch's statistics and moves its averages.
       axis: of the features.
       batch_axis: of the examples.
@@ -152,14 +150,15 @@ def normalise(
         norm is then there, and passed by where the switch is off.
 
     Returns:
-      Array of x's shape and dtype.
+      The layer, or a function that calls it. Its result has x's shape; of x in half
+      precision it is float32, to which norms promote for their parameters.
 
     Raises:
       TypeError: if `norm` is not a constructor, or `train` no boolean.
     """
     check_static(train=train)
     if norm is None or switch is False:
-        return x
+        return _identity
     if not callable(norm):
         raise TypeError(
             f"norm={norm!r}; expected a constructor, such as bn_jax.linen.BatchNorm or "
@@ -174,14 +173,32 @@ def normalise(
     }
     options = {k: v for k, v in options.items() if takes_any or k in known}
     layer: Any = norm(**options, name=name)
-    if "axis" in options:
-        y = layer(x)
-    else:
-        here, there = (batch_axis, axis), (0, -1)
-        y = jnp.moveaxis(layer(jnp.moveaxis(x, here, there)), there, here)
-    # Norms promote half precision to the float32 of their parameters.
-    y = y.astype(x.dtype)
-    return y if switch is True else jnp.where(switch, y, x)
+    if "axis" not in options:
+        layer = _features_last(layer, axis=axis, batch_axis=batch_axis)
+    return layer if switch is True else _switched(layer, switch)
+
+
+def _identity(x: Array) -> Array:
+    return x
+
+
+def _features_last(
+    layer: Callable[[Array], Array], *, axis: int, batch_axis: int
+) -> Callable[[Array], Array]:
+    """Call a layer with the examples on the first axis and the features on the last."""
+    here, there = (batch_axis, axis), (0, -1)
+
+    def called(x: Array) -> Array:
+        return jnp.moveaxis(layer(jnp.moveaxis(x, here, there)), there, here)
+
+    return called
+
+
+def _switched(
+    layer: Callable[[Array], Array], switch: Array
+) -> Callable[[Array], Array]:
+    """Call a layer, and return its input where the switch is off."""
+    return lambda x: jnp.where(switch, layer(x), x)
 
 
 def to_logits(x: Array) -> Array:

@@ -90,7 +90,7 @@ class LeNet(nn.Module):
     activation. Kernels start from Xavier's uniform distribution, biases from 0.
 
     Attributes:
-      norm: constructor of the normalisation, as `layers.normalise` calls it:
+      norm: constructor of the normalisation, as `layers.norm_layer` calls it:
         `bn_jax.linen.BatchNorm`, `flax.linen.BatchNorm`, a `functools.partial` of one,
         or what `bn_jax.linen.norm` returns; None for no normalisation.
       norm_layers: which of the four have their norm: four booleans, or an array `[4]`.
@@ -167,8 +167,7 @@ class LeNet(nn.Module):
             return self.bias_before_norm or switches[i - 1] is False
 
         def norm_activation(x: Array, i: int, axis: int, batch_axis: int) -> Array:
-            x = layers.normalise(
-                x,
+            norm = layers.norm_layer(
                 self.norm,
                 train=train,
                 axis=axis,
@@ -176,7 +175,7 @@ class LeNet(nn.Module):
                 name=f"norm{i}",
                 switch=switches[i - 1],
             )
-            return self.activation(x)
+            return self.activation(norm(x).astype(x.dtype))
 
         p = self.first_padding
         x = jnp.pad(x, ((0, 0), (p, p), (p, p), (0, 0)))

@@ -73,7 +73,7 @@ class MLP(nn.Module):
     Attributes:
       widths: number of outputs of each hidden layer.
       activation: function of an array; `lambda x: x` makes the network linear.
-      norm: constructor of the normalisation, as `layers.normalise` calls it; None for
+      norm: constructor of the normalisation, as `layers.norm_layer` calls it; None for
         no normalisation.
       norm_layers: which hidden layers have their norm: a boolean for each, or an array
         `[len(widths)]`; None for all. With an array, which may be traced, all norms are
@@ -134,9 +134,8 @@ class MLP(nn.Module):
         for i, (width, switch) in enumerate(
             zip(self.widths, switches, strict=True), start=1
         ):
-            normalised = functools.partial(
-                layers.normalise,
-                norm=self.norm,
+            norm = layers.norm_layer(
+                self.norm,
                 train=train,
                 axis=-1,
                 batch_axis=0,
@@ -148,9 +147,10 @@ class MLP(nn.Module):
             )
             x = dense(width, use_bias=use_bias, name=f"dense{i}")(x)
             if self.norm_after_activation:
-                x = normalised(self.activation(x))
+                x = self.activation(x)
+                x = norm(x).astype(x.dtype)
             else:
-                x = self.activation(normalised(x))
+                x = self.activation(norm(x).astype(x.dtype))
             x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
         last = dense(self.num_classes, name=f"dense{len(self.widths) + 1}")
         return layers.to_logits(last(x))

@@ -110,8 +110,8 @@ class ResidualBlock(nn.Module):
       features: number of output channels.
       stride: of the first convolution and the shortcut.
       layout: order of the axes of input and output.
-      normalise: function of an array and a `name` that makes a norm of that name and
-        applies it; None for biases and no norm.
+      norm_layer: makes a norm, as `layers.norm_layer` does, by its `name`; None for
+        biases and no norm.
       skip_init: whether the branch is multiplied by a scalar that starts from 0.
       dtype: to compute in; None for that of input and parameters, promoted.
     """
@@ -119,7 +119,7 @@ class ResidualBlock(nn.Module):
     features: int
     stride: int
     layout: layers.Layout
-    normalise: Callable[..., Array] | None = None
+    norm_layer: Callable[..., Callable[[Array], Array]] | None = None
     skip_init: bool = False
     dtype: Any = None
 
@@ -132,12 +132,12 @@ class ResidualBlock(nn.Module):
                 self.features,
                 layout=self.layout,
                 strides=stride,
-                use_bias=self.normalise is None,
+                use_bias=self.norm_layer is None,
                 dtype=self.dtype,
                 name=f"conv{i}",
             )(y)
-            if self.normalise is not None:
-                y = self.normalise(y, name=f"norm{i}")
+            if self.norm_layer is not None:
+                y = self.norm_layer(name=f"norm{i}")(y).astype(y.dtype)
             if i == 1:
                 y = jax.nn.relu(y)
         if self.skip_init:
@@ -208,7 +208,7 @@ class ResNet(nn.Module):
 
     Attributes:
       depth: number of layers with kernels: 8, 14, 20, ..., 56, ..., 110.
-      norm: constructor of the normalisation, as `layers.normalise` calls it; None for
+      norm: constructor of the normalisation, as `layers.norm_layer` calls it; None for
         none. Convolutions have a bias where they have no norm, except with Fixup.
       residual: "plain"; or, without a norm, "fixup" or "skipinit", whose branches start
         from 0.
@@ -263,11 +263,11 @@ class ResNet(nn.Module):
             layout = "NHWC"  # in which no kernel is rearranged for its convolution
         num_blocks = (self.depth - 2) // 6  # in each of three stages
         fixup = self.residual == "fixup"
-        normalise = None
+        norm_layer = None
         if self.norm is not None:
-            normalise = functools.partial(
-                layers.normalise,
-                norm=self.norm,
+            norm_layer = functools.partial(
+                layers.norm_layer,
+                self.norm,
                 train=train,
                 axis=layout.index("C"),
                 batch_axis=layout.index("N"),
@@ -276,12 +276,12 @@ class ResNet(nn.Module):
         x = conv3x3(
             self.width,
             layout=layout,
-            use_bias=normalise is None and not fixup,
+            use_bias=norm_layer is None and not fixup,
             dtype=self.dtype,
             name="stem",
         )(layers.from_nhwc(x, layout))
-        if normalise is not None:
-            x = normalise(x, name="stem_norm")
+        if norm_layer is not None:
+            x = norm_layer(name="stem_norm")(x).astype(x.dtype)
         if fixup:
             x = x + scalar(self, "stem_bias", x.dtype)
         x = jax.nn.relu(x)
@@ -305,7 +305,7 @@ class ResNet(nn.Module):
                         features,
                         stride,
                         layout,
-                        normalise,
+                        norm_layer,
                         skip_init=self.residual == "skipinit",
                         dtype=self.dtype,
                         name=name,

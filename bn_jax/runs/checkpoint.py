@@ -17,7 +17,7 @@ from bn_jax import fields
 from bn_jax.runs import json_files, workdirs
 from bn_jax.runs.json_files import RunError
 from bn_jax.runs.workdirs import differences
-from bn_jax.training.loop import EpochReport, Progress
+from bn_jax.training.progress import EpochReport, Progress
 from bn_jax.training.state import TrainState
 
 VARIABLES = "variables"

@@ -24,8 +24,8 @@ from bn_jax.runs import summary as summary_lib
 from bn_jax.runs.json_files import RunError
 from bn_jax.training import loop, merging, schedules
 from bn_jax.training.config import OWN_MODEL, TrainConfig
-from bn_jax.training.loop import EpochReport, Progress
 from bn_jax.training.optimizers import make_schedule
+from bn_jax.training.progress import EpochReport, Progress
 from bn_jax.training.state import TrainState
 
 
@@ -228,7 +228,7 @@ def _title(config: TrainConfig) -> str:
     return f"{config.model}, {norm}rate {config.learning_rate:g}{smoothed}"
 
 
-def _line(report: loop.EpochReport, epochs: int) -> str:
+def _line(report: EpochReport, epochs: int) -> str:
     validated = ""
     if report.validation_accuracy is not None:
         validated = f"validation accuracy {report.validation_accuracy:.3f}  "

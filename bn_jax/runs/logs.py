@@ -18,7 +18,7 @@ import numpy as np
 from bn_jax.fields import ConfigError
 from bn_jax.runs import json_files
 from bn_jax.runs.summary import layer_values
-from bn_jax.training.loop import EpochReport
+from bn_jax.training.progress import EpochReport
 
 CSV = "metrics.csv"
 TENSORBOARD = "tensorboard"

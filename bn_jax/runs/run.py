@@ -57,7 +57,7 @@ class Run(NamedTuple):
     config: TrainConfig
     network: Network
     variables: Any
-    metrics: list[dict[str, Any]]  # one row per epoch, as `loop.EpochReport`
+    metrics: list[dict[str, Any]]  # one row per epoch, as `progress.EpochReport`
     results: dict[str, Any]  # as results.json
     average: Any = None  # of the parameters, like them; None where none was kept
     # Variables of the epoch that is best on the validation set, at whose end there was

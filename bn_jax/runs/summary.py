@@ -14,6 +14,7 @@ from bn_jax.measures.layer_calls import LayerCall, layer_calls
 from bn_jax.runs import json_files
 from bn_jax.training import loop
 from bn_jax.training.parameters import of_norms
+from bn_jax.training.progress import EpochReport
 from bn_jax.training.scoring import Score
 from bn_jax.training.state import Network
 
@@ -27,7 +28,7 @@ def summary(
     score: Score,
     variables: Any,
     *,
-    best: loop.EpochReport | None = None,
+    best: EpochReport | None = None,
 ) -> dict[str, Any]:
     """Return the contents of results.json, None for numbers that are not finite.
 
@@ -68,7 +69,7 @@ def summary(
     return of_summary
 
 
-def _best(report: loop.EpochReport) -> dict[str, Any]:
+def _best(report: EpochReport) -> dict[str, Any]:
     """Return the number and the scores of the best epoch, as results.json has them."""
     row = report.to_row()
     names = ("epoch", *_VALIDATION, "test_loss", "test_accuracy")

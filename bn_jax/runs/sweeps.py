@@ -19,7 +19,7 @@ from bn_jax.runs.run import Run, read_config
 from bn_jax.runs.sweep_program import Program
 from bn_jax.training import members, own_models, schedules, task
 from bn_jax.training.config import RunOptions, TrainConfig
-from bn_jax.training.loop import EpochReport
+from bn_jax.training.progress import EpochReport
 from bn_jax.training.state import Network
 from bn_jax.training.task import Task, make_network
 

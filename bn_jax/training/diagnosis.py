@@ -12,16 +12,18 @@ from flax import traverse_util
 from jax import Array
 
 from bn_jax import tracing
-from bn_jax.training import step as step_lib
+from bn_jax.training.feed import Batch
 from bn_jax.training.losses import losses
-from bn_jax.training.state import Network, TrainState
+from bn_jax.training.state import TrainState
 
 
-def first_not_finite(network: Network, state: TrainState, batch: step_lib.Batch) -> str:
+def first_not_finite(
+    network_forward: Callable[..., tuple[Array, Any]], state: TrainState, batch: Batch
+) -> str:
     """Return, in words, what a training step from `state` first makes not finite.
 
     Args:
-      network: what is trained.
+      network_forward: `loop.forward` of the network.
       state: before the step.
       batch: of the step.
     """
@@ -45,13 +47,8 @@ def first_not_finite(network: Network, state: TrainState, batch: step_lib.Batch)
 
     def apply(params: Any) -> Array:
         with nn.intercept_methods(note):
-            logits, _ = network.apply(
-                {"params": params, "batch_stats": state.batch_stats},
-                jnp.asarray(batch.images),
-                train=True,
-                mutable=["batch_stats"],
-                rngs={"dropout": jax.random.key(0)},
-            )
+            images, key = jnp.asarray(batch.images), jax.random.key(0)
+            logits, _ = network_forward(params, state.batch_stats, images, key)
         return jnp.asarray(logits)
 
     traced = tracing.trace(apply, state.params)

@@ -8,13 +8,15 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from bn_jax import data as data_lib
 from bn_jax.training import parallel
-from bn_jax.training import step as step_lib
+from bn_jax.training.feed import Batch
+from bn_jax.training.losses import losses
 
 # Large enough to amortise a step's overhead; activations of 500 images stay in cache.
 BATCH_SIZE = 500
@@ -27,6 +29,45 @@ class Evaluation(NamedTuple):
 
     loss: float  # cross-entropy in nats
     accuracy: float  # share of examples whose largest logit is the label's
+
+
+class Sums(NamedTuple):
+    """Sums over examples."""
+
+    loss: Array  # cross-entropy in nats; shape []
+    correct: Array  # number of examples whose largest logit is the label's; shape []
+
+
+def evaluate(
+    predict: Callable[[Any, Array], Array],
+    variables: Any,
+    batches: Batch,
+    counts: Array,
+) -> Sums:
+    """Return sums over examples.
+
+    Args:
+      predict: gives the logits of a batch of images; see `Network.predict`.
+      variables: what `predict` takes.
+      batches: images and labels with a leading axis of batches, `[T, N, ...]`.
+      counts: booleans `[T, N]`; False leaves an example out, such as padding.
+    """
+
+    def add_batch(total: Sums, batch: tuple[Batch, Array]) -> tuple[Sums, None]:
+        (images, labels), counts = batch
+        logits = predict(variables, images)
+        of_examples = losses(logits, labels)
+        correct = logits.argmax(-1) == labels
+        # A product would make NaN of 0 times the loss of padding that overflows.
+        added = Sums(
+            jnp.sum(jnp.where(counts, of_examples, 0)),
+            jnp.sum(correct & counts, dtype=jnp.int32),
+        )
+        return jax.tree.map(jnp.add, total, added), None
+
+    zero = Sums(jnp.zeros(()), jnp.zeros((), jnp.int32))
+    total, _ = lax.scan(add_batch, zero, (batches, counts))
+    return total
 
 
 class Evaluator:
@@ -60,7 +101,7 @@ class Evaluator:
         self._replicated = NamedSharding(mesh, PartitionSpec())
         self._by_column = NamedSharding(mesh, PartitionSpec(None, parallel.DATA))
         self._evaluate = jax.jit(
-            functools.partial(step_lib.evaluate, predict),
+            functools.partial(evaluate, predict),
             out_shardings=self._replicated,
         )
         self._compiled: Any = None
@@ -102,7 +143,7 @@ class Evaluator:
 
 def batched(
     split: data_lib.Split, num_batches: int, columns: int
-) -> tuple[step_lib.Batch, np.ndarray]:
+) -> tuple[Batch, np.ndarray]:
     """Return examples as batches, and which of them count: all but the padding.
 
     Args:
@@ -122,4 +163,4 @@ def batched(
     counts = filled(np.ones(len(split.labels), bool))
     images: Any = filled(split.images)
     labels: Any = filled(split.labels)
-    return step_lib.Batch(images, labels), counts
+    return Batch(images, labels), counts

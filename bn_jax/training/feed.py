@@ -12,9 +12,37 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax import Array
 
 from bn_jax import data as data_lib
-from bn_jax.training import step as step_lib
+
+
+class Batch(NamedTuple):
+    """Images and labels; a whole data set is one, too."""
+
+    images: Array  # shape [N, H, W, C], uint8
+    labels: Array  # shape [N], int32
+
+
+class Stored(NamedTuple):
+    """A data set on the device, and the examples of each step of an epoch."""
+
+    data: Batch
+    order: Array  # shape [steps, N], integers: the examples of each step's batch
+
+    def batch(self, i: Array) -> Batch:
+        """Return the batch of the epoch's step `i`."""
+        return jax.tree.map(lambda leaf: leaf[self.order[i]], self.data)
+
+
+class Streamed(NamedTuple):
+    """The batches of some steps, read from elsewhere."""
+
+    batches: Batch  # with a leading axis of steps
+
+    def batch(self, i: Array) -> Batch:
+        """Return batch `i`."""
+        return jax.tree.map(lambda leaf: leaf[i], self.batches)
 
 
 class Call(NamedTuple):
@@ -52,6 +80,22 @@ def calls(
     return planned
 
 
+def epoch_order(key: Array, *, num_examples: int, batch_size: int) -> Array:
+    """Return the examples of each step of an epoch, in an order that `key` decides.
+
+    Args:
+      key: decides the order, and so which examples are left over.
+      num_examples: of the data set.
+      batch_size: examples a step.
+
+    Returns:
+      Indices of shape `[num_examples // batch_size, batch_size]`, each at most once.
+    """
+    num_steps = num_examples // batch_size
+    order = jax.random.permutation(key, num_examples)
+    return order[: num_steps * batch_size].reshape(num_steps, batch_size)
+
+
 class Order:
     """The examples of each step, `[steps_per_epoch, batch_size]` an epoch.
 
@@ -65,7 +109,7 @@ class Order:
         self.steps_per_epoch = num_examples // batch_size
         self._key = key
         order = functools.partial(
-            step_lib.epoch_order, num_examples=num_examples, batch_size=batch_size
+            epoch_order, num_examples=num_examples, batch_size=batch_size
         )
         self._order = jax.jit(order)
         self.of_epoch = functools.lru_cache(maxsize=2)(self._of_epoch)
@@ -92,14 +136,14 @@ class _Chunks:
     def __len__(self) -> int:
         return len(self._planned)
 
-    def __getitem__(self, i: int) -> step_lib.Batch:
+    def __getitem__(self, i: int) -> Batch:
         first, stop = self._planned[i]
         epoch, start = divmod(first, self._order.steps_per_epoch)
         steps = slice(start, start + stop - first)
         rows = self._order.of_epoch(epoch)[steps, self._columns]
         padding = ((0, self._max_steps - len(rows)), (0, 0))  # steps that are not taken
         rows = np.pad(rows, padding, mode="edge")
-        return step_lib.Batch(self._split.images[rows], self._split.labels[rows])
+        return Batch(self._split.images[rows], self._split.labels[rows])
 
 
 def stream(
@@ -109,7 +153,7 @@ def stream(
     *,
     columns: slice,
     max_steps: int,
-) -> Iterator[step_lib.Batch]:
+) -> Iterator[Batch]:
     """Yield the batches of each call, read ahead by other threads.
 
     Args:

@@ -19,6 +19,7 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from bn_jax import models
+from bn_jax.training import loop
 from bn_jax.training.state import Network
 
 # Options of operations that change no number.
@@ -59,14 +60,10 @@ def checksums(
 
     def train(variables: Any, images: Any, key: Any) -> Any:
         def total(params: Any) -> Any:
-            outputs, updates = alone.apply(
-                {**variables, "params": params},
-                images,
-                train=True,
-                mutable=["batch_stats"],
-                rngs={"dropout": key},
+            outputs, moved = loop.forward(
+                alone, params, variables["batch_stats"], images, key
             )
-            return jnp.sum(outputs).real, updates
+            return jnp.sum(outputs).real, moved
 
         return jax.value_and_grad(total, has_aux=True)(variables["params"])
 

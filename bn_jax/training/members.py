@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bn_jax.fields import ConfigError
-from bn_jax.training import step as step_lib
+from bn_jax.training import evaluation, feed, loop, parallel
 from bn_jax.training.config import TrainConfig, traceable
 from bn_jax.training.optimizers import make_optimizer
 from bn_jax.training.state import Network, TrainState
@@ -221,25 +221,25 @@ def run_member(
     task: Task,
     model: Any,
     steps_per_epoch: int,
-    pace: step_lib.Pace,
+    pace: parallel.Pace,
     values: Values,
     state: TrainState,
-    data: step_lib.Batch,
+    data: feed.Batch,
     order: Any,
     start: Any,
     stop: Any,
-) -> tuple[TrainState, step_lib.Metrics]:
-    """Take one member's steps; see `step.run_steps`."""
+) -> tuple[TrainState, loop.Metrics]:
+    """Take one member's steps; see `loop.run_steps`."""
     config = base.with_traced(values)
-    train_step = step_lib.make_train_step(
+    train_step = loop.make_train_step(
         config,
         make_network(config, task, model=model),
         make_optimizer(config, steps_per_epoch=steps_per_epoch),
     )
-    return step_lib.run_steps(
+    return loop.run_steps(
         train_step,
         state,
-        step_lib.Stored(data, order),
+        feed.Stored(data, order),
         start,
         stop,
         pace=pace,
@@ -253,12 +253,12 @@ def evaluate_member(
     predict: Callable[[Network, Any, Any], Any],
     values: Values,
     variables: Any,
-    batches: step_lib.Batch,
+    batches: feed.Batch,
     counts: Any,
-) -> step_lib.Sums:
+) -> evaluation.Sums:
     """Evaluate one member by `Network.predict` or `Network.predict_by_batch`."""
     network = make_network(base.with_traced(values), task, model=model)
-    return step_lib.evaluate(
+    return evaluation.evaluate(
         functools.partial(predict, network), variables, batches, counts
     )
 

@@ -18,9 +18,8 @@ import abc
 import contextlib
 import dataclasses
 import functools
-import time
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -29,7 +28,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from bn_jax import data as data_lib
 from bn_jax.fields import ConfigError
-from bn_jax.training import step as step_lib
+from bn_jax.training import feed
 from bn_jax.training.config import TrainConfig
 from bn_jax.training.state import TrainState
 
@@ -48,9 +47,16 @@ _MAX_UNASKED, _MIN_UNASKED = 32, 8
 _COMPILER_OPTIONS_OF_FLOAT32_ON_GPU = {"xla_gpu_force_conv_nchw": True}
 
 
+class Pace(NamedTuple):
+    """How the compiled loop takes its steps."""
+
+    max_steps: int  # of a call
+    unasked: int = 1  # steps from one question whether to go on to the next
+
+
 def pace(
     devices: Sequence[jax.Device], *, steps_per_epoch: int, streamed: bool = False
-) -> step_lib.Pace:
+) -> Pace:
     """Return how the compiled loop takes its steps on devices.
 
     Args:
@@ -59,14 +65,14 @@ def pace(
       streamed: whether the data set is.
     """
     if devices[0].platform == "cpu":
-        return step_lib.Pace(STEPS_PER_CALL)
+        return Pace(STEPS_PER_CALL)
     most, whole = _STEPS_PER_CALL_OF_ACCELERATORS, steps_per_epoch
     if streamed:
         most = whole = STEPS_PER_CALL
     unasked = max(n for n in range(1, _MAX_UNASKED + 1) if whole % n == 0)
     if unasked < min(_MIN_UNASKED, whole):
         unasked = 2 * _MIN_UNASKED
-    return step_lib.Pace(most // unasked * unasked, unasked)
+    return Pace(most // unasked * unasked, unasked)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,6 +210,11 @@ def put(array: np.ndarray | Array, sharding: NamedSharding) -> Array:
     return jax.make_array_from_callback(array.shape, sharding, lambda i: array[i])
 
 
+# `loop.run_steps` of a step: from a state, a source of batches, and the numbers of the
+# first step and after the last, to the state after them and their metrics.
+RunSteps = Callable[[Any, Any, Any, Any], tuple[Any, Any]]
+
+
 class Steps(abc.ABC):
     """A compiled `run_steps` over the devices of a placement; see `Pmap` and `Mesh`.
 
@@ -211,16 +222,9 @@ class Steps(abc.ABC):
     leading axis of `placement.num_states`.
     """
 
-    def __init__(
-        self,
-        placement: Placement,
-        train_step: step_lib.TrainStep,
-        pace: step_lib.Pace,
-    ) -> None:
+    def __init__(self, placement: Placement, run_steps: RunSteps) -> None:
         self.placement = placement
-        self.compile_seconds = 0.0
-        self._run_steps = functools.partial(step_lib.run_steps, train_step, pace=pace)
-        self._compiled: dict[type, Callable[..., Any]] = {}
+        self._run_steps = run_steps
 
     def columns(self, batch_size: int) -> slice:
         """Return the part of a batch that this process reads."""
@@ -228,41 +232,25 @@ class Steps(abc.ABC):
         first = self.placement.first_local * of_device
         return slice(first, first + len(self.placement.local_devices) * of_device)
 
-    def run(
-        self, state: Any, source: Any, start: int, stop: int
-    ) -> tuple[Any, step_lib.Metrics]:
-        """Take steps, as `step.run_steps` does; results may be on their way still.
-
-        Args:
-          state: as `put_state` returns it. It is used up.
-          source: as `put_stored` or `put_streamed` returns it.
-          start: number of the first step in the source.
-          stop: number after the last, at most `pace.max_steps` later.
-        """
-        first, last = np.int32(start), np.int32(stop)
-        with self._tracing():
-            run_steps = self._compiled.get(type(source))
-            if run_steps is None:
-                started = time.perf_counter()
-                run_steps = self._compiled[type(source)] = self._jitted(source)
-                # Without a step to take, only compilation takes time.
-                state, _ = jax.block_until_ready(run_steps(state, source, first, first))
-                self.compile_seconds += time.perf_counter() - started
-            return run_steps(state, source, first, last)
-
     def lower(self, state: Any, source: Any) -> Any:
         """Return the loop lowered for these arguments, to be looked at."""
         first = np.int32(0)
-        with self._tracing():
-            return self._jitted(source).lower(state, source, first, first)
+        with self.tracing():
+            return self.compiled(source).lower(state, source, first, first)
 
-    def _tracing(self) -> contextlib.AbstractContextManager[Any]:
-        """Return the context in which the loop is traced."""
+    def tracing(self) -> contextlib.AbstractContextManager[Any]:
+        """Return the context in which the loop is called."""
         return contextlib.nullcontext()
 
     @abc.abstractmethod
-    def _jitted(self, source: Any) -> Any:
-        """Return the loop, mapped over the devices and compiled when it is called."""
+    def compiled(self, source: Any) -> Any:
+        """Return the loop, mapped over the devices and compiled when it is called.
+
+        It takes what `RunSteps` takes, on the devices, and uses up the state.
+
+        Args:
+          source: of the kind that it will take.
+        """
 
     @abc.abstractmethod
     def put_state(self, state: TrainState) -> Any:
@@ -286,7 +274,7 @@ class Steps(abc.ABC):
         """
 
     @abc.abstractmethod
-    def put_streamed(self, batches: step_lib.Batch) -> Any:
+    def put_streamed(self, batches: feed.Batch) -> Any:
         """Return a source of batches.
 
         Args:
@@ -304,12 +292,11 @@ class Mesh(Steps):
     def __init__(
         self,
         placement: Placement,
-        train_step: step_lib.TrainStep,
-        pace: step_lib.Pace,
+        run_steps: RunSteps,
         *,
         float32_products: bool = False,
     ) -> None:
-        super().__init__(placement, train_step, pace)
+        super().__init__(placement, run_steps)
         mesh = jax.sharding.Mesh(np.array(placement.devices), (DATA,))
         self._mesh = mesh
         on_gpu = placement.devices[0].platform == "gpu"
@@ -319,7 +306,7 @@ class Mesh(Steps):
         self._replicated = NamedSharding(mesh, PartitionSpec())
         self._by_column = NamedSharding(mesh, PartitionSpec(None, DATA))
 
-    def _jitted(self, source: Any) -> Any:
+    def compiled(self, source: Any) -> Any:
         del source
         return jax.jit(
             self._run_steps,
@@ -328,7 +315,7 @@ class Mesh(Steps):
             compiler_options=self._compiler_options,
         )
 
-    def _tracing(self) -> contextlib.AbstractContextManager[Any]:
+    def tracing(self) -> contextlib.AbstractContextManager[Any]:
         return jax.set_mesh(self._mesh)  # convolutions look at it
 
     def put_state(self, state: TrainState) -> Any:
@@ -344,13 +331,13 @@ class Mesh(Steps):
         )
 
     def put_data(self, data: data_lib.Split) -> Any:
-        return step_lib.Batch(*(put(array, self._replicated) for array in data))
+        return feed.Batch(*(put(array, self._replicated) for array in data))
 
     def put_stored(self, data: Any, order: np.ndarray) -> Any:
-        return step_lib.Stored(data, put(order, self._by_column))
+        return feed.Stored(data, put(order, self._by_column))
 
-    def put_streamed(self, batches: step_lib.Batch) -> Any:
-        return step_lib.Streamed(
+    def put_streamed(self, batches: feed.Batch) -> Any:
+        return feed.Streamed(
             jax.tree.map(
                 functools.partial(
                     jax.make_array_from_process_local_data, self._by_column
@@ -366,13 +353,8 @@ class Mesh(Steps):
 class Pmap(Steps):
     """A program per device, mapped over the axis `DATA`."""
 
-    def __init__(
-        self,
-        placement: Placement,
-        train_step: step_lib.TrainStep,
-        pace: step_lib.Pace,
-    ) -> None:
-        super().__init__(placement, train_step, pace)
+    def __init__(self, placement: Placement, run_steps: RunSteps) -> None:
+        super().__init__(placement, run_steps)
         self._devices = placement.local_devices
         mesh = jax.sharding.Mesh(np.array(self._devices), (DATA,))
         self._replicated = NamedSharding(mesh, PartitionSpec())
@@ -382,9 +364,9 @@ class Pmap(Steps):
         self._pmap = functools.partial(jax.pmap, axis_name=DATA, devices=devices)
         self._gather = self._pmap(lambda tree: lax.all_gather(tree, DATA))
 
-    def _jitted(self, source: Any) -> Any:
-        stored = step_lib.Stored(data=None, order=0)  # type: ignore[arg-type]
-        axes = stored if isinstance(source, step_lib.Stored) else 0
+    def compiled(self, source: Any) -> Any:
+        stored = feed.Stored(data=None, order=0)  # type: ignore[arg-type]
+        axes = stored if isinstance(source, feed.Stored) else 0
         return self._pmap(
             self._run_steps, in_axes=(0, axes, None, None), donate_argnums=0
         )
@@ -417,14 +399,14 @@ class Pmap(Steps):
         return first.replace(batch_stats=batch_stats)
 
     def put_data(self, data: data_lib.Split) -> Any:
-        return step_lib.Batch(*(put(array, self._replicated) for array in data))
+        return feed.Batch(*(put(array, self._replicated) for array in data))
 
     def put_stored(self, data: Any, order: np.ndarray) -> Any:
         own = order[:, self.columns(order.shape[1])]
-        return step_lib.Stored(data, self._put_stacked(self._apart(own)))
+        return feed.Stored(data, self._put_stacked(self._apart(own)))
 
-    def put_streamed(self, batches: step_lib.Batch) -> Any:
-        return step_lib.Streamed(
+    def put_streamed(self, batches: feed.Batch) -> Any:
+        return feed.Streamed(
             jax.tree.map(lambda leaf: self._put_stacked(self._apart(leaf)), batches)
         )
 
@@ -445,8 +427,7 @@ def _first_copy(array: Array) -> np.ndarray:
 
 def make_steps(
     placement: Placement,
-    train_step: step_lib.TrainStep,
-    pace: step_lib.Pace,
+    run_steps: RunSteps,
     *,
     float32_products: bool = False,
 ) -> Steps:
@@ -454,11 +435,11 @@ def make_steps(
 
     Args:
       placement: of the devices.
-      train_step: made with `axis_name=DATA` if `placement.uses_axis`.
-      pace: of the loop.
+      run_steps: the loop; its step is made with `axis_name=DATA` if
+        `placement.uses_axis`.
       float32_products: whether products and convolutions are of float32 everywhere.
         (Then jit lays images out for that on a GPU; pmap takes no such wish.)
     """
     if placement.uses_axis:
-        return Pmap(placement, train_step, pace)
-    return Mesh(placement, train_step, pace, float32_products=float32_products)
+        return Pmap(placement, run_steps)
+    return Mesh(placement, run_steps, float32_products=float32_products)

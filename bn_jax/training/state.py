@@ -87,30 +87,29 @@ class Network:
         """Return the model's initial variables."""
         return models.make_init(self.model, self.image_shape)(key)
 
-    def apply(self, variables: Any, images: Array, **options: Any) -> Any:
-        """Apply the model to images given as bytes."""
-        with self._precision():
-            call = functools.partial(self.model.apply, variables, **options)
-            images = self.scale(images)
-            return self._bound(call)(images) if options.get("train") else call(images)
-
     def predict(self, variables: Any, images: Array) -> Array:
         """Return the logits of images given as bytes, in prediction mode."""
-        logits: Any = self.apply(variables, self.centre(images), train=False)
-        return logits
+        with self.tracing():
+            images = self.scale(self.centre(images))
+            logits: Array = self.model.apply(variables, images, train=False)
+            return logits
 
     def predict_by_batch(self, variables: Any, images: Array) -> Array:
         """Return the logits that norms give by the statistics of these images.
 
         Nothing is dropped, and the moving averages in `variables` are not used.
         """
-        with self._precision():
+        with self.tracing():
             call = functools.partial(models.logits_by_batch, self.model, variables)
-            logits: Array = self._bound(call)(self.scale(self.centre(images)))
+            logits: Array = self.bound(call)(self.scale(self.centre(images)))
             return logits
 
-    def _bound(self, call: Callable[[Array], Any]) -> Callable[[Array], Any]:
-        """Return a function of images with the axes bound that the norms name."""
+    def bound(self, call: Callable[[Array], Any]) -> Callable[[Array], Any]:
+        """Bind the axes that the norms name, if nobody else does; see `binds_axes`.
+
+        Args:
+          call: function of scaled images that calls the model in training mode.
+        """
         if not self.binds_axes:
             return call
         names = set()
@@ -120,8 +119,8 @@ class Network:
             call = _along(name, call)
         return call
 
-    def _precision(self) -> contextlib.AbstractContextManager[Any]:
-        """Return the context in which the model is traced."""
+    def tracing(self) -> contextlib.AbstractContextManager[Any]:
+        """Return the context in which the model is traced, of its precision."""
         if self.products is None:
             return contextlib.nullcontext()
         return jax.default_matmul_precision(self.products)

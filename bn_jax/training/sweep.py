@@ -24,6 +24,7 @@ from bn_jax.measures import population
 from bn_jax.training import (
     evaluation,
     feed,
+    loop,
     mapped,
     members,
     own_models,
@@ -31,7 +32,6 @@ from bn_jax.training import (
     scoring,
     task,
 )
-from bn_jax.training import step as step_lib
 from bn_jax.training.config import TrainConfig
 from bn_jax.training.optimizers import make_optimizer
 from bn_jax.training.state import Network, TrainState, init_state
@@ -181,7 +181,7 @@ class Sweep:
             steps_per_epoch=self.steps_per_epoch,
             checkpoint_steps=self._checkpoint_steps,
         )
-        data = step_lib.Batch(*self._map.put_shared(self.data.train))
+        data = feed.Batch(*self._map.put_shared(self.data.train))
         values = self._map.put(self._values)
         order, of_epoch = None, -1
         for call in planned:
@@ -216,7 +216,7 @@ class Sweep:
                 self._set_scores(epoch, f"{split}_{{}}", sums, batches)
             yield epoch + 1
 
-    def _take(self, metrics: step_lib.Metrics, size: int) -> None:
+    def _take(self, metrics: loop.Metrics, size: int) -> None:
         """Append the metrics of `size` steps; NaN where a member was stopped."""
         n = len(self.configs)
         taken = self._map.get(self._state.step)[:n, None]
@@ -227,7 +227,7 @@ class Sweep:
             setattr(self, of_calls, np.append(old, new.astype(np.float32), axis=1))
 
     def _set_scores(
-        self, epoch: int, name: str, sums: step_lib.Sums, batches: Any
+        self, epoch: int, name: str, sums: evaluation.Sums, batches: Any
     ) -> None:
         """Keep what an evaluation at an epoch's end has found."""
         of_epoch = np.arange(self._base.epochs) == epoch
@@ -319,13 +319,13 @@ class Sweep:
             scores |= self._means("test_{}_batch", sums, self._test)
         return scores
 
-    def _sums(self, evaluate: Any, variables: Any, batches: Any) -> step_lib.Sums:
+    def _sums(self, evaluate: Any, variables: Any, batches: Any) -> evaluation.Sums:
         placed = self._map.put((self._values, variables))
-        sums: step_lib.Sums = self._map.get(evaluate(*placed, *batches))
+        sums: evaluation.Sums = self._map.get(evaluate(*placed, *batches))
         return sums
 
     def _means(
-        self, name: str, sums: step_lib.Sums, batches: Any
+        self, name: str, sums: evaluation.Sums, batches: Any
     ) -> dict[str, np.ndarray]:
         """Return mean loss and accuracy of each member, NaN of one that diverged."""
         n, alive = len(self.configs), np.isfinite(self._losses[:, -1])

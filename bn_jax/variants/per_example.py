@@ -12,6 +12,7 @@ collective.
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -23,7 +24,7 @@ from jax import Array
 from bn_jax import checks
 from bn_jax import functional as functional_lib
 from bn_jax import moments as moments_lib
-from bn_jax.contract import DivisorError, EmptyState, Epsilon, Transform, with_options
+from bn_jax.contract import DivisorError, EmptyState, Epsilon, Transform
 from bn_jax.fields import AT_LEAST_1, counted
 from bn_jax.functional import BatchNormParams, normalize
 
@@ -244,7 +245,7 @@ def layer_transform(
       >>> y.round(3).tolist()
       [[-1.0, 1.0]]
     """
-    apply = with_options(layer_norm, epsilon=epsilon)
+    apply = functools.partial(layer_norm, epsilon=epsilon)
     return _stateless("layer", apply, use_scale, use_bias)
 
 
@@ -272,7 +273,7 @@ def group_transform(
       >>> y.round(3).tolist()
       [[-1.0, 1.0, 0.0, 0.0]]
     """
-    apply = with_options(group_norm, num_groups=num_groups, epsilon=epsilon)
+    apply = functools.partial(group_norm, num_groups=num_groups, epsilon=epsilon)
     return _stateless("group", apply, use_scale, use_bias)
 
 
@@ -294,7 +295,7 @@ def instance_transform(
       >>> y.round(3).tolist()
       [[[-1.0], [1.0]]]
     """
-    apply = with_options(instance_norm, epsilon=epsilon)
+    apply = functools.partial(instance_norm, epsilon=epsilon)
     return _stateless("instance", apply, use_scale, use_bias)
 
 

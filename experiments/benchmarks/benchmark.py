@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
-from absl import flags
+from absl import app, flags
 
 from bn_jax import fields, plots
 from bn_jax.runs import json_files, provenance
@@ -193,7 +193,10 @@ class Benchmark(NamedTuple):
 
 def start(benchmark: Benchmark) -> None:
     """Run a benchmark from the command line."""
-    launch.start(lambda argv: _main(benchmark, argv), lambda: _define_flags(benchmark))
+    app.run(
+        lambda argv: _main(benchmark, argv),
+        flags_parser=launch.flags_parser(lambda: _define_flags(benchmark)),
+    )
 
 
 def _define_flags(benchmark: Benchmark) -> None:
@@ -213,6 +216,7 @@ def _text(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
+@launch.errors_in_a_line()
 def _main(benchmark: Benchmark, argv: Sequence[str]) -> None:
     launch.check_no_arguments(argv)
     smoke = benchmark.smoke if flags.FLAGS.smoke else {}

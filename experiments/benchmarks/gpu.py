@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
-from absl import flags
+from absl import app, flags
 
 from bn_jax.fields import ConfigError
 from experiments import launch
@@ -76,6 +76,7 @@ def run_benchmark(name: str, folder: Path) -> bool:
     return done.returncode == 0
 
 
+@launch.errors_in_a_line()
 def main(argv: Sequence[str]) -> None:
     launch.check_no_arguments(argv)
     workdir = launch.workdir()
@@ -116,4 +117,4 @@ def define_flags() -> None:
 
 
 if __name__ == "__main__":
-    launch.start(main, define_flags)
+    app.run(main, flags_parser=launch.flags_parser(define_flags))

@@ -32,8 +32,8 @@ import optax
 from bn_jax import data as data_lib
 from bn_jax import fields, linen, plots
 from bn_jax.models import lenet, mlp, resnet
+from bn_jax.training import feed, loop, parallel
 from bn_jax.training import state as state_lib
-from bn_jax.training import step as step_lib
 from bn_jax.training.config import TrainConfig
 from experiments.benchmarks import benchmark, timing, training
 
@@ -119,11 +119,11 @@ def step_call(model: Any, batch_size: int) -> Callable[[], float]:
     state = state_lib.init_state(network.init(jax.random.key(0)), optimizer)
     shape = (MAX_STEPS, batch_size)
     order = np.random.default_rng(0).integers(0, len(train.labels), shape)
-    data = step_lib.Batch(jnp.asarray(train.images), jnp.asarray(train.labels))
-    source = step_lib.Stored(data, jnp.asarray(order))
-    train_step = step_lib.make_train_step(TrainConfig(), network, optimizer)
+    data = feed.Batch(jnp.asarray(train.images), jnp.asarray(train.labels))
+    source = feed.Stored(data, jnp.asarray(order))
+    train_step = loop.make_train_step(TrainConfig(), network, optimizer)
     run = jax.jit(
-        functools.partial(step_lib.run_steps, train_step, pace=step_lib.Pace(MAX_STEPS))
+        functools.partial(loop.run_steps, train_step, pace=parallel.Pace(MAX_STEPS))
     )
 
     def seconds(num_steps: int) -> float:

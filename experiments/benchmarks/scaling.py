@@ -23,7 +23,6 @@ from typing import Any
 
 from bn_jax.runs import checkpoint
 from bn_jax.training import loop
-from bn_jax.training import step as step_lib
 from experiments.benchmarks import benchmark, timing, training
 
 ONE_THREAD = {"XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false"}
@@ -51,9 +50,9 @@ def set_up(
     if one_thread and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:devices])
 
-    def make_train_step(*arguments: Any, axis_name: str | None) -> step_lib.TrainStep:
+    def make_train_step(*arguments: Any, axis_name: str | None) -> loop.TrainStep:
         axis_name = axis_name if collectives else None
-        return step_lib.make_train_step(*arguments, axis_name=axis_name)
+        return loop.make_train_step(*arguments, axis_name=axis_name)
 
     trainer = training.trainer(
         design.load(), devices=devices, make_train_step=make_train_step, **choices

@@ -32,14 +32,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
+from absl import app, flags
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import bn_jax
 from bn_jax.fields import ConfigError
 from bn_jax.runs import json_files, provenance
-from bn_jax.training import parallel, task
-from bn_jax.training import step as step_lib
+from bn_jax.training import feed, loop, parallel, task
 from bn_jax.training.config import TrainConfig
 from bn_jax.training.optimizers import make_optimizer
 from bn_jax.training.state import init_state
@@ -232,7 +231,7 @@ def train_step(
         for network in networks  # the layout of TPUs, whatever machine compiles
     )
     optimizer = make_optimizer(config, steps_per_epoch=1)
-    step = step_lib.make_train_step(
+    step = loop.make_train_step(
         config,
         trained,
         optimizer,
@@ -243,7 +242,7 @@ def train_step(
     )
     images = jax.ShapeDtypeStruct((batch_size, *model.image_shape), jnp.uint8)
     labels = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
-    return step, state, step_lib.Batch(images, labels)
+    return step, state, feed.Batch(images, labels)
 
 
 COLUMNS: dict[str, Callable[[Compiled], str]] = {
@@ -261,6 +260,7 @@ COLUMNS: dict[str, Callable[[Compiled], str]] = {
 }
 
 
+@launch.errors_in_a_line()
 def main(argv: Sequence[str]) -> None:
     launch.check_no_arguments(argv)
     names = flags.FLAGS.programs
@@ -299,4 +299,4 @@ def define_flags() -> None:
 
 
 if __name__ == "__main__":
-    launch.start(main, define_flags)
+    app.run(main, flags_parser=launch.flags_parser(define_flags))

@@ -15,7 +15,7 @@ from flax import traverse_util
 
 from bn_jax.data import ImageData
 from bn_jax.measures import population
-from bn_jax.training import evaluation, feed, loop, parallel, step
+from bn_jax.training import evaluation, feed, loop, parallel
 from bn_jax.training import sweep as sweep_lib
 from bn_jax.training.config import TrainConfig
 from bn_jax.training.state import Network
@@ -34,7 +34,7 @@ def trainer(
     *,
     devices: int = 1,
     mode: str = "pmap",
-    make_train_step: Callable[..., step.TrainStep] = step.make_train_step,
+    make_train_step: Callable[..., loop.TrainStep] = loop.make_train_step,
     **choices: Any,
 ) -> loop.Trainer:
     """Return our trainer.
@@ -73,11 +73,11 @@ def ready(
 
     def make_train_step(
         config: TrainConfig, network: Network, *arguments: Any, **more: Any
-    ) -> step.TrainStep:
+    ) -> loop.TrainStep:
         # Parameters do not depend on the layout.
         model = network.model.clone(layout=layout)
         network = dataclasses.replace(network, model=model)
-        return step.make_train_step(config, network, *arguments, **more)
+        return loop.make_train_step(config, network, *arguments, **more)
 
     started = time.perf_counter()
     made = trainer(data, make_train_step=make_train_step, **options)

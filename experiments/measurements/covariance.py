@@ -84,9 +84,9 @@ def dense_features(data: ImageData, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """
     network = make_network(TrainConfig(), Task.of(TrainConfig(), data))
     start = 2 * BATCH * seed % (len(data.train.images) - 2 * BATCH)
-    _, state = network.apply(
+    _, state = network.model.apply(
         network.init(jax.random.key(seed)),
-        jnp.asarray(data.train.images[start : start + 2 * BATCH]),
+        network.scale(jnp.asarray(data.train.images[start : start + 2 * BATCH])),
         train=True,
         mutable=["batch_stats", "intermediates"],
         capture_intermediates=lambda module, _: module.name == "dense1",

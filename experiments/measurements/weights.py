@@ -16,8 +16,7 @@ from jax import Array
 from bn_jax.data import ImageData
 from bn_jax.runs import json_files
 from bn_jax.runs.json_files import ROWS
-from bn_jax.training import feed
-from bn_jax.training import step as step_lib
+from bn_jax.training import feed, loop, parallel
 from bn_jax.training.config import TrainConfig
 from bn_jax.training.state import init_state
 from bn_jax.training.task import Task, make_network
@@ -109,7 +108,7 @@ def compiled(
     """Return a function of rate and seed that trains; it is compiled only once."""
     network = make_network(config, Task.of(config, data))
     steps_per_epoch = len(data.train.labels) // config.batch_size
-    stored = step_lib.Batch(*map(jnp.asarray, data.train))
+    stored = feed.Batch(*map(jnp.asarray, data.train))
 
     def optimizer_of(rate: float | Array) -> optax.GradientTransformation:
         links = [probe(), optax.sgd(rate), *([hold()] if held else [])]
@@ -117,19 +116,19 @@ def compiled(
 
     @jax.jit
     def epoch(rate: Array, state: Any, order: Array) -> Any:
-        train_step = step_lib.make_train_step(config, network, optimizer_of(rate))
+        train_step = loop.make_train_step(config, network, optimizer_of(rate))
 
         def probed_step(state: Any, batch: Any) -> Any:
             state, metrics = train_step(state, batch)
             return state, Probed(*metrics, *state.opt_state[0])
 
-        return step_lib.run_steps(
+        return loop.run_steps(
             probed_step,
             state,
-            step_lib.Stored(stored, order),
+            feed.Stored(stored, order),
             jnp.int32(0),
             jnp.int32(steps_per_epoch),
-            pace=step_lib.Pace(steps_per_epoch),
+            pace=parallel.Pace(steps_per_epoch),
         )
 
     def run(rate: float, seed: int) -> Probed:

@@ -1,5 +1,5 @@
 import pytest
-from absl import flags
+from absl import app, flags
 
 from experiments import launch
 
@@ -20,7 +20,7 @@ def in_process(tmp_path, monkeypatch, capsys):
 
     def in_process(start, *arguments):
         monkeypatch.setattr(
-            launch.app,
+            app,
             "run",
             lambda main, flags_parser: main(flags_parser(["program", *arguments])),
         )

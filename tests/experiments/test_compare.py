@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from absl import app
 
 from bn_jax import runs
 from bn_jax.runs import compare as compare_lib
@@ -19,7 +20,10 @@ OPTIONS = RunOptions(devices="1", checkpoint_every="never")
 @pytest.fixture
 def command(in_process):
     return functools.partial(
-        in_process, lambda: launch.start(compare.main, launch.define_workdir_flag)
+        in_process,
+        lambda: app.run(
+            compare.main, flags_parser=launch.flags_parser(launch.define_workdir_flag)
+        ),
     )
 
 

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from absl import flags
+from absl import app, flags
 
 from bn_jax.fields import ConfigError
 from bn_jax.runs import json_files
@@ -101,7 +101,10 @@ def test_without_slurm_the_mend_is_said(tmp_path, monkeypatch):
 @pytest.fixture
 def command(in_process):
     return lambda *arguments: in_process(
-        lambda: launch.start(train.main, train.define_flags), *arguments
+        lambda: app.run(
+            train.main, flags_parser=launch.flags_parser(train.define_flags)
+        ),
+        *arguments,
     )
 
 

@@ -275,10 +275,13 @@ def test_index_and_front_page_are_made_of_the_committed_results(path):
     assert report.updated(path) == path.read_text()
 
 
-def test_report_outside_of_a_checkout_is_refused(tmp_path, monkeypatch):
+def test_report_outside_of_a_checkout_is_refused(in_process, tmp_path, monkeypatch):
+    def start():
+        app.run(report.main, flags_parser=launch.flags_parser(report.define_flags))
+
     monkeypatch.setattr(report, "README", tmp_path / "README.md")
-    with pytest.raises(ConfigError, match="README.md is not there.*in a checkout"):
-        report.main(["report"])
+    with pytest.raises(SystemExit, match="README.md is not there.*in a checkout"):
+        in_process(start)
 
 
 def test_page_without_marks_is_refused(tmp_path):
@@ -339,7 +342,7 @@ def test_recorded_run_is_repeated_bit_for_bit():
 
 def test_repeat_without_check_writes_nothing(in_process):
     def start():
-        launch.start(report.main, report.define_flags)
+        app.run(report.main, flags_parser=launch.flags_parser(report.define_flags))
 
     before = report.README.read_text()
     with pytest.raises(SystemExit, match="--repeat=bias without --check; runs are"):

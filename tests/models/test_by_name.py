@@ -126,9 +126,10 @@ def test_bfloat16_computes_near_float32_and_keeps_float32_at_both_ends(name):
 class Normalise(nn.Module):
     @nn.compact
     def __call__(self, x, norm, axis, batch_axis):
-        return layers.normalise(
-            x, norm, train=True, axis=axis, batch_axis=batch_axis, name="norm"
+        layer = layers.norm_layer(
+            norm, train=True, axis=axis, batch_axis=batch_axis, name="norm"
         )
+        return layer(x)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))

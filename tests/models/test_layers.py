@@ -343,6 +343,5 @@ def test_bad_convolution_is_refused_with_what_was_given(kernel_shape, options, m
 
 @pytest.mark.parametrize("norm", [None, BatchNorm])
 def test_train_that_is_no_boolean_is_refused_in_our_models(norm):
-    x = jnp.ones((4, 3))
     with pytest.raises(TypeError, match="train='yes'; expected True or False"):
-        layers.normalise(x, norm, train="yes", axis=-1, batch_axis=0, name="norm")
+        layers.norm_layer(norm, train="yes", axis=-1, batch_axis=0, name="norm")

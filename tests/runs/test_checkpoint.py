@@ -14,7 +14,7 @@ import pytest
 from bn_jax.runs import checkpoint
 from bn_jax.runs.checkpoint import Checkpoints
 from bn_jax.runs.json_files import RunError
-from bn_jax.training.loop import EpochReport, Progress
+from bn_jax.training.progress import EpochReport, Progress
 from bn_jax.training.state import TrainState
 from marks import slow_but
 

@@ -14,10 +14,9 @@ from flax import linen as nn
 from bn_jax.fields import ConfigError
 from bn_jax.linen import BatchNorm
 from bn_jax.training import loop, parallel
-from bn_jax.training import step as step_lib
 from bn_jax.training.config import TrainConfig
+from bn_jax.training.feed import Batch
 from bn_jax.training.state import Network, init_state
-from bn_jax.training.step import Batch
 from marks import slow_but
 from small_runs import trained
 
@@ -64,7 +63,7 @@ def start_and_step(model, **options):
     variables = network.init(jax.random.key(1))
     state = init_state(variables, optimizer, averages="average_weights" in options)
     config = TrainConfig(batch_size=N, **options)
-    train_step = step_lib.make_train_step(config, network, optimizer)
+    train_step = loop.make_train_step(config, network, optimizer)
     return state, jax.jit(train_step)
 
 

@@ -1,11 +1,13 @@
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
 
-from bn_jax.training import diagnosis
+from bn_jax.training import diagnosis, loop
+from bn_jax.training.feed import Batch
 from bn_jax.training.state import Network, TrainState
-from bn_jax.training.step import Batch
 
 
 class Scale(nn.Module):
@@ -48,7 +50,12 @@ def found(**factors):
         step=jnp.zeros((), int), params=params, batch_stats={}, opt_state=()
     )
     network = Network(ThreeScales(), (10, 1, 1))
-    return diagnosis.first_not_finite(network, state, BATCH)
+    return first_not_finite(network, state)
+
+
+def first_not_finite(network, state):
+    forward = functools.partial(loop.forward, network)
+    return diagnosis.first_not_finite(forward, state, BATCH)
 
 
 @pytest.mark.parametrize("value", [jnp.inf, -1.0])
@@ -102,5 +109,5 @@ def test_layers_inside_of_transforms_are_named():
             step=jnp.zeros((), int), params=params, batch_stats={}, opt_state=()
         )
         network = Network(Lifted(), (10, 1, 1))
-        words = diagnosis.first_not_finite(network, state, BATCH)
+        words = first_not_finite(network, state)
         assert words.endswith(f"not finite are those of {name}")

@@ -10,7 +10,6 @@ import pytest
 from bn_jax import data as data_lib
 from bn_jax.fields import ConfigError
 from bn_jax.training import loop, parallel, scoring
-from bn_jax.training import step as step_lib
 from bn_jax.training.evaluation import Evaluator
 from marks import slow_but
 from small_runs import step_losses, trained
@@ -54,7 +53,7 @@ def make_looking_step(config, network, optimizer, **options):
 
     def step(state, batch):
         hashed = (batch.labels * np.arange(len(batch.labels))).sum()
-        metrics = step_lib.Metrics(hashed.astype(np.float32), np.float32(0))
+        metrics = loop.Metrics(hashed.astype(np.float32), np.float32(0))
         return state.replace(step=state.step + 1), metrics
 
     return step

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import re
 import types
+import weakref
 
 import chex
 import jax
@@ -17,8 +18,7 @@ from flax import linen as nn
 from bn_jax import data as data_lib
 from bn_jax.fields import ConfigError
 from bn_jax.linen import BatchNorm
-from bn_jax.training import loop, merging, parallel
-from bn_jax.training import step as step_lib
+from bn_jax.training import feed, loop, merging, parallel
 from bn_jax.training.config import TrainConfig
 from bn_jax.training.state import Network, init_state
 from marks import slow_but
@@ -64,7 +64,7 @@ def images_and_labels():
     return data_lib.Split(images.astype(np.uint8), labels)
 
 
-PACE = step_lib.Pace(parallel.STEPS_PER_CALL)
+PACE = parallel.Pace(parallel.STEPS_PER_CALL)
 DATA = images_and_labels()
 ORDER = np.stack(
     [
@@ -100,13 +100,28 @@ def steps_of(
     **model_options,
 ):
     """The compiled loop of `Small`, and of plain SGD."""
-    train_step = step_lib.make_train_step(
+    train_step = loop.make_train_step(
         config,
         small(config, placement, **model_options),
         optax.sgd(learning_rate),
         axis_name=parallel.DATA if placement.uses_axis else None,
     )
-    return parallel.make_steps(placement, train_step, pace)
+    return parallel.make_steps(
+        placement, functools.partial(loop.run_steps, train_step, pace=pace)
+    )
+
+
+COMPILED = weakref.WeakKeyDictionary()  # loops, by the kind of their source
+
+
+def run(steps, state, source, start, stop):
+    """The state and the metrics of some steps."""
+    of_kind = COMPILED.setdefault(steps, {})
+    with steps.tracing():
+        if type(source) not in of_kind:
+            of_kind[type(source)] = steps.compiled(source)
+        first, last = np.int32(start), np.int32(stop)
+        return of_kind[type(source)](state, source, first, last)
 
 
 def initial(num_states, *, dtype=np.float32, seed=0, num_norms=1):
@@ -134,7 +149,7 @@ def ran(steps, state, first=0, last=NUM_STEPS):
     state, losses = steps.put_state(state), []
     for start in range(first, last, parallel.STEPS_PER_CALL):
         stop = min(last, start + parallel.STEPS_PER_CALL)
-        state, metrics = steps.run(state, source, start, stop)
+        state, metrics = run(steps, state, source, start, stop)
         losses.append(steps.get_first(metrics.loss)[: stop - start])
     state = steps.get_state(state)
     assert state.step == last
@@ -512,7 +527,7 @@ def test_steps_that_nobody_asks_about_change_no_bit():
     config, placement = placed("synced", 8, "pmap")
     start = initial(placement.num_states)
     asked = ran(steps_of(config, placement), start)
-    unasked = ran(steps_of(config, placement, pace=step_lib.Pace(20, 3)), start)
+    unasked = ran(steps_of(config, placement, pace=parallel.Pace(20, 3)), start)
     chex.assert_trees_all_equal(asked, unasked)
 
 
@@ -523,8 +538,8 @@ def test_streamed_batches_are_the_stored_ones(program, x64):
     start = initial(placement.num_states, dtype=np.float64)
     assert steps.columns(BATCH_SIZE) == slice(0, BATCH_SIZE)
     rows = ORDER[: parallel.STEPS_PER_CALL]
-    streamed = steps.put_streamed(step_lib.Batch(DATA.images[rows], DATA.labels[rows]))
-    state, metrics = steps.run(steps.put_state(start), streamed, 0, len(rows))
+    streamed = steps.put_streamed(feed.Batch(DATA.images[rows], DATA.labels[rows]))
+    state, metrics = run(steps, steps.put_state(start), streamed, 0, len(rows))
     stored, losses = ran(steps, start, last=len(rows))
     chex.assert_trees_all_equal(steps.get_state(state), stored)
     np.testing.assert_array_equal(steps.get_first(metrics.loss), losses)
@@ -607,7 +622,7 @@ def test_compilers_own_collectives_are_bounded(batch_stats, most):
 @pytest.mark.parametrize("batch_stats", ["synced", "groups:2", "per_device"])
 def test_members_of_an_ensemble_train_as_if_alone(batch_stats, x64):
     config, placement = placed(batch_stats, 4, "pmap")
-    one_step = step_lib.make_train_step(
+    one_step = loop.make_train_step(
         config,
         small(config, placement),
         optax.sgd(1.0),
@@ -626,10 +641,13 @@ def test_members_of_an_ensemble_train_as_if_alone(batch_stats, x64):
     together = jax.tree.map(lambda *leaves: np.stack(leaves), *members)
     # Groups of devices come first, members after.
     by_group = jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), together.batch_stats)
-    ensemble = parallel.make_steps(placement, of_members, step_lib.Pace(20))
+    ensemble = parallel.make_steps(
+        placement,
+        functools.partial(loop.run_steps, of_members, pace=parallel.Pace(20)),
+    )
     source = ensemble.put_stored(ensemble.put_data(DATA), ORDER)
     state = ensemble.put_state(together.replace(batch_stats=by_group))
-    state, metrics = ensemble.run(state, source, 0, 20)
+    state, metrics = run(ensemble, state, source, 0, 20)
     state = ensemble.get_state(state)
 
     steps = steps_of(config, placement, learning_rate=1.0)
@@ -659,7 +677,7 @@ def test_loop_is_compiled_once_however_it_is_cut(stream, program, tiny_data):
     traces = []
 
     def make_train_step(*arguments, **options):
-        train_step = step_lib.make_train_step(*arguments, **options)
+        train_step = loop.make_train_step(*arguments, **options)
 
         def traced(state, batch):
             traces.append(batch.labels.shape)

@@ -11,11 +11,12 @@ import optax
 import pytest
 from flax import linen as nn
 
-from bn_jax.training import step as step_lib
+from bn_jax.training import evaluation, feed, loop, parallel
 from bn_jax.training.config import TrainConfig
+from bn_jax.training.feed import Batch
+from bn_jax.training.loop import Metrics
 from bn_jax.training.optimizers import make_optimizer
 from bn_jax.training.state import Network, init_state
-from bn_jax.training.step import Batch, Metrics
 from marks import slow_but
 
 
@@ -28,7 +29,7 @@ class Linear(nn.Module):
         return nn.Dense(10, use_bias=False, name="dense")(x.reshape(len(x), -1))
 
 
-make_train_step = functools.partial(step_lib.make_train_step, TrainConfig())
+make_train_step = functools.partial(loop.make_train_step, TrainConfig())
 
 
 def test_step_is_gradient_descent_on_the_cross_entropy(tiny_data):
@@ -53,7 +54,7 @@ def test_step_is_gradient_descent_on_the_cross_entropy(tiny_data):
 @pytest.mark.parametrize(("num_examples", "steps"), [(23, 4), (20, 4), (5, 1)])
 def test_epoch_takes_each_example_at_most_once(num_examples, steps):
     epoch_order = jax.jit(
-        functools.partial(step_lib.epoch_order, num_examples=num_examples, batch_size=5)
+        functools.partial(feed.epoch_order, num_examples=num_examples, batch_size=5)
     )
     for seed in range(3):
         order = epoch_order(jax.random.key(seed))
@@ -63,7 +64,7 @@ def test_epoch_takes_each_example_at_most_once(num_examples, steps):
 
 
 order_of_20 = jax.jit(
-    functools.partial(step_lib.epoch_order, num_examples=20, batch_size=4)
+    functools.partial(feed.epoch_order, num_examples=20, batch_size=4)
 )
 
 
@@ -75,8 +76,8 @@ def test_key_decides_the_order():
 
 def run(train_step, state, source, start, stop, unasked=1):
     """Take steps as training does, compiled, the bounds no part of the program."""
-    pace = step_lib.Pace(8, unasked)
-    run_steps = jax.jit(functools.partial(step_lib.run_steps, train_step, pace=pace))
+    pace = parallel.Pace(8, unasked)
+    run_steps = jax.jit(functools.partial(loop.run_steps, train_step, pace=pace))
     return run_steps(state, source, np.int32(start), np.int32(stop))
 
 
@@ -84,9 +85,9 @@ def run(train_step, state, source, start, stop, unasked=1):
 def test_steps_take_their_batches_with_images_and_labels_together(kind):
     data = Batch(np.arange(20) * 10, np.arange(20))
     order = np.asarray(order_of_20(jax.random.key(0)))
-    source = step_lib.Stored(data, order)
+    source = feed.Stored(data, order)
     if kind == "streamed":
-        source = step_lib.Streamed(jax.tree.map(lambda leaf: leaf[order], data))
+        source = feed.Streamed(jax.tree.map(lambda leaf: leaf[order], data))
 
     def count(state, batch):
         seen, together = state
@@ -123,7 +124,7 @@ def linear():
     )
     order = jnp.asarray(rng.permutation(70).reshape(7, 10))
     train_step = make_train_step(network, optimizer)
-    return train_step, init_state(variables, optimizer), step_lib.Stored(data, order)
+    return train_step, init_state(variables, optimizer), feed.Stored(data, order)
 
 
 @pytest.mark.parametrize(
@@ -155,8 +156,8 @@ def test_bounds_are_no_part_of_the_program(linear):
     @jax.jit
     @chex.assert_max_traces(n=1)
     def run_steps(state, source, start, stop):
-        return step_lib.run_steps(
-            train_step, state, source, start, stop, pace=step_lib.Pace(8)
+        return loop.run_steps(
+            train_step, state, source, start, stop, pace=parallel.Pace(8)
         )
 
     for start, stop in ((0, 7), (2, 5), (6, 6)):
@@ -178,7 +179,7 @@ def test_steps_end_before_the_first_that_is_not_finite(fault, value, unasked):
 
     batches = Batch(np.zeros((5, 1)), np.array([[10], [11], [12], [13], [14]]))
     state = Counts(np.zeros(2, np.float32), np.bool_(True))
-    state, metrics = run(add, state, step_lib.Streamed(batches), 1, 5, unasked)
+    state, metrics = run(add, state, feed.Streamed(batches), 1, 5, unasked)
     # Steps 1 and 2 add 11 and 12; step 3 leaves its metrics, step 4 nothing.
     assert state.params.tolist() == [23, 23]
     of_fault = value if fault == "loss" else 1.0
@@ -217,7 +218,7 @@ def test_evaluation_leaves_out_what_does_not_count(tiny_data):
     network = Network(Linear(), (28, 28, 1))
     variables = network.init(jax.random.key(1))
     counts = np.arange(36) % 3 != 0
-    evaluate = jax.jit(functools.partial(step_lib.evaluate, network.predict))
+    evaluate = jax.jit(functools.partial(evaluation.evaluate, network.predict))
     batches = jax.tree.map(lambda leaf: leaf[:36].reshape(4, 9, *leaf.shape[1:]), batch)
     sums = evaluate(variables, batches, counts.reshape(4, 9))
     predict = jax.jit(network.predict)
@@ -264,7 +265,7 @@ def test_smoothing_is_in_the_loss_of_training_alone(linear):
     network, optimizer = Network(Linear(), (4, 4, 1)), optax.sgd(0.1, momentum=0.9)
     batch = source.batch(0)
     step = jax.jit(
-        step_lib.make_train_step(TrainConfig(label_smoothing=0.3), network, optimizer)
+        loop.make_train_step(TrainConfig(label_smoothing=0.3), network, optimizer)
     )
     plain = jax.jit(make_train_step(network, optimizer))
     (_, smooth), (_, sharp) = step(state, batch), plain(state, batch)

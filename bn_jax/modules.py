@@ -274,7 +274,7 @@ def options_of(
     Args:
       module: whose attributes are those of `Norm` but `transform`.
       transform: what is applied.
-      x: to what.
+      x: what it is applied to.
       feature_axis: see `as_batch`.
       is_example: whether x was one example, whose batch axis is new.
       weights: see `as_batch`.

@@ -210,8 +210,8 @@ def put(array: np.ndarray | Array, sharding: NamedSharding) -> Array:
     return jax.make_array_from_callback(array.shape, sharding, lambda i: array[i])
 
 
-# `loop.run_steps` of a step: from a state, a source of batches, and the numbers of the
-# first step and after the last, to the state after them and their metrics.
+# `loop.run_steps` of a train step: of a state, a source of batches, the number of the
+# first step and that after the last. It returns the new state and the steps' metrics.
 RunSteps = Callable[[Any, Any, Any, Any], tuple[Any, Any]]
 
 
@@ -244,12 +244,12 @@ class Steps(abc.ABC):
 
     @abc.abstractmethod
     def compiled(self, source: Any) -> Any:
-        """Return the loop, mapped over the devices and compiled when it is called.
+        """Return the loop, mapped over the devices; its first call compiles it.
 
         It takes what `RunSteps` takes, on the devices, and uses up the state.
 
         Args:
-          source: of the kind that it will take.
+          source: of batches, of the kind that it will be called with.
         """
 
     @abc.abstractmethod

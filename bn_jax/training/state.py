@@ -105,10 +105,12 @@ class Network:
             return logits
 
     def bound(self, call: Callable[[Array], Any]) -> Callable[[Array], Any]:
-        """Bind the axes that the norms name, if nobody else does; see `binds_axes`.
+        """Return a call of the model in training mode with its norms' axes bound.
+
+        If `binds_axes` is False it is returned as it is.
 
         Args:
-          call: function of scaled images that calls the model in training mode.
+          call: function of scaled images.
         """
         if not self.binds_axes:
             return call
@@ -120,7 +122,7 @@ class Network:
         return call
 
     def tracing(self) -> contextlib.AbstractContextManager[Any]:
-        """Return the context in which the model is traced, of its precision."""
+        """Return the context in which the model is traced: it sets `products`."""
         if self.products is None:
             return contextlib.nullcontext()
         return jax.default_matmul_precision(self.products)

@@ -10,11 +10,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from absl import flags
+from absl import app
 
 from bn_jax import models, transforms
 from bn_jax.data import sources
-from experiments import launch
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [
@@ -151,14 +150,16 @@ def test_command_of_a_document_has_its_flags(command, in_process, monkeypatch):
         return
     parsed = []
 
-    def start(main, define_flags):
+    def run(main, flags_parser):
         del main
-        define_flags()
-        parsed.append(flags.FLAGS(["program", *arguments]))
+        parsed.append(flags_parser(["program", *arguments]))
 
-    monkeypatch.setattr(launch, "start", start)
-    path = ROOT / (module.replace(".", "/") + ".py")
-    in_process(lambda: runpy.run_path(str(path), run_name="__main__"))
+    def start():
+        monkeypatch.setattr(app, "run", run)
+        path = ROOT / (module.replace(".", "/") + ".py")
+        runpy.run_path(str(path), run_name="__main__")
+
+    in_process(start)
     assert parsed
 
 

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from bn_jax import data as data_lib
-from bn_jax.training import members
+from bn_jax.training import loop, members
 from bn_jax.training.config import TrainConfig, value_of
 from bn_jax.training.task import Task, make_network
 from experiments import (
@@ -397,17 +397,17 @@ def test_features_are_those_before_the_norm_of_the_first_dense_layer():
         first, others = covariance.dense_features(data, seed)
         assert first.shape == others.shape == (256, 120)
         untrained = network(TrainConfig())
-        _, updates = untrained.apply(
-            untrained.init(jax.random.key(seed)),
+        variables = untrained.init(jax.random.key(seed))
+        _, moved = loop.forward(
+            untrained,
+            variables["params"],
+            variables["batch_stats"],
             jnp.asarray(data.train.images[512 * seed : 512 * (seed + 1)]),
-            train=True,
-            mutable=["batch_stats"],
+            jax.random.key(0),
         )
         # At momentum .9 the moving mean has a tenth of the batch's.
         mean = np.concatenate([first, others]).mean(0)
-        np.testing.assert_allclose(
-            updates["batch_stats"]["norm3"]["mean"], 0.1 * mean, atol=1e-6
-        )
+        np.testing.assert_allclose(moved["norm3"]["mean"], 0.1 * mean, atol=1e-6)
 
 
 def test_layer_without_a_norm_has_no_covariance():

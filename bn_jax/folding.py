@@ -58,9 +58,9 @@ def fold(model: Any, variables: Any, inputs: Array, *, without_norms: Any) -> An
     They are those of the same model without norms, whose linear layers all have a bias:
     `fold(LeNet(), variables, images, without_norms=LeNet(norm=None))`.
 
-    That a layer's output goes to its norm as it is, and nowhere else, is read off a
-    trace of the model. The rest cannot be, so it is tried out on `inputs`, in ways in
-    which rounding hardly matters, whatever the dtype and the depth:
+    A trace of the model shows that a layer's output goes to its norm unchanged, and
+    nowhere else. The rest it does not show, so that is tried out on `inputs`, in ways
+    in which rounding hardly matters, whatever the dtype and the depth:
 
     - With kernels of 0 each norm must give its layer's new bias, to four roundings of
       the terms that it is summed from.

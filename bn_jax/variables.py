@@ -233,7 +233,7 @@ def batch_stats_of(variables: Any) -> Any:
 
 
 def check_variables(variables: Any) -> None:
-    """Refuse what is not the variables of a model: no layer would be found in it.
+    """Refuse anything but the variables of a model, as it would hold no layer.
 
     Raises:
       ValueError: naming what was given.

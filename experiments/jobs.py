@@ -331,7 +331,7 @@ class _Submitted:
 
 
 def _running(jobs: Collection[str], logs: Path) -> set[str]:
-    """Return which processes that submitit started run."""
+    """Return those of the processes submitit started that are still running."""
     return {job for job in jobs if str(logs) in _command_of(job)}
 
 

@@ -28,9 +28,9 @@ def from_torch(entries: Entries, *, like: Like | None = None) -> BatchNormLayer:
 
     Args:
       entries: weight, bias, running_mean and running_var, of shape `[C]`, and, unless
-        from an old version, the scalar num_batches_tracked. Tensors that NumPy cannot
-        read, of bfloat16, on a GPU or with a gradient: `.detach().float().cpu()` them
-        first.
+        from an old version, the scalar num_batches_tracked. Give tensors that NumPy
+        cannot read (of bfloat16, on a GPU, with a gradient) as
+        `tensor.detach().float().cpu()`.
       like: `(params, state)` as `bn_jax.init` returns, which says the expected shape
         and whether there are scale and bias; by default any one shape, and both.
 

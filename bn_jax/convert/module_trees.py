@@ -114,8 +114,8 @@ def _aligned(
 ) -> Iterator[tuple[Path | None, Path | None]]:
     """Yield pairs of paths, one by one, with None beside one that is left over.
 
-    Where there are more of one than of the other, those are paired that hold layers of
-    the same kinds, so that one module more, such as a stem, does not shift all others.
+    Where their numbers differ, modules are paired that hold layers of the same kinds.
+    An additional one, such as a stem, then does not shift all others.
     """
     a, b = list(theirs), list(ours)
     if len(a) == len(b):

@@ -125,9 +125,9 @@ def program(
         mode; it may be compiled by `jax.jit`, and may have been called before.
       variables: of the model.
       inputs: a batch, or its shape and dtype.
-      weights: of its examples, shape `[N]`. They lie along that axis of a layer's input
-        which has the batch's size; which one is found by tracing the model with another
-        batch size.
+      weights: of its examples, shape `[N]`. In a layer's input the examples lie along
+        the axis that has the batch's size, which is found by tracing the model with
+        another batch size.
       by_batch: whether each call is normalised by what it is given.
 
     Raises:

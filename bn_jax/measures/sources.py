@@ -50,7 +50,7 @@ class Stored:
         kept: Any = None,
         keep: bool = False,
     ) -> tuple[Any, Any]:
-        """Return the moments of what calls are given over the data set.
+        """Return the moments of the calls' inputs over the data set.
 
         Args:
           predict: see `population.exact_statistics`.
@@ -122,7 +122,7 @@ class Batches:
     def measure(
         self, predict: Predict, variables: Any, *, number: int | None = None, **_: Any
     ) -> tuple[Any, None]:
-        """Return the moments of what calls are given; see `Stored.measure`."""
+        """Return the moments of the calls' inputs; see `Stored.measure`."""
         total, self.weight = None, 0
         for batch in self:
             self.weight += len(batch)
@@ -230,7 +230,7 @@ def _of_stored(
     kept: Any = None,
     keep: bool = False,
 ) -> tuple[list[Moments], Any]:
-    """Return the moments of what calls are given; see `Stored.measure`."""
+    """Return the moments of the calls' inputs; see `Stored.measure`."""
     num_whole = len(inputs) // batch_size
     size = num_whole * batch_size
 
@@ -283,7 +283,7 @@ def _of_stored(
 def _of_batch(
     predict: Predict, variables: Any, inputs: Any, *, number: int | None
 ) -> Any:
-    """Return the moments of what calls are given; see `Stored.measure`."""
+    """Return the moments of the calls' inputs; see `Stored.measure`."""
     moments, _ = _measured(predict, variables, inputs, None, number=number, given={})
     return moments
 
@@ -297,7 +297,7 @@ def _measured(
     number: int | None,
     given: Mapping[int, Array],
 ) -> tuple[list[Any], list[Array]]:
-    """Return the moments of what calls are given in a batch, and what they are given.
+    """Return the moments of the calls' inputs in a batch, and these inputs.
 
     Args:
       predict: see `population.exact_statistics`.

@@ -81,8 +81,8 @@ def _measured(row: Mapping[str, Any], has_statistics: bool) -> dict[str, Any]:
 def grouped(members: Sequence[Member]) -> dict[str, list[Member]]:
     """Return members that differ in their seed alone together, by a label.
 
-    The label has the fields in which the groups differ, and the folder where several
-    are compared; not of a group whose seeds lie in several folders.
+    The label names the fields in which the groups differ. Where several folders are
+    compared it names the folder, too, unless the seeds of a group lie in several.
     """
     names = differing([m.config for m in members])
 
@@ -147,7 +147,7 @@ def _last(value: Any) -> Any:
 
 
 def _cell(values: Sequence[float | None]) -> str:
-    """Return the mean of numbers with their range; how many there are, if not all."""
+    """Return the mean of numbers and their range, and how many have diverged."""
     known = [value for value in values if value is not None]
     if not known:
         return "diverged" if len(values) > 1 else "-"

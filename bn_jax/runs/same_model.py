@@ -1,4 +1,4 @@
-"""Whether a user's own model is the one that a run on disk is of.
+"""Whether a user's own model is the one that was trained in a run on disk.
 
 A run knows it by its class and by the shapes of its variables. Beside these stand the
 checksums of its programs, which differ where an attribute does, such as an activation

@@ -95,8 +95,8 @@ def sweep(
         which is on all. A sweep is neither streamed nor logged.
       exact: see `Sweep.rows`.
       train: see `Sweep.rows`.
-      part: of the members, to be trained into a folder of its own in `workdir`, with
-        the numbers that they have in the whole sweep.
+      part: which of the members to train, into a folder of its own in `workdir`. They
+        get the same numbers as in the whole sweep.
 
     Returns:
       The rows, in the order of `configs`; of a part, those of its members. Losses are

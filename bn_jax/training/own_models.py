@@ -60,8 +60,8 @@ def starting_from(
 ) -> tuple[TrainConfig, Any]:
     """Return the config of a run that starts from the user's variables, and these.
 
-    The config names them by a checksum in `init_from`, so that a run from others is
-    another run.
+    The config has their checksum as `init_from`, so that a run that starts from other
+    variables is another run.
 
     Args:
       config: of the run.

@@ -1,4 +1,4 @@
-"""What a run has come to: a report of each epoch, and all that it resumes from."""
+"""The progress of a run: a report of each epoch, and the state it resumes from."""
 
 from __future__ import annotations
 

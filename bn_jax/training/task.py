@@ -90,7 +90,7 @@ class Task:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Task:
-        """Return the task of such a dict."""
+        """Return the task of a dict that `to_dict` returned."""
         statistics = None
         if "channels" in values:
             channels = values["channels"]

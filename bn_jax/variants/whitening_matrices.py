@@ -66,9 +66,8 @@ def _in_small_calls(
 ) -> Callable[..., Array]:
     """Return a function of stacked matrices that calls LAPACK for few at a time.
 
-    On CPU, where else programs of several devices, or several members of a sweep, can
-    wait for each other without end (seen with jaxlib 0.10.2); all else computes the
-    whole stack at once.
+    It does so on CPU alone. There, programs of several devices, or several members of a
+    sweep, could otherwise wait for each other without end (seen with jaxlib 0.10.2).
 
     Args:
       function: of arrays `[..., S, S]` of one shape.
@@ -420,9 +419,9 @@ def _newton_matrix(
     r"""Return the inverse square root after some steps of Newton and Schulz.
 
     $P_{k+1} = (3 P_k - P_k^3 S) / 2$ from $P_0 = I$ converges for eigenvalues of S in
-    (0, 1], which division by the trace provides; then $W = P / \sqrt{\mathrm{tr}}$. As
-    it stands the iteration blows up rounding once it has converged. With $Y = P S$
-    carried along, the steps are the same and stable.
+    (0, 1], which division by the trace provides; then $W = P / \sqrt{\mathrm{tr}}$.
+    Computed in this way, it amplifies rounding errors after it has converged. With
+    $Y = P S$ carried along, the steps are the same and stable.
 
     References:
       Higham, 2008, "Functions of Matrices", section 6.7 (stability).

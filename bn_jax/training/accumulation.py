@@ -69,7 +69,6 @@ def _moved_once(old: Any, moved: Any, move: Callable[[Any], Any]) -> Any:
       old: the averages before, by layer; each layer holds `mean` and `var`.
       moved: those that each micro-batch made of them, with a leading axis.
       move: what the first micro-batch makes of averages: its derivative by them is m.
-
     """
     ones = jax.tree.map(jnp.ones_like, old)
     _, momentum = jax.jvp(move, (old,), (ones,))

@@ -18,12 +18,12 @@ from bn_jax.training.state import TrainState
 
 
 def first_not_finite(
-    network_forward: Callable[..., tuple[Array, Any]], state: TrainState, batch: Batch
+    forward: Callable[..., tuple[Array, Any]], state: TrainState, batch: Batch
 ) -> str:
     """Return, in words, what a training step from `state` first makes not finite.
 
     Args:
-      network_forward: `loop.forward` of the network.
+      forward: `loop.forward` of the network.
       state: before the step.
       batch: of the step.
     """
@@ -48,19 +48,19 @@ def first_not_finite(
     def apply(params: Any) -> Array:
         with nn.intercept_methods(note):
             images, key = jnp.asarray(batch.images), jax.random.key(0)
-            logits, _ = network_forward(params, state.batch_stats, images, key)
+            logits, _ = forward(params, state.batch_stats, images, key)
         return jnp.asarray(logits)
 
     traced = tracing.trace(apply, state.params)
     sites: list[int] = []  # of the layers' ends, in their order
 
-    def forward(params: Any) -> tuple[Array, list[Array]]:
+    def loss_and_finite(params: Any) -> tuple[Array, list[Array]]:
         (logits,), seen = tracing.evaluate(traced, jax.tree.leaves(params), {})
         sites[:] = [marked.site for marked in seen]
         finite = [jnp.all(jnp.isfinite(marked.x)) for marked in seen]
         return losses(logits, jnp.asarray(batch.labels)).mean(), finite
 
-    gradient_of = jax.jit(jax.value_and_grad(forward, has_aux=True))
+    gradient_of = jax.jit(jax.value_and_grad(loss_and_finite, has_aux=True))
     try:
         (loss, finite), gradients = gradient_of(state.params)
     except ValueError as error:

@@ -44,7 +44,7 @@ def evaluate(
     batches: Batch,
     counts: Array,
 ) -> Sums:
-    """Return sums over examples.
+    """Return the summed loss of examples, and how many are classified rightly.
 
     Args:
       predict: gives the logits of a batch of images; see `Network.predict`.

@@ -1,4 +1,4 @@
-"""The batches of a run: which examples each step takes, and a stream of them.
+"""The batches of a run: stored on the device with their order, or streamed to it.
 
 The order is decided by the seed alone, so that a data set in the devices' memory, one
 that is streamed to them, and the parts that several processes read are the same run.

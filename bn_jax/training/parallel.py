@@ -1,6 +1,6 @@
 """Training steps on several devices at once: by pmap, or by jit over a mesh.
 
-Both take the same `train_step` and give the same numbers. The devices of one process,
+Both run the same `run_steps` and give the same numbers. The devices of one process,
 or of many that `jax.distributed` has joined, form one axis, `DATA`: each takes an equal
 part of every batch. (Members of a sweep, which share neither statistics nor gradients,
 have another axis, `bn_jax.training.mapped.MODELS`.)

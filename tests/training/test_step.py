@@ -1,3 +1,5 @@
+"""The pure step, the compiled loop of them, the order of examples, evaluation."""
+
 import functools
 import itertools
 import re

@@ -9,6 +9,7 @@ what the marks carry, and can put another value in place of the first argument.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -87,9 +88,10 @@ def evaluate(
 
     Args:
       traced: as `trace` returns it.
-      arguments: the leaves of its arguments. Some may be `Unknown`; only what depends
-        on others, and on nothing unknown, is computed then. An unknown value that is
-        handed on as it is, to a mark or a result, stays the same object.
+      arguments: the leaves of its arguments. Some may be `Unknown`. Computed is then
+        only what depends on others and on nothing unknown, as far as a mark or a result
+        needs it. An unknown value that is handed on as it is, to a mark or a result,
+        stays the same object.
       given: values in place of the first argument of executions of marks, by number.
 
     Returns:
@@ -101,7 +103,7 @@ def evaluate(
     """
     seen: list[Marked] = []
     results = _evaluate(traced.jaxpr, traced.consts, arguments, seen, given)
-    return results, seen
+    return _computed(results), seen
 
 
 # What computes nothing with the values of an array, but moves, pads or selects them.
@@ -259,28 +261,34 @@ def _evaluate(
     for equation in jaxpr.eqns:
         inputs = [read(atom) for atom in equation.invars]
         name = equation.primitive.name
+        is_known = not is_partial or _is_known(equation, inputs)
+        has_marks = _has_marks(equation)
+        if equation.primitive is _mark or has_marks:
+            inputs = _computed(inputs)
         if equation.primitive is _mark:
             x = given.get(len(seen), inputs[0])
             seen.append(Marked(*_of_mark(equation), inputs[0], tuple(inputs[1:])))
             outputs = [x]
-        elif name == "scan" and _has_marks(equation):
+        elif name == "scan" and has_marks:
             outputs = _evaluate_scan(equation, inputs, seen, given)
-        elif name in _CALLS and (is_partial or _has_marks(equation)):
+        elif name in _CALLS and (has_marks or not is_known):
             part = equation.params[_CALLS[name]]
             consts = getattr(part, "consts", ())
             part = getattr(part, "jaxpr", part)
             outputs = _evaluate(part, consts, inputs, seen, given)
-        elif _has_marks(equation):
+        elif has_marks:
             raise ValueError(
                 f"a layer is inside {name}, where its input cannot be seen; expected "
                 "nothing but jit, remat, scan and vmap around it: give the same model "
                 "without it"
             )
-        elif is_partial and not _is_computed(equation, inputs):
+        elif not is_known:
             outputs = [Unknown() for _ in equation.outvars]
             for value in inputs:
                 if isinstance(value, Unknown):
                     value.use()
+        elif is_partial:
+            outputs = _deferred(equation, inputs)
         else:
             outputs = _bind(equation, inputs)
         values.update(zip(equation.outvars, outputs, strict=True))
@@ -291,7 +299,7 @@ def _of_mark(equation: JaxprEqn) -> tuple[int, tuple[int, ...]]:
     return equation.params["site"], equation.params["mapped"]
 
 
-def _is_computed(equation: JaxprEqn, inputs: Sequence[Any]) -> bool:
+def _is_known(equation: JaxprEqn, inputs: Sequence[Any]) -> bool:
     """Return whether an equation depends on known arguments and on no unknown ones."""
     of_variables = [
         value
@@ -308,6 +316,25 @@ def _bind(equation: JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
     with equation.ctx.manager:
         outputs = equation.primitive.bind(*inputs, **params)
     return list(outputs) if equation.primitive.multiple_results else [outputs]
+
+
+class _Deferred(NamedTuple):
+    """A result of an operation that is computed when one of its results is needed."""
+
+    compute: Callable[[], Sequence[Any]]
+    number: int  # of the result
+
+
+def _deferred(equation: JaxprEqn, inputs: Sequence[Any]) -> list[_Deferred]:
+    compute = functools.cache(lambda: _bind(equation, _computed(inputs)))
+    return [_Deferred(compute, number) for number in range(len(equation.outvars))]
+
+
+def _computed(values: Sequence[Any]) -> list[Any]:
+    return [
+        value.compute()[value.number] if isinstance(value, _Deferred) else value
+        for value in values
+    ]
 
 
 def _evaluate_scan(
@@ -330,8 +357,8 @@ def _evaluate_scan(
     steps = range(length)
     for i in reversed(steps) if equation.params["reverse"] else steps:
         xs = [_part(x, i) for x in scanned]
-        outputs = _evaluate(
-            body.jaxpr, body.consts, [*consts, *carry, *xs], seen, given
+        outputs = _computed(
+            _evaluate(body.jaxpr, body.consts, [*consts, *carry, *xs], seen, given)
         )
         carry, results[i] = outputs[:num_carry], outputs[num_carry:]
     return carry + [_stack(of_steps) for of_steps in zip(*results, strict=True)]

@@ -90,7 +90,7 @@ def set_up_cache() -> None:
         folder = str(paths.local(folder, "cache_dir"))
     if folder is not None:
         jax.config.update("jax_compilation_cache_dir", folder or None)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
 
 
 def set_up_jax() -> None:

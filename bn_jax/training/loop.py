@@ -227,6 +227,7 @@ def run_steps(
         return lax.fori_loop(0, pace.unasked, lambda _, carry: step(carry), carry)
 
     max_steps = pace.max_steps
+    train_step = jax.jit(train_step, inline=True)  # traced once for both of its uses
     shapes = jax.eval_shape(train_step, state, source.batch(start))[1]
     metrics = jax.tree.map(lambda m: jnp.zeros((max_steps, *m.shape), m.dtype), shapes)
     carry = (start, jnp.asarray(True), state, metrics)

@@ -3,6 +3,7 @@ import gzip
 import struct
 import tracemalloc
 
+import jax
 import numpy as np
 import pytest
 
@@ -109,6 +110,14 @@ def test_no_more_is_unpacked_than_the_header_promises(tiny):
     tracemalloc.stop()
     assert "has trailing bytes" in message
     assert peak < 10**7
+
+
+def test_devices_of_a_cpu_take_images_without_a_copy(tiny):
+    data = load(NAME, data_files=tiny.idx_dir)
+    for images in (data.train.images, data.test.images):
+        on_device = jax.device_put(images, jax.devices("cpu")[0])
+        assert on_device.unsafe_buffer_pointer() == images.ctypes.data
+        assert not images.flags.writeable  # so that they stay as they are there
 
 
 @pytest.mark.parametrize("name", ["mnist", "kmnist"])

@@ -59,6 +59,33 @@ class TrainState(train_state.TrainState):
     batch_stats: Any = None
 
 
+def test_looking_at_a_model_computes_nothing_but_where_statistics_go():
+    computed = []
+
+    def squared(x):
+        return jax.pure_callback(
+            lambda x: computed.append(x.tolist()) or np.square(x), x, x
+        )
+
+    class Squared(nn.Module):
+        """Takes its statistics for more than to normalise."""
+
+        @nn.compact
+        def __call__(self, x):
+            norm = BatchNorm(use_running_average=True)
+            x = norm(x)
+            return x + squared(norm.variables["batch_stats"]["mean"])
+
+    model = Squared()
+    variables = model.init(jax.random.key(0), X)
+    computed.clear()
+    (call,) = layer_calls(model.apply, variables, X)
+    assert call.path == ("BatchNorm_0",)
+    assert not computed
+    exact = exact_statistics(model, variables, X, batch_size=8)
+    np.testing.assert_allclose(exact["BatchNorm_0"]["mean"], X.mean(0), rtol=1e-5)
+
+
 @functools.cache
 def net():
     variables = jax.jit(Net().init)(jax.random.key(0), X)

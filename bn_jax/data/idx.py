@@ -127,7 +127,7 @@ def _read_part(path: Path, part: Part, spec: DatasetSpec) -> np.ndarray:
 
 def _aligned_bytes(size: int) -> np.ndarray:
     """Return an array of bytes that JAX takes to a CPU's devices without a copy."""
-    alignment = 64
+    alignment = 64  # of the arrays that XLA computes with
     content = np.empty(size + alignment, np.uint8)
     first = -content.ctypes.data % alignment
     return content[first : first + size]
